@@ -1,0 +1,273 @@
+"""Images and texts to features: a transformers ViT (DINO) and an open_clip model (CLIP).
+
+Both load embedded and real weights by the same code, resize with PIL (antialiased; a tensor resize
+without antialiasing moves pixels by 6/255 on average) and return L2-normalised float32 rows.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..embedded import CLIP as EMBEDDED_CLIP
+from ..embedded import DINO as EMBEDDED_DINO
+from .features import normalize
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Dino:
+    """CLS token of the last layer of a ViT, after its final norm (Caron et al. 2021).
+
+    Mean, standard deviation, filter and sizes come from the folder's `preprocessor_config.json`,
+    else ImageNet's, bicubic, and the model's own `image_size`. The shorter side is resized and the
+    centre cropped, which for square pictures is the plain resize of the published protocols.
+
+    Args:
+        name: folder, hub id (`facebook/dino-vits16`), or "embedded".
+
+    Raises:
+        ValueError: nothing can be loaded by that name, or the file lacks weights.
+    """
+
+    def __init__(
+        self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        folder = str(EMBEDDED_DINO) if name == "embedded" else name
+        self.device, self.dtype = torch.device(device), dtype
+        self.model, settings = _load_vit(folder, name)
+        self.model.to(self.device, dtype).eval().requires_grad_(False)
+        side = self.model.config.image_size
+        self.resize, self.crop = _sizes(settings, side)
+        self.mean = tuple(settings.get("image_mean", IMAGENET_MEAN))
+        self.std = tuple(settings.get("image_std", IMAGENET_STD))
+        self.resample = Image.Resampling(settings.get("resample", Image.Resampling.BICUBIC))
+        # Only the plain ViT refuses other sizes unless told; DINOv2 interpolates by itself.
+        other_size = self.model.config.model_type == "vit" and self.crop != side
+        self._forward_options = {"interpolate_pos_encoding": True} if other_size else {}
+        self.protocol = {
+            "model": public_name(name),
+            "weights": weights_hash(self.model),
+            "feature": "CLS of the last hidden state",
+            "resize": self.resize,
+            "crop": self.crop,
+            "filter": f"PIL {self.resample.name.lower()}, antialiased",
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """(3, crop, crop) float32."""
+        from torchvision.transforms import functional as vision
+
+        image = image.convert("RGB")
+        width, height = image.size
+        scale = self.resize / min(width, height)
+        size = (max(self.resize, round(width * scale)), max(self.resize, round(height * scale)))
+        image = vision.center_crop(image.resize(size, self.resample), [self.crop, self.crop])
+        return vision.normalize(vision.to_tensor(image), self.mean, self.std)
+
+    @torch.no_grad()
+    def images(self, images: Sequence[Image.Image], batch_size: int = 32) -> Tensor:
+        """Features (N, D) on the CPU."""
+        rows = []
+        for start in range(0, len(images), batch_size):
+            batch = torch.stack([self.preprocess(i) for i in images[start : start + batch_size]])
+            batch = batch.to(self.device, self.dtype)
+            hidden = self.model(pixel_values=batch, **self._forward_options).last_hidden_state
+            rows.append(normalize(hidden[:, 0].float().cpu()))
+        return torch.cat(rows)
+
+
+class Clip:
+    """Image and text features of an open_clip model, through its own transforms and tokenizer.
+
+    Args:
+        name: `local-dir:<folder>` (or just the folder), `hf-hub:<id>`, `<architecture>:<tag or
+            file>` such as `ViT-B-32:openai`, an architecture alone (tag `openai`), or "embedded".
+
+    Raises:
+        ValueError: nothing can be loaded by that name.
+    """
+
+    def __init__(
+        self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        import open_clip
+
+        self.device, self.dtype = torch.device(device), dtype
+        arguments = clip_arguments(name)
+        try:
+            self.model, self.transform = open_clip.create_model_from_pretrained(**arguments)
+            self.tokenizer = open_clip.get_tokenizer(arguments["model_name"])
+        except Exception as error:  # open_clip wraps what went wrong in several types
+            raise _cannot_load("CLIP", name, "--clip", "ViT-B-32:openai", error) from error
+        self.model.to(self.device, dtype).eval().requires_grad_(False)
+        self._check_vocabulary(name)
+        self._texts: dict[str, Tensor] = {}
+        settings = self.model.visual.preprocess_cfg
+        self.protocol = {
+            "model": public_name(name),
+            "weights": weights_hash(self.model),
+            "quick_gelu": bool(arguments.get("force_quick_gelu", False)),
+            "resize": settings["size"],
+            "resize_mode": settings["resize_mode"],
+            "filter": f"PIL {settings['interpolation']}, antialiased",
+            "mean": list(settings["mean"]),
+            "std": list(settings["std"]),
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+
+    @torch.no_grad()
+    def images(self, images: Sequence[Image.Image], batch_size: int = 32) -> Tensor:
+        """Features (N, D) on the CPU."""
+        rows = []
+        for start in range(0, len(images), batch_size):
+            part = [self.transform(i.convert("RGB")) for i in images[start : start + batch_size]]
+            batch = torch.stack(part).to(self.device, self.dtype)
+            rows.append(normalize(self.model.encode_image(batch).float().cpu()))
+        return torch.cat(rows)
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Features (N, D) on the CPU; each distinct text is encoded once in this object's life."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
+        if new:
+            features = self.model.encode_text(self.tokenizer(new).to(self.device))
+            self._texts.update(zip(new, normalize(features.float().cpu())))
+        return torch.stack([self._texts[text] for text in texts])
+
+    def _check_vocabulary(self, name: str) -> None:
+        # Without `hf_tokenizer_name` in its text_cfg, open_clip gives a folder the tokenizer of
+        # OpenAI's CLIP and the ids do not fit, or worse, fit.
+        inner = getattr(self.tokenizer, "tokenizer", self.tokenizer)
+        vocabulary = len(inner) if hasattr(inner, "__len__") else inner.vocab_size
+        text = getattr(self.model, "text", self.model)
+        rows = getattr(text, "vocab_size", vocabulary)
+        if vocabulary > rows:
+            raise ValueError(
+                f"CLIP `{name}`: the tokenizer has {vocabulary} tokens, the text model {rows}; set "
+                "`hf_tokenizer_name` in the `text_cfg` of its open_clip_config.json and put the "
+                "tokenizer's files beside it"
+            )
+
+
+def clip_arguments(name: str) -> dict[str, Any]:
+    """Arguments of `open_clip.create_model_from_pretrained` for a name as in `Clip`.
+
+    Weights that were trained with QuickGELU get it: open_clip 3 only warns when architecture and
+    tag disagree (`ViT-B-32` with `openai` does), and the features are then wrong.
+    """
+    import open_clip
+
+    if name == "embedded":
+        name = str(EMBEDDED_CLIP)
+    if (Path(name) / "open_clip_config.json").is_file():
+        return {"model_name": f"local-dir:{name}"}
+    if name.startswith(("local-dir:", "hf-hub:")):
+        return {"model_name": name}
+    architecture, _, tag = name.partition(":")
+    tag = tag or "openai"
+    if architecture not in open_clip.list_models():
+        near = difflib.get_close_matches(architecture, open_clip.list_models(), 3)
+        raise ValueError(
+            f"unknown CLIP `{name}`: not a folder with open_clip_config.json, not `local-dir:` or "
+            f"`hf-hub:`, and no open_clip architecture"
+            + (f"; nearest: {', '.join(near)}" if near else "")
+        )
+    arguments: dict[str, Any] = {"model_name": architecture, "pretrained": tag}
+    known = open_clip.pretrained.get_pretrained_cfg(architecture, tag)
+    if not known and not Path(tag).is_file():
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        raise ValueError(f"CLIP `{architecture}` has no weights `{tag}`; it has {', '.join(tags)}")
+    if known.get("quick_gelu") or architecture.endswith("-quickgelu"):
+        arguments["force_quick_gelu"] = True
+    return arguments
+
+
+def public_name(name: str) -> str:
+    """The name as a result file may carry it: a folder by its last part, never a path."""
+    prefix, separator, rest = name.rpartition(":")
+    if Path(rest).exists() or prefix == "local-dir":
+        rest = Path(rest).resolve().name
+    return prefix + separator + rest
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Short hash of names, shapes and 64 spread values of every tensor, in float32.
+
+    Tells two sets of weights apart without reading gigabytes twice.
+    """
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        flat = value.detach().flatten()
+        digest.update(f"{key}{tuple(value.shape)}".encode())
+        if flat.numel():
+            chosen = torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64).long()
+            digest.update(flat[chosen.to(flat.device)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _load_vit(folder: str, name: str) -> tuple[Any, dict[str, Any]]:
+    """The model, and its preprocessor settings (empty where there are none)."""
+    from transformers import AutoConfig, AutoModel, ViTImageProcessor
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        # A ViT trained as DINO has no pooler; without this one comes up random, with a warning.
+        options = {"add_pooling_layer": False} if config.model_type == "vit" else {}
+        model, report = AutoModel.from_pretrained(folder, output_loading_info=True, **options)
+    except Exception as error:  # hub, HTTP and file errors of three libraries
+        raise _cannot_load("DINO", name, "--dino", "facebook/dino-vits16", error) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"DINO `{name}` lacks weights: {', '.join(missing[:3])} ({len(missing)})")
+    settings: dict[str, Any] = {}
+    local = Path(folder) / "preprocessor_config.json"
+    if local.is_file():
+        settings = json.loads(local.read_text())
+    elif not Path(folder).is_dir():
+        with suppress(OSError):
+            settings, _ = ViTImageProcessor.get_image_processor_dict(folder)
+    return model, settings
+
+
+def _sizes(settings: dict[str, Any], side: int) -> tuple[int, int]:
+    """(length of the shorter side after resizing, side of the centre crop) in pixels."""
+
+    def pixels(value: Any) -> int:
+        if isinstance(value, dict):
+            return int(value.get("shortest_edge") or value["height"])
+        return int(value)
+
+    resize = pixels(settings.get("size", side))
+    crop = pixels(settings["crop_size"]) if settings.get("do_center_crop") else resize
+    return resize, crop
+
+
+def _cannot_load(
+    kind: str, name: str, flag: str, example: str, error: Exception
+) -> ValueError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ValueError(
+        f"cannot load {kind} `{name}`: it is neither a usable folder nor in the local cache, and "
+        f"it could not be fetched. Run once with network (a hub id such as `{example}` is then "
+        "cached; HF_HOME says where), copy that cache to this machine, or name a folder with "
+        f"`{flag} <folder>`. `{flag} embedded` uses the small scorer in the package, whose numbers "
+        f"compare with nothing published. Cause: {reason}"
+    )

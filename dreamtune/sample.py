@@ -1,0 +1,107 @@
+"""Fixed prompts and seeds to images, each image independent of what else is in its batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from PIL import Image
+
+
+@torch.no_grad()
+def sample_tensor(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int = 25,
+    guidance_scale: float = 7.5,
+    guidance_rescale: float = 0.0,
+    size: int | tuple[int, int] | None = None,
+    batch_size: int = 8,
+    prompt_embeds: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Images of `sample` as one CPU tensor (N, 3, height, width), float32 in [0, 1].
+
+    Args:
+        pipe: a diffusers text-to-image pipeline (`StableDiffusionPipeline` call signature).
+        prompts, seeds: of equal length N; image i belongs to (prompts[i], seeds[i]).
+        size: pixels, a side or (height, width); by default what the UNet was made for.
+        batch_size: images a batch; guidance doubles the rows the UNet sees.
+        prompt_embeds: (N, tokens, dim), used instead of encoding `prompts` again.
+
+    Raises:
+        ValueError: lengths differ, `batch_size` < 1, or an image has pixels that are not finite.
+    """
+    if len(prompts) != len(seeds):
+        raise ValueError(
+            f"`prompts` and `seeds` pair up and need equal lengths, got {len(prompts)} and "
+            f"{len(seeds)}; for every prompt with every seed repeat them (see `grid`)"
+        )
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}")
+    if prompt_embeds is not None and len(prompt_embeds) != len(prompts):
+        raise ValueError(f"{len(prompt_embeds)} `prompt_embeds` for {len(prompts)} prompts")
+    height, width = (size, size) if isinstance(size, int) or size is None else size
+    images = []
+    with _quiet(pipe):
+        for start in range(0, len(prompts), batch_size):
+            rows = slice(start, start + batch_size)
+            text: dict[str, Any] = {"prompt": list(prompts[rows])}
+            if prompt_embeds is not None:
+                text = {"prompt_embeds": prompt_embeds[rows]}
+            output = pipe(
+                **text,
+                height=height,
+                width=width,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                guidance_rescale=guidance_rescale,
+                # One CPU generator a row: the noise depends on the seed alone, on any device.
+                generator=[torch.Generator("cpu").manual_seed(int(s)) for s in seeds[rows]],
+                output_type="pt",
+            )
+            images.append(output.images.float().cpu())
+    if not images:
+        return torch.empty(0, 3, height or 0, width or 0)
+    result = torch.cat(images)
+    if not result.isfinite().all():
+        bad = [i for i, image in enumerate(result) if not image.isfinite().all()]
+        raise ValueError(
+            f"image {bad[0]} ({len(bad)} of {len(result)}) has pixels that are not finite: the "
+            "adapter diverged (lower the learning rate) or the base overflows in this dtype "
+            "(use bf16 or float32)"
+        )
+    return result
+
+
+def sample(
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], **options: Any
+) -> list[Image.Image]:
+    """One RGB image for each pair (prompts[i], seeds[i]); the options are `sample_tensor`'s.
+
+    An image is a function of its prompt, seed and the options: the batch size moves it only by
+    float reordering.
+    """
+    pixels = sample_tensor(pipe, prompts, seeds, **options)
+    array = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(image) for image in array]
+
+
+def grid(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[int]]:
+    """Every prompt with every seed, prompts outermost: the two paired lists `sample` takes."""
+    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    return [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
+
+
+@contextmanager
+def _quiet(pipe: Any) -> Iterator[None]:
+    """The pipeline's own progress bars off, and back to what they were."""
+    before = dict(getattr(pipe, "_progress_bar_config", None) or {})
+    pipe.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)
