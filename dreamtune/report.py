@@ -1,0 +1,315 @@
+"""The page a person looks at: one self-contained report.html, no scripts, nothing fetched."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from PIL import Image
+
+from .curves import curve
+from .selection import RULE, Rating, choose_best, rate
+
+TEMPLATE = Path(__file__).parent / "templates" / "report.html"
+PHOTO_SIDE, IMAGE_SIDE = 256, 448  # longest side in pixels of what is put into the page
+SMALL = 200  # images below this side are shown with hard pixels instead of blurred ones
+
+FILES = {
+    "pytorch_lora_weights.safetensors": "LoRA for diffusers",
+    "adapter.safetensors": "the adapter as dreamtune keeps it, for more training or other formats",
+    "metrics.jsonl": "the scores of every scoring",
+    "config.yaml": "all settings, to run it again",
+}
+
+
+def write_report(
+    run_dir: str | Path,
+    *,
+    title: str,
+    photos: Sequence[Image.Image],
+    prompts: Sequence[str],
+    base_images: Sequence[Image.Image],
+    adapted_images: Sequence[Image.Image],
+    history: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    base: str,
+    example_prompt: str,
+    sample_settings: Mapping[str, Any] | None = None,
+    progress: Sequence[tuple[int, Image.Image]] = (),
+    protocol: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes `run_dir/report.html` and returns its path.
+
+    Args:
+        photos: the subject's photos.
+        prompts, base_images, adapted_images: of equal length; both images of a row were made from
+            that prompt with the same seed. Rows with the same prompt are shown together.
+        history: the records of metrics.jsonl; the best step follows from them (`selection.RULE`).
+        settings: every resolved setting, shown as they are; of a path only its end.
+        base: what `from_pretrained` takes, or "embedded".
+        example_prompt: with the identifier, such as "a photo of sks dog in the snow".
+        sample_settings: keyword arguments of the pipeline call, if not its defaults.
+        progress: (step, image) of one prompt and seed over training.
+        protocol: `Scorers.protocol`.
+
+    Raises:
+        ValueError: the lengths differ, or the history lacks step 0.
+    """
+    if not len(prompts) == len(base_images) == len(adapted_images):
+        raise ValueError(
+            f"`prompts`, `base_images` and `adapted_images` need equal lengths, got {len(prompts)},"
+            f" {len(base_images)} and {len(adapted_images)}"
+        )
+    run_dir = Path(run_dir)
+    best, reason = choose_best(history)
+    ratings = rate(history)
+    step = history[best]["step"]
+    per_prompt = max((prompts.count(p) for p in set(prompts)), default=1)
+    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=escape(title),
+        subtitle=_subtitle(settings, base, history),
+        facts=_facts(ratings[best], history[best]),
+        photos="".join(
+            _img(p, f"Photo {i + 1} of the subject", PHOTO_SIDE, crop=True)
+            for i, p in enumerate(photos)
+        ),
+        pairs=_pairs(prompts, base_images, adapted_images, step),
+        pairs_class="few" if per_prompt == 1 else "",
+        tile_min=_tile(base_images),
+        strip=_strip(progress, step),
+        reason=escape(reason),
+        charts=_charts(history, best),
+        rows="".join(
+            _row(record, rating, i == best)
+            for i, (record, rating) in enumerate(zip(history, ratings))
+        ),
+        rule=escape(RULE),
+        protocol=_protocol(protocol),
+        snippet=escape(snippet(run_dir, base, example_prompt, sample_settings or {})),
+        files=_files(run_dir),
+        settings="".join(
+            f"<div><dt>{escape(str(k))}</dt><dd><code>{escape(_shown(v))}</code></dd></div>"
+            for k, v in settings.items()
+            if v is not None
+        ),
+        version=escape(_version()),
+    )
+    path = run_dir / "report.html"
+    temporary = path.with_suffix(".html.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def snippet(run_dir: Path, base: str, prompt: str, sample_settings: Mapping[str, Any]) -> str:
+    """The lines that load the run's best LoRA with diffusers alone."""
+    folder = run_dir / "best"
+    if not (folder / "pytorch_lora_weights.safetensors").exists():
+        folder = run_dir
+    shown = Path(os.path.relpath(folder))
+    # A run outside the working folder is named from its own name on: no path of ours in a page.
+    where = f"{run_dir.resolve().name}/best" if shown.parts[:1] == ("..",) else shown.as_posix()
+    imports = "from diffusers import StableDiffusionPipeline\n"
+    source = json.dumps(base)
+    if base == "embedded":
+        imports, source = f"{imports}from dreamtune import embedded\n", "embedded.MODEL"
+    options = "".join(f", {key}={value!r}" for key, value in sample_settings.items())
+    return (
+        f"{imports}\npipe = StableDiffusionPipeline.from_pretrained({source})\n"
+        f"pipe.load_lora_weights({json.dumps(where)})\n"
+        f"pipe({json.dumps(prompt)}{options}).images[0]"
+    )
+
+
+def _subtitle(settings: Mapping[str, Any], base: str, history: Sequence[Mapping[str, Any]]) -> str:
+    base_name = "the embedded base" if base == "embedded" else Path(base).name
+    parts = [f"{settings.get('method', 'adapter')} on {base_name}", f"{history[-1]['step']} steps"]
+    seconds = history[-1].get("seconds")
+    if seconds is not None:
+        parts.append(f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min")
+    if prompt := settings.get("instance_prompt"):
+        parts.append(f"trained as “{prompt}”")
+    return escape(" · ".join(parts))
+
+
+def _facts(rating: Rating, record: Mapping[str, Any]) -> str:
+    trained = record["step"] > 0
+    entries = [
+        ("Best step", f"{record['step']}", "of those scored", ""),
+        (
+            "Subject gained",
+            f"{rating.subject_gained:.0%}" if trained else "–",
+            "of the way from base to photos",
+            "main",
+        ),
+        (
+            "Prompt kept",
+            f"{rating.prompt_kept:.0%}" if trained else "–",
+            "of the base's prompt following",
+            "main",
+        ),
+        ("DINO", f"{record['dino']:.3f}", f"CLIP-I {record['clip_i']:.3f}", ""),
+        ("CLIP-T", f"{record['clip_t']:.3f}", "image and its prompt", ""),
+    ]
+    return "".join(
+        f'<div class="{kind}"><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>'
+        for name, value, note, kind in entries
+    )
+
+
+def _pairs(
+    prompts: Sequence[str], before: Sequence[Image.Image], after: Sequence[Image.Image], step: int
+) -> str:
+    parts = []
+    for prompt in dict.fromkeys(prompts):
+        rows = [i for i, other in enumerate(prompts) if other == prompt]
+        sides = []
+        for kind, label, images in (("before", "Base", before), ("after", f"Step {step}", after)):
+            tiles = "".join(_img(images[i], f"{label}: {prompt}", IMAGE_SIDE) for i in rows)
+            fixed = " fixed" if min(images[rows[0]].size) < SMALL else ""
+            sides.append(
+                f'<div class="side {kind}"><p class="label">{label}</p>'
+                f'<div class="tiles{fixed}">{tiles}</div></div>'
+            )
+        parts.append(
+            f'<article class="pair"><h3>{escape(prompt)}</h3>'
+            f'<div class="sides">{"".join(sides)}</div></article>'
+        )
+    return "".join(parts)
+
+
+def _tile(images: Sequence[Image.Image]) -> str:
+    """CSS width of one image: small ones at their own size, so that no pixel is blurred."""
+    side = images[0].width if images else IMAGE_SIDE
+    return f"{side}px" if side < SMALL else "200px"
+
+
+def _strip(progress: Sequence[tuple[int, Image.Image]], best_step: int) -> str:
+    if not progress:
+        return ""
+    figures = "".join(
+        f'<figure class="{"won" if step == best_step else ""}">'
+        f"{_img(image, f'The same prompt and seed at step {step}', PHOTO_SIDE)}"
+        f"<figcaption>{step}{' best' if step == best_step else ''}</figcaption></figure>"
+        for step, image in progress
+    )
+    return (
+        '<section aria-labelledby="strip"><h2 id="strip">One image over training</h2>'
+        f'<div class="strip">{figures}</div></section>'
+    )
+
+
+def _charts(history: Sequence[Mapping[str, Any]], best: int) -> str:
+    steps = [record["step"] for record in history]
+
+    def column(name: str) -> list[float | None]:
+        return [record.get(name) for record in history]
+
+    start = history[0]
+    return "".join(
+        (
+            curve(
+                "DINO",
+                steps,
+                column("dino"),
+                best,
+                reference=start.get("dino_photos"),
+                reference_name="photos among themselves",
+            ),
+            curve(
+                "CLIP-I",
+                steps,
+                column("clip_i"),
+                best,
+                reference=start.get("clip_i_photos"),
+                reference_name="photos among themselves",
+            ),
+            curve(
+                "CLIP-T",
+                steps,
+                column("clip_t"),
+                best,
+                other=column("clip_t_shuffled"),
+                other_name="with other prompts",
+            ),
+        )
+    )
+
+
+def _row(record: Mapping[str, Any], rating: Rating, won: bool) -> str:
+    shares = ("–", "–", "–")
+    if record["step"] != 0:
+        shares = (
+            f"{rating.subject_gained:.0%}",
+            f"{rating.prompt_kept:.0%}",
+            f"{rating.product:.2f}" if rating.kept_enough else "too little prompt",
+        )
+    scores = [f"{record[name]:.3f}" for name in ("dino", "clip_i", "clip_t")]
+    cells = "".join(f"<td>{value}</td>" for value in (*scores, *shares))
+    mark = " best" if won else ""
+    return f'<tr class="{mark and "won"}"><th scope="row">{record["step"]}{mark}</th>{cells}</tr>'
+
+
+def _files(run_dir: Path) -> str:
+    rows = []
+    for path in sorted(run_dir.rglob("*")):
+        name = path.relative_to(run_dir)
+        if (
+            path.is_file()
+            and path.name in FILES
+            and len(name.parts) <= 2
+            and (not name.parts[0].startswith("checkpoint"))
+        ):
+            size = path.stat().st_size
+            shown = f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{max(size, 100) / 1e3:.1f} kB"
+            rows.append(
+                f'<tr><th scope="row"><code>{escape(name.as_posix())}</code></th>'
+                f'<td>{FILES[path.name]}</td><td class="size">{shown}</td></tr>'
+            )
+    return "".join(rows)
+
+
+def _protocol(protocol: Mapping[str, Any] | None) -> str:
+    if not protocol:
+        return ""
+    return f"<pre><code>{escape(json.dumps(protocol, indent=1))}</code></pre>"
+
+
+def _shown(value: Any) -> str:
+    """A setting as text; of an absolute path only its last part, which names nobody's home."""
+    text = str(value)
+    return f"…/{Path(text).name}" if os.path.isabs(text) else text
+
+
+def _img(image: Image.Image, alt: str, side: int, crop: bool = False) -> str:
+    """An <img> with the picture inside, shrunk to `side` if larger, never enlarged."""
+    image = image.convert("RGB")
+    small = min(image.size) < SMALL
+    if crop:
+        edge = min(image.size)
+        left, top = (image.width - edge) // 2, (image.height - edge) // 2
+        image = image.crop((left, top, left + edge, top + edge))
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=92 if small else 84, method=4)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    kind = ' class="small"' if small else ""
+    return (
+        f'<img{kind} src="data:image/webp;base64,{data}" alt="{escape(alt)}" '
+        f'width="{image.width}" height="{image.height}">'
+    )
+
+
+def _version() -> str:
+    try:
+        return version("dreamtune")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "(not installed)"
