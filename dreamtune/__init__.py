@@ -1,0 +1,57 @@
+"""dreamtune: photos of one subject in, an adapter and a LoRA file that stock diffusers loads out.
+
+The public names are imported when they are first used: `import dreamtune` costs nothing beyond
+Python.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dreamtune.adapters import METHODS as METHODS
+    from dreamtune.adapters import Adapter as Adapter
+    from dreamtune.adapters import register as register
+    from dreamtune.export import export as export
+    from dreamtune.inject import InjectedAdapter as InjectedAdapter
+    from dreamtune.inject import inject as inject
+    from dreamtune.pipeline import load as load
+    from dreamtune.train import train as train
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "METHODS": "dreamtune.adapters",
+    "Adapter": "dreamtune.adapters",
+    "InjectedAdapter": "dreamtune.inject",
+    "export": "dreamtune.export",
+    "inject": "dreamtune.inject",
+    "load": "dreamtune.pipeline",
+    "register": "dreamtune.adapters",
+    "train": "dreamtune.train",
+}
+__all__ = ["METHODS", "Adapter", "InjectedAdapter", "export", "inject", "load", "register", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module `dreamtune` has no attribute `{name}`")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+class _Package(ModuleType):
+    """Keeps `dreamtune.inject` the function when the submodule of that name is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _PUBLIC and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,173 @@
+"""What every method gives: parameters for stacked weights, and the factors of its change.
+
+Shapes: `*L` are the layers of a stack (none for a single weight), `S` the slots (one adapter each:
+a subject, a seed, a learning rate of a sweep), R the rank of the change. A weight is (*L, out, in),
+a parameter (*L, S, ...), and everything is written with `...` so that it holds for any leading
+dimensions.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+class Adapter(nn.Module):
+    """`W' = W + up @ down`, with the factors that a subclass computes from its parameters.
+
+    A subclass sets the class attributes, makes its parameters in `__init__` (its options are the
+    keyword arguments there) and gives `factors`. Forward, merge, export, count and checkpoint are
+    built on that. Parameters are float32, float64 for a float64 weight; buffers of a subclass are
+    saved with them.
+
+    Args:
+        weight: the frozen weights of same-shape layers; only its values at construction are looked
+            at.
+        slots: number of independent adapters.
+        generator: one CPU generator for all slots, or one a slot: then a slot starts as it would
+            alone.
+        options: the resolved options, kept in the adapter's file.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    identity_at_start: ClassVar[bool]
+    low_rank: ClassVar[bool] = True  # False: overrides `merged`, and no plain LoRA can hold it
+    depends_on_weight: ClassVar[bool]  # True: the factors contain W, another base is refused
+    learning_rate: ClassVar[float]  # recommended, for AdamW
+    own_learning_rates: ClassVar[Mapping[str, float]] = {}  # parameters with an absolute rate
+    no_decay: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(
+        self, weight: Tensor, slots: int, generator: Generators, options: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        if weight.dim() < 2:
+            raise ValueError(f"`weight` must be (..., out, in), got shape {tuple(weight.shape)}")
+        if slots < 1:
+            raise ValueError(f"`slots` must be at least 1, got {slots}")
+        if isinstance(generator, Sequence) and len(generator) != slots:
+            raise ValueError(f"`generator` must hold one a slot, got {len(generator)} for {slots}")
+        self.leading = tuple(weight.shape[:-2])
+        self.slots = slots
+        self.options = options
+
+    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """`(up, down)`, (*L, S, out, R) and (*L, S, R, in), in the dtype of the parameters."""
+        raise NotImplementedError(f"`{self.name}` must give `factors` or override `merged`")
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """`W + up @ down`, (*L, S, out, in)."""
+        up, down = self.factors(weight)
+        return weight.unsqueeze(-3).to(up.dtype) + up @ down
+
+    def uniform(
+        self, weight: Tensor, generator: Generators, shape: tuple[int, ...], bound: float
+    ) -> Tensor:
+        """Values uniform in ±bound, (*L, S, *shape), drawn on the CPU so that devices agree."""
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        full = (*self.leading, self.slots, *shape)
+        if weight.device.type == "meta":
+            return torch.empty(full, dtype=dtype, device="meta")
+        per_slot = generator if isinstance(generator, Sequence) else [generator] * self.slots
+        drawn = [
+            torch.empty(*self.leading, *shape).uniform_(-bound, bound, generator=g) for g in
+            per_slot
+        ]
+        return torch.stack(drawn, dim=len(self.leading)).to(weight.device, dtype)
+
+    def constant(self, weight: Tensor, shape: tuple[int, ...], value: float) -> Tensor:
+        """A filled tensor (*L, S, *shape)."""
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        full = (*self.leading, self.slots, *shape)
+        return torch.full(full, value, dtype=dtype, device=weight.device)
+
+
+def unit(x: Tensor, dim: int, eps: float = 1e-4) -> Tensor:
+    """x over its norm along `dim`, at least `eps`: a zero row stays zero, not NaN."""
+    return x / torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(eps)
+
+
+def block_columns(u: Tensor) -> Tensor:
+    """Blocks (..., n, k) -> (..., n * k, n): column i holds block i in its place."""
+    n = u.shape[-2]
+    eye = torch.eye(n, dtype=u.dtype, device=u.device)
+    return (u.unsqueeze(-1) * eye.unsqueeze(-2)).flatten(-3, -2)
+
+
+def blocks_of(width: int, blocks: int, side: str) -> int:
+    """Size of each of `blocks` equal blocks of a side; ValueError where they do not fit."""
+    if blocks < 1 or width % blocks:
+        raise ValueError(f"`blocks` must divide every {side} width, here {width}, got {blocks}")
+    return width // blocks
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """`weight @ x` in x's dtype. Keeps the weight as it is for backward, not its float32 copy."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return weight.to(x.dtype) @ x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        return None, weight.mT.to(grad.dtype) @ grad
+
+
+def frozen_product(weight: Tensor, columns: Tensor) -> Tensor:
+    """`weight @ columns` for weight (*L, out, in) and columns (*L, S, in, n) -> (*L, S, out, n).
+
+    The slots become columns of one product: broadcasting would copy the weight for every slot.
+    """
+    slots, n = columns.shape[-3], columns.shape[-1]
+    flat = columns.transpose(-3, -2).flatten(-2)
+    product: Tensor = _FrozenProduct.apply(weight, flat)
+    return product.unflatten(-1, (slots, n)).transpose(-3, -2)
+
+
+_REGISTRY: dict[str, type[Adapter]] = {}
+METHODS: Mapping[str, type[Adapter]] = MappingProxyType(_REGISTRY)
+
+
+def register(method: type[Adapter]) -> type[Adapter]:
+    """Class decorator: `METHODS[method.name]`. A taken name is an error."""
+    if method.name in _REGISTRY:
+        taken = _REGISTRY[method.name]
+        raise ValueError(f"method `{method.name}` is taken by `{taken.__module__}`")
+    _REGISTRY[method.name] = method
+    return method
+
+
+def find_method(name: str) -> type[Adapter]:
+    """`METHODS[name]`; a ValueError that names the nearest ones for an unknown name."""
+    if name not in _REGISTRY:
+        near = get_close_matches(name, _REGISTRY, cutoff=0.3)
+        hint = f"did you mean {' or '.join(f'`{n}`' for n in near)}? " if near else ""
+        raise ValueError(f"unknown method `{name}`: {hint}Methods: {', '.join(sorted(_REGISTRY))}")
+    return _REGISTRY[name]
+
+
+def resolve_options(method: type[Adapter], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with defaults filled in; a ValueError names the nearest for an unknown one."""
+    known = {
+        name: parameter.default
+        for name, parameter in inspect.signature(method).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in ("slots", "generator")
+    }
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, known, n=1, cutoff=0.4)
+            hint = f"did you mean `{near[0]}`? " if near else ""
+            listed = ", ".join(known) or "none"
+            raise ValueError(f"`{method.name}` has no option `{name}`: {hint}Options: {listed}")
+    return {**known, **options}

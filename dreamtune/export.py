@@ -1,0 +1,248 @@
+"""Plain LoRA files, exact on the base that the adapter was trained on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dreamtune.adapters import METHODS, find_method
+from dreamtune.checkpoint import (
+    AdapterFile,
+    Fingerprint,
+    base_weights,
+    check_base,
+    fingerprint,
+    load_adapter_file,
+    read_safetensors,
+    write_safetensors,
+)
+from dreamtune.inject import InjectedAdapter
+
+FILE_NAMES = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "{name}_kohya.safetensors"}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+LayerFactors = dict[str, tuple[Tensor, Tensor]]
+
+
+def export(
+    source: InjectedAdapter | str | Path,
+    out_dir: str | Path,
+    format: str = "diffusers",
+    *,
+    base: Any = None,
+    dtype: torch.dtype | str = torch.float32,
+    slot: int = 0,
+    name: str = "adapter",
+    metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    force: bool = False,
+) -> Path:
+    """Writes the adapter at strength 1 as a plain LoRA and returns the file's path.
+
+    Args:
+        source: an injected adapter, or a native file.
+        format: "diffusers" (`pipe.load_lora_weights`) or "kohya" (ComfyUI, A1111).
+        base: where `source` is a file of a method that contains the base weights: a UNet, a
+            pipeline, or a folder or hub id to load the UNet from.
+        dtype: of the file: torch.float32, float16 or bfloat16, or "fp32", "fp16", "bf16".
+        slot: of an injected adapter.
+        name: of the kohya file; the diffusers name is fixed.
+        metadata: of an injected adapter, to keep in the header as in `InjectedAdapter.save`.
+        overwrite: replace a file of that name with other contents, otherwise an error.
+        force: export on a base that is not the one of training.
+    """
+    if format not in FILE_NAMES:
+        raise ValueError(f"`format` must be one of {', '.join(FILE_NAMES)}, got {format!r}")
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    if dtype not in DTYPES.values():
+        raise ValueError(f"`dtype` must be float32, float16 or bfloat16, got {dtype}")
+    if isinstance(source, InjectedAdapter):
+        method, about = source.method, dict(metadata or {})
+        model: nn.Module | None = source.model
+        _refuse(method, format, model)
+        factors = factors_of_adapter(source, slot)
+        prints = fingerprint(base_weights(source))
+    else:
+        file = load_adapter_file(source)
+        method, about = file.method, file.metadata
+        model = None if base is None else find_unet(base)
+        _refuse(method, format, model)
+        factors, prints = factors_of_file(file, model, force)
+    tensors = (_diffusers_keys if format == "diffusers" else _kohya_keys)(
+        {path: recompress(up, down) for path, (up, down) in factors.items()}, dtype
+    )
+    header = {"format": "pt", "dreamtune": json.dumps(
+        {"exported_from": method, "fingerprint": prints, "metadata": about})}
+    path = Path(out_dir) / FILE_NAMES[format].format(name=name)
+    _write(path, tensors, header, overwrite)
+    return path
+
+
+def _refuse(method: str, format: str, model: nn.Module | None) -> None:
+    if not find_method(method).low_rank:
+        low = ", ".join(sorted(name for name, cls in METHODS.items() if cls.low_rank))
+        raise ValueError(
+            f"`{method}` is not a low-rank change and no plain LoRA holds it: use `adapter.merge()`"
+            f" and save the model, the native file with `dreamtune.load`, or train one of {low}"
+        )
+    config = getattr(model, "config", {})
+    if format == "kohya" and config.get("addition_embed_type") == "text_time":
+        raise ValueError("kohya files of SDXL use other block names: export `diffusers` instead")
+
+
+@torch.no_grad()
+def factors_of_adapter(adapter: InjectedAdapter, slot: int = 0) -> LayerFactors:
+    """Module path -> (up, down) of one slot at strength 1."""
+    if not 0 <= slot < adapter.slots:
+        raise ValueError(f"`slot` must be 0 to {adapter.slots - 1}, got {slot}")
+    found = {}
+    for group in adapter.groups:
+        up, down = group.adapter.factors(group.weight)
+        for path, u, d in zip(group.names, up[:, slot], down[:, slot]):
+            found[path] = (u, d)
+    return found
+
+
+@torch.no_grad()
+def factors_of_file(
+    file: AdapterFile, model: nn.Module | None, force: bool = False
+) -> tuple[LayerFactors, Fingerprint]:
+    """The same from a native file, with the fingerprint of the base that the factors belong to."""
+    method = find_method(file.method)
+    weight_of: Callable[[str], Tensor]
+    prints = file.fingerprint
+    if model is not None:
+        weights = {path: _weight(model, path, shape) for path, shape in file.shapes.items()}
+        prints = fingerprint(weights)
+        check_base(file.method, method.depends_on_weight, file.fingerprint, prints, force)
+        weight_of = weights.__getitem__
+    elif method.depends_on_weight:
+        raise ValueError(f"`{file.method}` contains the base weights: pass the UNet as `base`")
+    else:
+        weight_of = lambda path: torch.zeros(file.shapes[path])  # noqa: E731
+    found = {}
+    for path in file.shapes:
+        weight = weight_of(path)
+        adapter = method(weight, **file.options)  # type: ignore[arg-type]
+        start = f"{path}."
+        own = {k.removeprefix(start): t for k, t in file.tensors.items() if k.startswith(start)}
+        adapter.load_state_dict({k: t.unsqueeze(0) for k, t in own.items()})
+        up, down = adapter.factors(weight)
+        found[path] = (up[0], down[0])
+    return found, prints
+
+
+def _weight(model: nn.Module, path: str, shape: tuple[int, int]) -> Tensor:
+    try:
+        layer = model.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"the base has no layer `{path}`, which the adapter changes") from None
+    weight = layer.weight
+    if not isinstance(weight, Tensor) or tuple(weight.shape) != tuple(shape):
+        got = tuple(weight.shape) if isinstance(weight, Tensor) else None
+        raise ValueError(f"`{path}` must be {tuple(shape)} in the base, got {got}")
+    return weight.detach()
+
+
+def find_unet(base: Any) -> nn.Module:
+    """The UNet itself, of a pipeline, or loaded from a folder or hub id."""
+    if isinstance(base, (str, Path)):
+        from diffusers import UNet2DConditionModel
+
+        nested = not (Path(base) / "config.json").is_file()
+        return UNet2DConditionModel.from_pretrained(base, subfolder="unet" if nested else None)
+    model = base if isinstance(base, nn.Module) else getattr(base, "unet", None)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`base` must be a UNet, a pipeline, a folder or a hub id, got {base!r}")
+    return model
+
+
+def recompress(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product in float64, orthogonal on both sides, its size split evenly between them.
+
+    Factors that cancel, or of very different size, lose accuracy in fp16; these do not. The rank
+    stays, unless a side of the layer is narrower.
+    """
+    q_up, r_up = torch.linalg.qr(up.double())
+    q_down, r_down = torch.linalg.qr(down.double().mT)
+    left, size, right = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
+    root = size.sqrt()
+    return q_up @ (left * root), (root.unsqueeze(-1) * right) @ q_down.mT
+
+
+def _diffusers_keys(factors: LayerFactors, dtype: torch.dtype) -> dict[str, Tensor]:
+    # No alpha: diffusers then takes alpha = rank, a scale of 1.
+    tensors = {}
+    for path, (up, down) in factors.items():
+        tensors[f"unet.{path}.lora_A.weight"] = down.to(dtype).cpu().contiguous()
+        tensors[f"unet.{path}.lora_B.weight"] = up.to(dtype).cpu().contiguous()
+    return tensors
+
+
+def _kohya_keys(factors: LayerFactors, dtype: torch.dtype) -> dict[str, Tensor]:
+    tensors = {}
+    for path, (up, down) in factors.items():
+        key = f"lora_unet_{path.replace('.', '_')}"
+        tensors[f"{key}.lora_down.weight"] = down.to(dtype).cpu().contiguous()
+        tensors[f"{key}.lora_up.weight"] = up.to(dtype).cpu().contiguous()
+        tensors[f"{key}.alpha"] = torch.tensor(float(down.shape[0]))
+    return tensors
+
+
+def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str], overwrite: bool) -> None:
+    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(f"{len(broken)} tensors would not be finite, `{broken[0]}` first")
+    if path.exists() and not overwrite:
+        try:
+            old, old_header = read_safetensors(path)
+            same = old_header == header and old.keys() == tensors.keys() and all(
+                old[k].dtype == tensors[k].dtype and torch.equal(old[k], tensors[k]) for k in old
+            )
+        except ValueError:
+            same = False
+        if not same:
+            raise ValueError(
+                f"`{path}` is there with other contents: pass `overwrite=True` to replace it"
+            )
+        return
+    write_safetensors(path, tensors, header)
+
+
+def plain_lora(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
+    """Layer key -> (up, down) of a diffusers or kohya file, alpha in up; keys not understood.
+
+    Layer keys are module paths, or kohya's `lora_unet_...` names.
+    """
+    parts: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    endings = {
+        ".lora_A.weight": "down", ".lora_down.weight": "down", ".lora.down.weight": "down",
+        ".lora_B.weight": "up", ".lora_up.weight": "up", ".lora.up.weight": "up", ".alpha": "alpha",
+    }  # fmt: skip
+    for key, tensor in tensors.items():
+        ending = next((e for e in endings if key.endswith(e)), None)
+        if ending is None or not key.startswith(("unet.", "lora_unet_")):
+            unknown.append(key)
+            continue
+        layer = key.removesuffix(ending).removeprefix("unet.")
+        parts.setdefault(layer, {})[endings[ending]] = tensor
+    factors = {}
+    for layer, found in parts.items():
+        if "up" not in found or "down" not in found or found["up"].dim() != 2:
+            unknown.append(layer)
+            continue
+        up, down = found["up"].float(), found["down"].float()
+        rank = down.shape[0]
+        alpha = float(found["alpha"]) if "alpha" in found else float(rank)
+        factors[layer] = (up * (alpha / rank) if not math.isclose(alpha, rank) else up, down)
+    return factors, unknown
