@@ -76,8 +76,12 @@ def curve(
         # Below the point if the label above would touch the top or the reference's own label.
         near = reference is not None and 0 < cy - y(reference) < 34
         dy = 18 if near or cy < TOP + 18 else -9
+        # First, so that every label stands on top of it.
+        parts.insert(
+            0,
+            f'<line class="best" x1="{cx:.1f}" x2="{cx:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>',
+        )
         parts.append(
-            f'<line class="best" x1="{cx:.1f}" x2="{cx:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
             f'<circle class="best-dot" cx="{cx:.1f}" cy="{cy:.1f}" r="5"/>'
             f'<text class="value" x="{cx + side[1]:.1f}" y="{cy + dy:.1f}" '
             f'text-anchor="{side[0]}">{chosen:.3f}</text>'

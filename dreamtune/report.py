@@ -8,19 +8,19 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from PIL import Image
 
+from . import __version__
 from .curves import curve
 from .selection import RULE, Rating, choose_best, rate
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 PHOTO_SIDE, IMAGE_SIDE = 256, 448  # longest side in pixels of what is put into the page
-SMALL = 200  # images below this side are shown with hard pixels instead of blurred ones
+SMALL = 200  # images below this side are never shown larger than they are
 
 FILES = {
     "pytorch_lora_weights.safetensors": "LoRA for diffusers",
@@ -76,14 +76,13 @@ def write_report(
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
         subtitle=_subtitle(settings, base, history),
-        facts=_facts(ratings[best], history[best]),
+        facts=_facts(ratings[best], history[best], history[-1]["step"]),
         photos="".join(
             _img(p, f"Photo {i + 1} of the subject", PHOTO_SIDE, crop=True)
             for i, p in enumerate(photos)
         ),
         pairs=_pairs(prompts, base_images, adapted_images, step),
-        pairs_class="few" if per_prompt == 1 else "",
-        tile_min=_tile(base_images),
+        **_layout(base_images, per_prompt),
         strip=_strip(progress, step),
         reason=escape(reason),
         charts=_charts(history, best),
@@ -100,7 +99,7 @@ def write_report(
             for k, v in settings.items()
             if v is not None
         ),
-        version=escape(_version()),
+        version=__version__,
     )
     path = run_dir / "report.html"
     temporary = path.with_suffix(".html.tmp")
@@ -140,10 +139,10 @@ def _subtitle(settings: Mapping[str, Any], base: str, history: Sequence[Mapping[
     return escape(" · ".join(parts))
 
 
-def _facts(rating: Rating, record: Mapping[str, Any]) -> str:
+def _facts(rating: Rating, record: Mapping[str, Any], last_step: int) -> str:
     trained = record["step"] > 0
     entries = [
-        ("Best step", f"{record['step']}", "of those scored", ""),
+        ("Best step", f"{record['step']}", f"of {last_step} trained", ""),
         (
             "Subject gained",
             f"{rating.subject_gained:.0%}" if trained else "–",
@@ -174,10 +173,9 @@ def _pairs(
         sides = []
         for kind, label, images in (("before", "Base", before), ("after", f"Step {step}", after)):
             tiles = "".join(_img(images[i], f"{label}: {prompt}", IMAGE_SIDE) for i in rows)
-            fixed = " fixed" if min(images[rows[0]].size) < SMALL else ""
             sides.append(
                 f'<div class="side {kind}"><p class="label">{label}</p>'
-                f'<div class="tiles{fixed}">{tiles}</div></div>'
+                f'<div class="tiles">{tiles}</div></div>'
             )
         parts.append(
             f'<article class="pair"><h3>{escape(prompt)}</h3>'
@@ -186,10 +184,18 @@ def _pairs(
     return "".join(parts)
 
 
-def _tile(images: Sequence[Image.Image]) -> str:
-    """CSS width of one image: small ones at their own size, so that no pixel is blurred."""
+def _layout(images: Sequence[Image.Image], per_prompt: int) -> dict[str, str]:
+    """CSS of the image grid: small images at most at their own size, so that none is blurred."""
     side = images[0].width if images else IMAGE_SIDE
-    return f"{side}px" if side < SMALL else "200px"
+    small = side < SMALL
+    # Four large images stand two by two; cards of a single pair stand beside each other.
+    columns = 2 if per_prompt == 4 and not small else min(per_prompt, 4)
+    return {
+        "columns": str(columns),
+        "tile": f"{side}px" if small else "1fr",
+        "card": f"{2 * side * columns * 0.85 + 60:.0f}px" if small else "440px",
+        "pairs_class": " one" if per_prompt == 1 or (per_prompt == 2 and small) else "",
+    }
 
 
 def _strip(progress: Sequence[tuple[int, Image.Image]], best_step: int) -> str:
@@ -285,7 +291,7 @@ def _protocol(protocol: Mapping[str, Any] | None) -> str:
 
 def _shown(value: Any) -> str:
     """A setting as text; of an absolute path only its last part, which names nobody's home."""
-    text = str(value)
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return f"…/{Path(text).name}" if os.path.isabs(text) else text
 
 
@@ -301,15 +307,7 @@ def _img(image: Image.Image, alt: str, side: int, crop: bool = False) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=92 if small else 84, method=4)
     data = base64.b64encode(buffer.getvalue()).decode()
-    kind = ' class="small"' if small else ""
     return (
-        f'<img{kind} src="data:image/webp;base64,{data}" alt="{escape(alt)}" '
+        f'<img src="data:image/webp;base64,{data}" alt="{escape(alt)}" '
         f'width="{image.width}" height="{image.height}">'
     )
-
-
-def _version() -> str:
-    try:
-        return version("dreamtune")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "(not installed)"
