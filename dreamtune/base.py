@@ -1,0 +1,447 @@
+"""The frozen parts of a Stable Diffusion model: load them from a folder, a single file or the hub; encode; sample."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dreamtune.config import EMBEDDED
+
+CONFIGS = Path(__file__).parent / "configs_sd"
+PACKAGED_MODEL = Path(__file__).parent / "embedded" / "model"
+
+
+@dataclass
+class Base:
+    """A text-to-image model whose parts are frozen. `id` names it in files: a hub id or the last part of a path."""
+
+    unet: Any
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    scheduler: Any
+    id: str
+    embedded: bool
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def latent_scale(self) -> int:
+        """Pixels a latent, along a side."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def resolution(self) -> int:
+        """The side in pixels that the base was trained at."""
+        return int(self.unet.config.sample_size) * self.latent_scale
+
+    @property
+    def prediction_type(self) -> str:
+        return str(self.scheduler.config.get("prediction_type", "epsilon"))
+
+    @property
+    def zero_snr(self) -> bool:
+        """Whether the noisiest step holds no signal at all."""
+        return bool(self.scheduler.config.get("rescale_betas_zero_snr", False))
+
+    def alpha_bar(self) -> Tensor:
+        """(T,) float32: the share of signal of each timestep."""
+        from diffusers import DDPMScheduler
+
+        return (
+            DDPMScheduler.from_config(self.scheduler.config).alphas_cumprod.float().to(self.device)
+        )
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor, batch: int = 4) -> tuple[Tensor, Tensor | None]:
+        """(n, 3, h, w) in [-1, 1] -> latents' mean and spread (n, c, h / 8, w / 8), as the UNet takes them.
+
+        The spread is None for an autoencoder without one. Computed in float32: SD 1.x's overflows in fp16.
+        """
+        config = self.vae.config
+        shift = getattr(config, "shift_factor", None) or 0.0
+        means, stds = [], []
+        with self.on_device(self.vae, torch.float32):
+            for part in pixels.split(batch):
+                encoded = self.vae.encode(part.to(self.device, torch.float32))
+                spread = getattr(encoded, "latent_dist", None)
+                mean = encoded.latents if spread is None else spread.mean
+                means.append((mean - shift) * config.scaling_factor)
+                if spread is not None:
+                    stds.append(spread.std * config.scaling_factor)
+        return torch.cat(means), torch.cat(stds) if stds else None
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """(n, tokens, dim) float32. A prompt that is too long is cut, with a warning."""
+        length = self.tokenizer.model_max_length
+        for prompt in prompts:
+            tokens = self.tokenizer(prompt, truncation=False).input_ids
+            if len(tokens) > length:
+                logging.getLogger("dreamtune").warning(
+                    "The prompt has %d tokens, the text encoder takes %d; its end is not seen: %s",
+                    len(tokens),
+                    length,
+                    prompt,
+                )
+        tokens = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        with self.on_device(self.text_encoder, torch.float32):
+            parts = [self.text_encoder(part.to(self.device))[0] for part in tokens.split(32)]
+        return torch.cat(parts).float()
+
+    @contextlib.contextmanager
+    def on_device(self, *modules_and_dtype: Any) -> Iterator[None]:
+        """The modules (and after them a dtype) on the training device; back on the CPU afterwards."""
+        *modules, dtype = modules_and_dtype
+        before = [next(m.parameters()).dtype for m in modules]
+        for m in modules:
+            move(m, self.device, dtype)
+        try:
+            yield
+        finally:
+            # the CPU copy frees the GPU while training; on the CPU this moves nothing
+            for m, old in zip(modules, before, strict=True):
+                move(m, torch.device("cpu"), old)
+
+    @contextlib.contextmanager
+    def sampling(self, sampler: str = "base") -> Iterator[Any]:
+        """The pipeline, everything on the device for as long as the block runs."""
+        with self.on_device(self.vae, self.text_encoder, self.dtype):
+            training = self.unet.training
+            self.unet.eval()
+            try:
+                yield self.pipeline(sampler)
+            finally:
+                self.unet.train(training)
+
+    def pipeline(self, sampler: str = "base") -> Any:
+        """A StableDiffusionPipeline of these very modules, without a safety checker. sampler: "base" or "dpm++"."""
+        from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        if sampler == "dpm++":
+            scheduler = DPMSolverMultistepScheduler.from_config(self.scheduler.config)
+        with quiet_diffusers():
+            pipe: Any = StableDiffusionPipeline(
+                vae=self.vae,
+                text_encoder=self.text_encoder,
+                tokenizer=self.tokenizer,
+                unet=self.unet,
+                scheduler=scheduler,
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+def move(module: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """`module.to`, where something changes; diffusers warns of every cast."""
+    now = next(module.parameters())
+    if now.device != device or now.dtype != dtype:
+        with quiet_diffusers():
+            module.to(device=device, dtype=dtype)
+
+
+@contextlib.contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Without diffusers' warnings: an AutoencoderTiny in a StableDiffusionPipeline is meant."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    levels = [
+        (module, module.get_verbosity()) for module in (diffusers_logging, transformers_logging)
+    ]
+    bars = transformers_logging.is_progress_bar_enabled()
+    for module, _ in levels:
+        module.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module, level in levels:
+            module.set_verbosity(level)
+        diffusers_logging.enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def load_base(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    prediction_type: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Base:
+    """The base from a folder, a single .safetensors file, a hub id, or "embedded".
+
+    The UNet comes in `dtype` on `device`; autoencoder and text encoder wait on the CPU in float32.
+    Raises ValueError for what is not a Stable Diffusion 1.x/2.x text-to-image model, and for a hub id that cannot be had.
+    """
+    device = torch.device(device)
+    path = PACKAGED_MODEL if name_or_path == EMBEDDED else Path(name_or_path).expanduser()
+    embedded = path.resolve() == PACKAGED_MODEL.resolve()
+    with quiet_diffusers():
+        if path.is_file():
+            parts = load_file(path, prediction_type)
+            name = path.stem
+        else:
+            local = path.is_dir()
+            if not local and (embedded or looks_like_a_path(name_or_path)):
+                raise ValueError(
+                    f"there is no base model at `{name_or_path}`: a folder with model_index.json, "
+                    "a .safetensors file, or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5."
+                )
+            parts = load_folder(str(path) if local else name_or_path, revision, variant, dtype)
+            name = EMBEDDED if embedded else path.resolve().name if local else name_or_path
+    unet, vae, text_encoder, tokenizer, scheduler = parts
+    check_parts(name_or_path, unet, vae)
+    if prediction_type is not None and scheduler.config.get("prediction_type") != prediction_type:
+        scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
+    for module in (unet, vae, text_encoder):
+        module.requires_grad_(False).eval()
+    move(unet, device, dtype)
+    for module in (vae, text_encoder):
+        move(module, torch.device("cpu"), torch.float32)
+    return Base(unet, vae, text_encoder, tokenizer, scheduler, name, embedded, device, dtype)
+
+
+def looks_like_a_path(name: str) -> bool:
+    return (
+        name.startswith(("/", ".", "~"))
+        or name.count("/") != 1
+        or name.endswith((".safetensors", ".ckpt"))
+    )
+
+
+def load_folder(
+    source: str, revision: str | None, variant: str | None, dtype: torch.dtype
+) -> tuple[Any, ...]:
+    """unet, vae, text encoder, tokenizer, scheduler of a diffusers folder or hub id."""
+    import diffusers
+    import transformers
+
+    index = read_index(source, revision)
+    kind = index.get("_class_name", "?")
+    if not kind.startswith("StableDiffusionPipeline"):
+        raise ValueError(
+            f"`{source}` is a {kind}; a Stable Diffusion 1.x/2.x text-to-image model is needed "
+            "(StableDiffusionPipeline)."
+        )
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    options["local_files_only"] = not hub_answers()
+    weights = options | ({"variant": variant} if variant else {})
+    with explained(source):
+        vae_class = getattr(diffusers, index["vae"][1])
+        scheduler_class = getattr(diffusers, index["scheduler"][1])
+        return (
+            diffusers.UNet2DConditionModel.from_pretrained(
+                source, subfolder="unet", torch_dtype=dtype, **weights
+            ),
+            vae_class.from_pretrained(
+                source, subfolder="vae", torch_dtype=torch.float32, **weights
+            ),
+            transformers.CLIPTextModel.from_pretrained(
+                source, subfolder="text_encoder", torch_dtype=torch.float32, **weights
+            ),
+            transformers.CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **options),
+            scheduler_class.from_pretrained(source, subfolder="scheduler", **options),
+        )
+
+
+def read_index(source: str, revision: str | None = None) -> dict[str, Any]:
+    """model_index.json of a folder or a hub id."""
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(
+                f"`{source}` has no model_index.json: it is not a diffusers model folder."
+            )
+        return dict(json.loads((folder / "model_index.json").read_text()))
+    from huggingface_hub import hf_hub_download
+
+    with explained(source):
+        file = hf_hub_download(
+            source, "model_index.json", revision=revision, local_files_only=not hub_answers()
+        )
+        return dict(json.loads(Path(file).read_text()))
+
+
+@lru_cache(maxsize=1)
+def hub_answers() -> bool:
+    """Whether the hub can be reached: asked once, as its client retries for half a minute before it gives up."""
+    if any(os.environ.get(k) for k in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # only the client knows how to get out through a proxy
+    address = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        socket.create_connection((address.hostname or "", address.port or 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def explained(source: str) -> Iterator[None]:
+    """Loading errors of libraries -> a ValueError that says what to do."""
+    try:
+        yield
+    except ValueError as error:
+        if Path(source).is_dir() or "model_index" in str(error):
+            raise ValueError(f"`{source}` could not be loaded: {error}") from error
+        raise
+    except (OSError, RuntimeError) as error:  # hub and network errors are OSErrors
+        if Path(source).is_dir():
+            raise ValueError(f"`{source}` could not be loaded: {error}") from error
+        reason = str(error).strip().split("\n")[0]
+        offline = (
+            " HF_HUB_OFFLINE is set."
+            if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+            else ""
+        )
+        raise ValueError(
+            f"`{source}` is not a folder or file here, and could not be had from the hub ({type(error).__name__}: "
+            f"{reason}).{offline} With network: check the name, and `hf auth login` for a gated model. Without: run "
+            f"`hf download {source} --local-dir FOLDER` where there is one and give that FOLDER, or a single "
+            ".safetensors file, or set HF_HOME to a cache that holds it; `embedded` needs no download."
+        ) from error
+
+
+def check_parts(source: str, unet: Any, vae: Any) -> None:
+    if unet.config.in_channels != vae.config.latent_channels:
+        raise ValueError(
+            f"`{source}`: the UNet takes {unet.config.in_channels} channels, its autoencoder gives "
+            f"{vae.config.latent_channels}: inpainting, depth and image-conditioned models cannot be tuned here."
+        )
+    if unet.config.addition_embed_type is not None or isinstance(
+        unet.config.cross_attention_dim, (list, tuple)
+    ):
+        raise ValueError(
+            f"`{source}` is not a Stable Diffusion 1.x/2.x model (SDXL?), and cannot be tuned here."
+        )
+
+
+def load_file(path: Path, prediction_type: str | None) -> tuple[Any, ...]:
+    """The parts of a single-file checkpoint (original layout), with the configs and tokenizer of its family.
+
+    A file does not say what it predicts: 1.x is read as epsilon; 2.x as v-prediction, and as epsilon if asked.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"`{path}` is not a .safetensors file; convert it (a .ckpt can run code when it is read)."
+        )
+    family = family_of(path)
+    if prediction_type == "epsilon" and family == "v2":
+        family = "v2-base"
+    tokenizer = clip_tokenizer(pad="!" if family.startswith("v2") else "<|endoftext|>")
+    pipe = StableDiffusionPipeline.from_single_file(
+        str(path),
+        config=str(CONFIGS / family),
+        tokenizer=tokenizer,
+        safety_checker=None,
+        feature_extractor=None,
+        local_files_only=True,
+        torch_dtype=torch.float32,
+    )
+    return pipe.unet, pipe.vae, pipe.text_encoder, tokenizer, pipe.scheduler
+
+
+def family_of(path: Path) -> str:
+    """ "v1" or "v2": the folder of configs for a single file, by the shapes of its header alone."""
+    from safetensors import SafetensorError, safe_open
+
+    key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    try:
+        with safe_open(str(path), "pt") as f:
+            names = set(f.keys())
+            if (
+                key not in names
+                or "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight"
+                in names
+            ):
+                raise ValueError(
+                    f"`{path}` is not a Stable Diffusion 1.x/2.x checkpoint: it has no `{key}`. A LoRA, an SDXL model "
+                    "or a lone UNet cannot be the base."
+                )
+            width = f.get_slice(key).get_shape()[1]
+    except SafetensorError as error:
+        raise ValueError(f"`{path}` is damaged or not a safetensors file: {error}") from None
+    families = {768: "v1", 1024: "v2"}
+    if width not in families:
+        raise ValueError(
+            f"`{path}`: text width {width} is neither Stable Diffusion 1.x (768) nor 2.x (1024)."
+        )
+    return families[width]
+
+
+@lru_cache(maxsize=2)
+def clip_tokenizer(pad: str = "<|endoftext|>") -> Any:
+    """CLIP's tokenizer of Stable Diffusion, from the merges that open_clip ships. pad: "!" for 2.x."""
+    import tempfile
+
+    import open_clip
+    from transformers import CLIPTokenizer
+
+    packed = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
+    merges = (
+        gzip.decompress(packed.read_bytes()).decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
+    )
+    letters = list(byte_letters().values())
+    words = letters + [c + "</w>" for c in letters] + ["".join(m.split()) for m in merges]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    with tempfile.TemporaryDirectory() as folder:
+        vocab, merge_file = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        vocab.write_text(json.dumps({w: i for i, w in enumerate(words)}), encoding="utf-8")
+        merge_file.write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+        Path(folder, "tokenizer_config.json").write_text(
+            json.dumps(
+                {
+                    "tokenizer_class": "CLIPTokenizer",
+                    "model_max_length": 77,
+                    "pad_token": pad,
+                    "bos_token": "<|startoftext|>",
+                    "eos_token": "<|endoftext|>",
+                    "unk_token": "<|endoftext|>",
+                }
+            )
+        )
+        return CLIPTokenizer.from_pretrained(folder)
+
+
+def byte_letters() -> dict[int, str]:
+    """byte -> printable letter, as in GPT-2's and CLIP's byte-level vocabularies."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in plain]
+    return {**{b: chr(b) for b in plain}, **{b: chr(256 + i) for i, b in enumerate(rest)}}
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Whole or not at all: a class image that was cut off must not be taken for one."""
+    partial = path.with_name(f".{path.name}.part")
+    image.save(partial, "PNG")
+    os.replace(partial, path)

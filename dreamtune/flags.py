@@ -1,0 +1,198 @@
+"""The flags of `dreamtune train`: built from the config's fields and the methods' signatures, without importing torch."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dreamtune.config import FIELDS, HINTS, Config, from_mapping, nearest, plain_default, read_yaml
+
+# Flags of diffusers' train_dreambooth_lora.py that have no counterpart here, and what to do instead.
+OTHERS = {
+    "train_text_encoder": "the text encoder stays frozen; drop the flag",
+    "cache_latents": "latents are always cached; drop the flag",
+    "pre_compute_text_embeddings": "prompt embeddings are always cached; drop the flag",
+    "num_train_epochs": "use --max_train_steps",
+    "validation_epochs": "use --validation_steps",
+    "lora_alpha": "use --alpha, an option of --method lora",
+    "use_dora": "use --method (`dreamtune methods` lists them)",
+    "lora_layers": "use --target_modules",
+    "lora_dropout": "adapters have no dropout; drop the flag",
+    "use_8bit_adam": "the optimizer holds only the adapter, a few MB; drop the flag",
+    "optimizer": "the optimizer is AdamW; drop the flag",
+    "scale_lr": "set --learning_rate itself",
+    "lr_num_cycles": "use --lr_scheduler cosine (one half cycle) or constant",
+    "lr_power": "use --lr_scheduler linear or cosine",
+    "dataloader_num_workers": "latents are cached, nothing is loaded while training; drop the flag",
+    "enable_xformers_memory_efficient_attention": "torch's own attention is used; drop the flag",
+    "allow_tf32": "TF32 is on by default on GPUs that have it; drop the flag",
+    "prior_generation_precision": "class images are made in --mixed_precision",
+    "local_rank": "set the LOCAL_RANK variable, or --device cuda:N",
+    "logging_dir": "logs go to <output_dir>/logs; use --output_dir",
+    "push_to_hub": "upload the run's folder with `hf upload`",
+    "hub_token": "upload the run's folder with `hf upload`",
+    "hub_model_id": "upload the run's folder with `hf upload`",
+    "tokenizer_name": "the tokenizer comes with --pretrained_model_name_or_path",
+    "tokenizer_max_length": "the length is the text encoder's own; drop the flag",
+    "text_encoder_use_attention_mask": "Stable Diffusion 1.x and 2.x use none; drop the flag",
+    "validation_images": "validation images are made from --validation_prompt",
+    "class_labels_conditioning": "Stable Diffusion 1.x and 2.x have no class labels; drop the flag",
+    "image_interpolation_mode": "photos are resized with Lanczos; drop the flag",
+    "train_data_dir": "use --instance_data_dir",
+    "network_dim": "use --rank",
+    "network_alpha": "use --alpha",
+}
+
+
+class FlagError(ValueError):
+    """A flag that cannot be used; the message says which and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises instead of printing its whole usage."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise FlagError(message)
+
+
+def options_of_methods() -> dict[str, dict[str, Any]]:
+    """method -> option -> default, read from the signatures in adapters/*.py.
+
+    Parsed, not imported: importing them costs a second of torch, which `--help` must not take.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted((Path(__file__).parent / "adapters").glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                name = next((constant(s.value) for s in node.body if assigns_name(s)), None)
+                init = next(
+                    (
+                        s
+                        for s in node.body
+                        if isinstance(s, ast.FunctionDef) and s.name == "__init__"
+                    ),
+                    None,
+                )
+                if isinstance(name, str):
+                    found[name] = keyword_defaults(init) if init else {}
+    return found
+
+
+def assigns_name(statement: ast.stmt) -> typing.TypeGuard[ast.Assign | ast.AnnAssign]:
+    if isinstance(statement, ast.Assign):
+        targets: list[ast.expr] = statement.targets
+    else:
+        targets = (
+            [statement.target] if isinstance(statement, ast.AnnAssign) and statement.value else []
+        )
+    return any(isinstance(t, ast.Name) and t.id == "name" for t in targets)
+
+
+def constant(node: ast.expr | None) -> Any:
+    try:
+        return ast.literal_eval(node) if node is not None else None
+    except ValueError:
+        return None
+
+
+def keyword_defaults(init: ast.FunctionDef) -> dict[str, Any]:
+    pairs = zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True)
+    return {a.arg: constant(d) for a, d in pairs if a.arg not in ("slots", "generator")}
+
+
+def shown_default(name: str) -> str:
+    value, shown = plain_default(name), FIELDS[name].metadata["shown"]
+    if shown:
+        return str(shown)
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(value) if isinstance(value, list) else str(value)
+
+
+def train_parser() -> Parser:
+    parser = Parser(
+        prog="dreamtune train",
+        add_help=True,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Teach a Stable Diffusion model one subject from a few photos. Without any flag: the embedded "
+        "base\nand the subject that ships with it. Flags are spelled as in diffusers' DreamBooth script; defaults "
+        "are ours.",
+        epilog="options of the methods, each a flag (--rank 8):\n"
+        + "\n".join(
+            f"  {method:<12}" + (" ".join(f"--{k} {v}" for k, v in options.items()) or "none")
+            for method, options in options_of_methods().items()
+        ),
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="YAML file of the same names; flags override it [default: none]",
+    )
+    groups: dict[str, Any] = {}
+    for name, f in FIELDS.items():
+        if name == "options":
+            continue
+        group = groups.setdefault(
+            f.metadata["group"], parser.add_argument_group(f.metadata["group"])
+        )
+        text = f"{f.metadata['help']} [default: {shown_default(name)}]".replace("%", "%%")
+        hint = HINTS[name]
+        if hint is bool:
+            group.add_argument(f"--{name}", action="store_true", default=None, help=text)
+            group.add_argument(
+                f"--no_{name}",
+                dest=name,
+                action="store_false",
+                default=None,
+                help=argparse.SUPPRESS,
+            )
+        elif typing.get_origin(hint) is list:
+            group.add_argument(f"--{name}", nargs="+", default=None, metavar="X", help=text)
+        else:
+            meta = "{" + ",".join(f.metadata["choices"]) + "}" if f.metadata["choices"] else "X"
+            group.add_argument(f"--{name}", default=None, metavar=meta, help=text)
+    return parser
+
+
+def train_config(argv: Sequence[str]) -> Config:
+    """The config that the flags (and the YAML files they name) ask for. ValueError for anything not understood."""
+    import yaml
+
+    methods = options_of_methods()
+    parser = train_parser()
+    known, extra = parser.parse_known_args(argv)
+    values: dict[str, Any] = {}
+    for path in known.config:
+        values |= read_yaml(path)
+    values |= {k: v for k, v in vars(known).items() if k != "config" and v is not None}
+    every = {k for o in methods.values() for k in o}
+    while extra:
+        flag = extra.pop(0)
+        if not flag.startswith("--"):
+            raise FlagError(f"`{flag}` belongs to no flag. A value with spaces needs quotes.")
+        name, joined, value = flag[2:].partition("=")
+        name = name.replace("-", "_")
+        if name in FIELDS:
+            raise FlagError(f"flags are spelled with underscores: --{name}.")
+        if name in OTHERS:
+            raise FlagError(f"--{name} is a flag of another trainer: {OTHERS[name]}.")
+        if name not in every:
+            raise FlagError(f"unknown flag --{name}.{nearest(name, [*FIELDS, *every, 'config'])}")
+        if not joined:
+            if not extra or extra[0].startswith("--"):
+                raise FlagError(f"--{name} needs a value.")
+            value = extra.pop(0)
+        values.setdefault("options", {})[name] = yaml.safe_load(value)
+    method = values.get("method", FIELDS["method"].default)
+    if method not in methods:
+        raise FlagError(
+            f"unknown method `{method}`.{nearest(method, methods)} There are {', '.join(methods)}."
+        )
+    return from_mapping({**values, **values.pop("options", {})}, methods)

@@ -1,0 +1,99 @@
+"""Images from a trained adapter on its base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dreamtune import runstate
+from dreamtune.base import load_base, save_png
+from dreamtune.config import read_yaml
+from dreamtune.sample import grid, sample
+
+
+def adapter_file(path: Path) -> Path:
+    """The adapter that a path means: a file, or in a folder its best/, else its own."""
+    if path.is_file():
+        return path
+    for place in (path / runstate.BEST, path):
+        for name in (runstate.ADAPTER, runstate.LORA):
+            if (place / name).is_file():
+                return place / name
+    raise ValueError(
+        f"no adapter at `{path}`: a .safetensors file, or a folder with {runstate.ADAPTER} or "
+        f"{runstate.LORA}, itself or in best/."
+    )
+
+
+def run_settings(file: Path) -> dict[str, Any]:
+    """config.yaml of the run that a file lies in, or {}."""
+    for folder in list(file.resolve().parents)[:3]:
+        if (folder / runstate.CONFIG).is_file():
+            return read_yaml(folder / runstate.CONFIG)
+    return {}
+
+
+def base_of_run(file: Path) -> str:
+    base = run_settings(file).get("pretrained_model_name_or_path")
+    if base is None:
+        raise ValueError(
+            f"`{file}` does not lie in the folder of a run: name its base with "
+            "--pretrained_model_name_or_path."
+        )
+    return str(base)
+
+
+def generate(
+    adapter: Path,
+    prompts: Sequence[str],
+    *,
+    base: str | None = None,
+    num_images: int = 4,
+    scale: float = 1.0,
+    seed: int = 0,
+    resolution: int | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    output_dir: Path = Path("generated"),
+) -> list[Path]:
+    """`num_images` PNG files a prompt, with the run's sampling settings unless others are given. Returns the paths."""
+    from dreamtune.config import Config
+    from dreamtune.pipeline import load
+    from dreamtune.prepare import SMALL, device_and_dtype
+
+    file = adapter_file(adapter)
+    settings = run_settings(file)
+    device, dtype = device_and_dtype(Config(pretrained_model_name_or_path="embedded"))
+    model = load_base(
+        base or base_of_run(file),
+        revision=settings.get("revision"),
+        variant=settings.get("variant"),
+        prediction_type=settings.get("prediction_type"),
+        dtype=dtype,
+        device=device,
+    )
+    size = resolution or settings.get("resolution") or model.resolution
+    names, seeds = grid(prompts, range(seed, seed + num_images))
+    sampler = settings.get("sampler") or ("base" if model.zero_snr else "dpm++")
+    guidance = guidance_scale or settings.get("guidance_scale") or (4.0 if size <= SMALL else 7.5)
+    with model.sampling(sampler) as pipe:
+        load(pipe, file, scale=scale)
+        images = sample(
+            pipe,
+            names,
+            seeds,
+            steps=steps or settings.get("num_inference_steps") or 25,
+            size=size,
+            guidance_scale=guidance,
+            guidance_rescale=settings.get("guidance_rescale") or 0.0,
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    number = 0
+    for image in images:
+        while (path := output_dir / f"{number:04d}.png").exists():
+            number += 1
+        save_png(image, path)
+        paths.append(path)
+    return paths

@@ -1,0 +1,284 @@
+"""Before the loop: defaults that depend on the base, the subject's words, latents and embeddings, class images."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dreamtune.base import Base, save_png
+from dreamtune.config import Config
+from dreamtune.data import Photo, read_folder, views
+from dreamtune.metrics.scorers import without_identifier
+from dreamtune.sample import sample
+from dreamtune.step import Cache, mix
+
+# Of the 15 prompts that DreamBooth's evaluation asks of animals and of objects alike.
+PROMPTS = (
+    "a {} in the jungle",
+    "a {} in the snow",
+    "a {} on the beach",
+    "a {} on a cobblestone street",
+    "a {} on top of a wooden floor",
+    "a {} with a city in the background",
+    "a {} on top of a purple rug in a forest",
+    "a red {}",
+)
+SMALL = 256  # pixels; a base of this size or less takes a step in a fraction of a second
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The words of a subject. name: "sks dog", identifier: "sks", class_name: "dog"."""
+
+    name: str
+    identifier: str
+
+    @property
+    def class_name(self) -> str:
+        return without_identifier(self.name, self.identifier)
+
+
+def with_subject(config: Config) -> tuple[Config, Path]:
+    """The config with the words of an embedded subject, and the folder of the photos.
+
+    `instance_data_dir` "embedded:ID", or nothing with the embedded base: a subject that ships with the package.
+    """
+    name = config.instance_data_dir
+    if name is not None and not name.startswith("embedded:"):
+        return config, Path(name).expanduser()
+    from dreamtune import embedded
+
+    subject = embedded.subject(name.partition(":")[2] if name else None)
+    config = dataclasses.replace(
+        config,
+        instance_data_dir=f"embedded:{subject.id}",
+        identifier=config.identifier or subject.identifier,
+        instance_prompt=config.instance_prompt or f"a {subject.name}",
+    )
+    return config, subject.folder
+
+
+def subject_of(config: Config, photos: Sequence[Photo]) -> Subject:
+    """The subject's words, from the prompts. Raises ValueError if there is no telling the identifier."""
+    if config.instance_prompt is None and any(p.caption is None for p in photos):
+        missing = next(p.path for p in photos if p.caption is None)
+        raise ValueError(
+            f"`instance_prompt` is missing (for instance 'a sks dog'), and `{missing.name}` has no "
+            "caption file."
+        )
+    prompt = config.instance_prompt or common_words(
+        [p.caption or "" for p in photos], config.identifier or "sks"
+    )
+    identifier = config.identifier
+    if (
+        identifier is None
+        and config.class_prompt is not None
+        and config.instance_prompt is not None
+    ):
+        known = config.class_prompt.lower().split()
+        identifier = " ".join(w for w in prompt.split() if w.lower() not in known) or None
+    identifier = identifier or "sks"
+    words, wanted = prompt.split(), identifier.split()
+    places = [i for i in range(len(words)) if words[i : i + len(wanted)] == wanted]
+    if not places:
+        raise ValueError(
+            f"the identifier `{identifier}` is not in the prompt `{prompt}`: name the rare word that stands "
+            "for the subject with --identifier."
+        )
+    return Subject(" ".join(words[places[0] :]), identifier)
+
+
+def common_words(captions: Sequence[str], identifier: str) -> str:
+    """The words from the identifier on that all captions share: "sks fox" of "a sks fox on a red ...", ..."""
+    tails = [c[c.find(identifier) :].split() if identifier in c.split() else [] for c in captions]
+    shared = []
+    for column in zip(*tails):
+        if len(set(column)) > 1:
+            break
+        shared.append(column[0])
+    return " ".join(shared)
+
+
+def resolve(config: Config, base: Base, subject: Subject, run_dir: Path) -> Config:
+    """Every `None` with a default filled in. What is written to config.yaml."""
+    from dreamtune.adapters import find_method, resolve_options
+
+    method = find_method(config.method)
+    resolution = config.resolution or base.resolution
+    small = resolution <= SMALL
+    steps = config.max_train_steps or (240 if small else 1000)
+    scorers = ("facebook/dino-vits16", "ViT-B-32:openai")
+    templates: Sequence[str] = PROMPTS
+    if base.embedded:
+        from dreamtune import embedded
+
+        scorers = ("embedded", "embedded")
+        templates = embedded.prompts()[:8] if not config.validation_prompt else ()
+    every = config.validation_steps if config.validation_steps is not None else max(1, steps // 4)
+    defaults = {
+        "resolution": resolution,
+        "max_train_steps": steps,
+        "validation_steps": every,
+        "train_batch_size": 4 if small else 1,
+        "learning_rate": method.learning_rate,
+        "prediction_type": base.prediction_type,
+        "dino": scorers[0],
+        "clip": scorers[1],
+        "sampler": "base" if base.zero_snr else "dpm++",
+        "guidance_scale": 4.0 if small else 7.5,
+        "guidance_rescale": 0.3 if base.zero_snr else 0.0,
+        "checkpointing_steps": every,
+        "mixed_precision": PRECISIONS[base.dtype],
+        "device": base.device.type,
+    }
+    if config.with_prior_preservation:
+        before, _, _ = (config.instance_prompt or "a " + subject.name).partition(subject.name)
+        defaults |= {
+            "class_prompt": (before + subject.class_name).strip(),
+            "class_data_dir": str(run_dir / "class"),
+        }
+    filled: dict[str, Any] = {k: v for k, v in defaults.items() if getattr(config, k) is None}
+    return dataclasses.replace(
+        config,
+        **filled,
+        identifier=subject.identifier,
+        validation_prompt=config.validation_prompt or list(templates),
+        output_dir=str(run_dir),
+        options=resolve_options(method, config.options),
+    )
+
+
+PRECISIONS = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def device_and_dtype(config: Config) -> tuple[torch.device, torch.dtype]:
+    """Where and in what precision the base computes. Raises ValueError for several processes, or a missing GPU."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "one process trains one subject: start without accelerate's --multi_gpu, or with "
+            "--num_processes 1."
+        )
+    gpu = torch.cuda.is_available()
+    name = config.device or (f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if gpu else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"`device` must be cpu, cuda or cuda:N, got {name!r}.") from None
+    if device.type == "cuda" and not gpu:
+        raise ValueError("`device` is cuda, but torch sees no GPU here.")
+    named = {v: k for k, v in PRECISIONS.items()}
+    if config.mixed_precision is not None:
+        return device, named[config.mixed_precision]
+    if device.type != "cuda":
+        return device, torch.float32
+    return device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def build_cache(
+    config: Config, base: Base, photos: Sequence[Photo], class_photos: Sequence[Photo]
+) -> tuple[Cache, list[list[torch.Tensor]]]:
+    """Latents and embeddings of one subject on the device, and the pools (photos, then class images) to draw from."""
+    assert config.resolution is not None
+    crops = 0 if config.center_crop else config.crops
+    parts = [
+        views(
+            list(photos),
+            config.resolution,
+            config.instance_prompt,
+            crops=crops,
+            flip=config.random_flip,
+            seed=config.seed,
+        )
+    ]
+    if class_photos:
+        parts.append(
+            views(
+                list(class_photos),
+                config.resolution,
+                config.class_prompt,
+                crops=crops,
+                seed=config.seed,
+            )
+        )
+    mean, std = base.encode_images(torch.cat([p.pixels for p in parts]))
+    captions = [c for p in parts for c in p.captions]
+    distinct = list(dict.fromkeys(captions))
+    cache = Cache(
+        mean,
+        std,
+        torch.tensor([distinct.index(c) for c in captions], device=base.device),
+        base.encode_prompts(distinct),
+    )
+    pools, start = [], 0
+    for part in parts:
+        weights = torch.tensor(part.weights, device=base.device)
+        pools.append(
+            [torch.arange(len(weights), device=base.device).repeat_interleave(weights) + start]
+        )
+        start += len(weights)
+    return cache, pools
+
+
+def class_images(config: Config, base: Base) -> list[Photo]:
+    """The class images, made by the base where the folder holds too few. Image i depends on (seed, i) alone."""
+    assert config.class_data_dir is not None and config.class_prompt is not None
+    folder = Path(config.class_data_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / ".dreamtune.json"
+    origin = {
+        "prompt": config.class_prompt,
+        "base": base.id,
+        "seed": config.seed,
+        "resolution": config.resolution,
+    }
+    if note.is_file() and json.loads(note.read_text()) != origin:
+        was = json.loads(note.read_text())
+        differs = ", ".join(
+            f"{k} {was.get(k)!r}, now {v!r}" for k, v in origin.items() if was.get(k) != v
+        )
+        raise ValueError(
+            f"the class images in `{folder}` were made otherwise: {differs}. Name another --class_data_dir."
+        )
+    own = [p for p in folder.iterdir() if p.name.startswith("class-") and p.suffix == ".png"]
+    others = [
+        p for p in folder.iterdir() if p not in own and not p.name.startswith(".") and p.is_file()
+    ]
+    have = len(own) + len([p for p in others if p.suffix.lower() != ".txt"])
+    missing = [
+        i for i in range(config.num_class_images) if not (folder / f"class-{i:05d}.png").exists()
+    ]
+    missing = missing[: max(0, config.num_class_images - have)]
+    if missing:
+        print(f"Making {len(missing)} class images of `{config.class_prompt}` in {folder}")
+        note.write_text(json.dumps(origin))
+        embeds = base.encode_prompts([config.class_prompt]).to(base.dtype)
+        with base.sampling(config.sampler or "base") as pipe:
+            for start in range(0, len(missing), config.sample_batch_size):
+                part = missing[start : start + config.sample_batch_size]
+                images = sample(
+                    pipe,
+                    [config.class_prompt] * len(part),
+                    [mix(config.seed, i) for i in part],
+                    prompt_embeds=embeds.expand(len(part), -1, -1),
+                    batch_size=len(part),
+                    **sampling_options(config),
+                )
+                for i, image in zip(part, images, strict=True):
+                    save_png(image, folder / f"class-{i:05d}.png")
+    return read_folder(folder).photos[: config.num_class_images]
+
+
+def sampling_options(config: Config) -> dict[str, Any]:
+    return {
+        "steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+        "guidance_rescale": config.guidance_rescale,
+        "size": config.resolution,
+    }
