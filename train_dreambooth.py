@@ -1,4 +1,4 @@
-"""`dreamtune train` under the name that users of diffusers' examples know; `accelerate launch` works too."""
+"""`dreamtune train` under the name that users of diffusers' examples know."""
 
 import sys
 

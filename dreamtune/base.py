@@ -1,9 +1,8 @@
-"""The frozen parts of a Stable Diffusion model: load them from a folder, a single file or the hub; encode; sample."""
+"""The frozen parts of a Stable Diffusion model: load, encode images and prompts, sample."""
 
 from __future__ import annotations
 
 import contextlib
-import gzip
 import json
 import logging
 import os
@@ -20,14 +19,16 @@ from PIL import Image
 from torch import Tensor
 
 from dreamtune.config import EMBEDDED
+from dreamtune.single_file import load_file
 
-CONFIGS = Path(__file__).parent / "configs_sd"
 PACKAGED_MODEL = Path(__file__).parent / "embedded" / "model"
 
 
 @dataclass
 class Base:
-    """A text-to-image model whose parts are frozen. `id` names it in files: a hub id or the last part of a path."""
+    """A text-to-image model whose parts are frozen. `id` names it in files: a hub id or the last
+    part of a path.
+    """
 
     unet: Any
     vae: Any
@@ -68,14 +69,16 @@ class Base:
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor, batch: int = 4) -> tuple[Tensor, Tensor | None]:
-        """(n, 3, h, w) in [-1, 1] -> latents' mean and spread (n, c, h / 8, w / 8), as the UNet takes them.
+        """(n, 3, h, w) in [-1, 1] -> latents' mean and spread (n, c, h / 8, w / 8), as the UNet
+        takes them.
 
-        The spread is None for an autoencoder without one. Computed in float32: SD 1.x's overflows in fp16.
+        The spread is None for an autoencoder without one. Computed in float32: SD 1.x's overflows
+        in fp16.
         """
         config = self.vae.config
         shift = getattr(config, "shift_factor", None) or 0.0
         means, stds = [], []
-        with self.on_device(self.vae, torch.float32):
+        with self.on_device(torch.float32, self.vae):
             for part in pixels.split(batch):
                 encoded = self.vae.encode(part.to(self.device, torch.float32))
                 spread = getattr(encoded, "latent_dist", None)
@@ -105,14 +108,13 @@ class Base:
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        with self.on_device(self.text_encoder, torch.float32):
+        with self.on_device(torch.float32, self.text_encoder):
             parts = [self.text_encoder(part.to(self.device))[0] for part in tokens.split(32)]
         return torch.cat(parts).float()
 
     @contextlib.contextmanager
-    def on_device(self, *modules_and_dtype: Any) -> Iterator[None]:
-        """The modules (and after them a dtype) on the training device; back on the CPU afterwards."""
-        *modules, dtype = modules_and_dtype
+    def on_device(self, dtype: torch.dtype, *modules: Any) -> Iterator[None]:
+        """The modules on the training device in `dtype`; back on the CPU afterwards."""
         before = [next(m.parameters()).dtype for m in modules]
         for m in modules:
             move(m, self.device, dtype)
@@ -126,7 +128,7 @@ class Base:
     @contextlib.contextmanager
     def sampling(self, sampler: str = "base") -> Iterator[Any]:
         """The pipeline, everything on the device for as long as the block runs."""
-        with self.on_device(self.vae, self.text_encoder, self.dtype):
+        with self.on_device(self.dtype, self.vae, self.text_encoder):
             training = self.unet.training
             self.unet.eval()
             try:
@@ -135,7 +137,9 @@ class Base:
                 self.unet.train(training)
 
     def pipeline(self, sampler: str = "base") -> Any:
-        """A StableDiffusionPipeline of these very modules, without a safety checker. sampler: "base" or "dpm++"."""
+        """A StableDiffusionPipeline of these very modules, without a safety checker. sampler:
+        "base" or "dpm++".
+        """
         from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
@@ -200,7 +204,8 @@ def load_base(
     """The base from a folder, a single .safetensors file, a hub id, or "embedded".
 
     The UNet comes in `dtype` on `device`; autoencoder and text encoder wait on the CPU in float32.
-    Raises ValueError for what is not a Stable Diffusion 1.x/2.x text-to-image model, and for a hub id that cannot be had.
+    Raises ValueError for what is not a Stable Diffusion 1.x/2.x text-to-image model, and for a hub
+    id that cannot be had.
     """
     device = torch.device(device)
     path = PACKAGED_MODEL if name_or_path == EMBEDDED else Path(name_or_path).expanduser()
@@ -214,7 +219,8 @@ def load_base(
             if not local and (embedded or looks_like_a_path(name_or_path)):
                 raise ValueError(
                     f"there is no base model at `{name_or_path}`: a folder with model_index.json, "
-                    "a .safetensors file, or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5."
+                    "a .safetensors file, or a hub id such as "
+                    "stable-diffusion-v1-5/stable-diffusion-v1-5."
                 )
             parts = load_folder(str(path) if local else name_or_path, revision, variant, dtype)
             name = EMBEDDED if embedded else path.resolve().name if local else name_or_path
@@ -293,7 +299,9 @@ def read_index(source: str, revision: str | None = None) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def hub_answers() -> bool:
-    """Whether the hub can be reached: asked once, as its client retries for half a minute before it gives up."""
+    """Whether the hub can be reached: asked once, as its client retries for half a minute before it
+    gives up.
+    """
     if any(os.environ.get(k) for k in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True  # only the client knows how to get out through a proxy
     address = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
@@ -323,10 +331,14 @@ def explained(source: str) -> Iterator[None]:
             else ""
         )
         raise ValueError(
-            f"`{source}` is not a folder or file here, and could not be had from the hub ({type(error).__name__}: "
-            f"{reason}).{offline} With network: check the name, and `hf auth login` for a gated model. Without: run "
-            f"`hf download {source} --local-dir FOLDER` where there is one and give that FOLDER, or a single "
-            ".safetensors file, or set HF_HOME to a cache that holds it; `embedded` needs no download."
+            f"`{source}` is not a folder or file here, and could not be had from the hub "
+            f"({type(error).__name__}: "
+            f"{reason}).{offline} With network: check the name, and `hf auth login` for a gated "
+            f"model. Without: run "
+            f"`hf download {source} --local-dir FOLDER` where there is one and give that FOLDER, "
+            f"or a single "
+            ".safetensors file, or set HF_HOME to a cache that holds it; `embedded` needs no "
+            "download."
         ) from error
 
 
@@ -334,7 +346,8 @@ def check_parts(source: str, unet: Any, vae: Any) -> None:
     if unet.config.in_channels != vae.config.latent_channels:
         raise ValueError(
             f"`{source}`: the UNet takes {unet.config.in_channels} channels, its autoencoder gives "
-            f"{vae.config.latent_channels}: inpainting, depth and image-conditioned models cannot be tuned here."
+            f"{vae.config.latent_channels}: inpainting, depth and image-conditioned models cannot "
+            f"be tuned here."
         )
     if unet.config.addition_embed_type is not None or isinstance(
         unet.config.cross_attention_dim, (list, tuple)
@@ -342,102 +355,6 @@ def check_parts(source: str, unet: Any, vae: Any) -> None:
         raise ValueError(
             f"`{source}` is not a Stable Diffusion 1.x/2.x model (SDXL?), and cannot be tuned here."
         )
-
-
-def load_file(path: Path, prediction_type: str | None) -> tuple[Any, ...]:
-    """The parts of a single-file checkpoint (original layout), with the configs and tokenizer of its family.
-
-    A file does not say what it predicts: 1.x is read as epsilon; 2.x as v-prediction, and as epsilon if asked.
-    """
-    from diffusers import StableDiffusionPipeline
-
-    if path.suffix != ".safetensors":
-        raise ValueError(
-            f"`{path}` is not a .safetensors file; convert it (a .ckpt can run code when it is read)."
-        )
-    family = family_of(path)
-    if prediction_type == "epsilon" and family == "v2":
-        family = "v2-base"
-    tokenizer = clip_tokenizer(pad="!" if family.startswith("v2") else "<|endoftext|>")
-    pipe = StableDiffusionPipeline.from_single_file(
-        str(path),
-        config=str(CONFIGS / family),
-        tokenizer=tokenizer,
-        safety_checker=None,
-        feature_extractor=None,
-        local_files_only=True,
-        torch_dtype=torch.float32,
-    )
-    return pipe.unet, pipe.vae, pipe.text_encoder, tokenizer, pipe.scheduler
-
-
-def family_of(path: Path) -> str:
-    """ "v1" or "v2": the folder of configs for a single file, by the shapes of its header alone."""
-    from safetensors import SafetensorError, safe_open
-
-    key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-    try:
-        with safe_open(str(path), "pt") as f:
-            names = set(f.keys())
-            if (
-                key not in names
-                or "conditioner.embedders.0.transformer.text_model.embeddings.position_embedding.weight"
-                in names
-            ):
-                raise ValueError(
-                    f"`{path}` is not a Stable Diffusion 1.x/2.x checkpoint: it has no `{key}`. A LoRA, an SDXL model "
-                    "or a lone UNet cannot be the base."
-                )
-            width = f.get_slice(key).get_shape()[1]
-    except SafetensorError as error:
-        raise ValueError(f"`{path}` is damaged or not a safetensors file: {error}") from None
-    families = {768: "v1", 1024: "v2"}
-    if width not in families:
-        raise ValueError(
-            f"`{path}`: text width {width} is neither Stable Diffusion 1.x (768) nor 2.x (1024)."
-        )
-    return families[width]
-
-
-@lru_cache(maxsize=2)
-def clip_tokenizer(pad: str = "<|endoftext|>") -> Any:
-    """CLIP's tokenizer of Stable Diffusion, from the merges that open_clip ships. pad: "!" for 2.x."""
-    import tempfile
-
-    import open_clip
-    from transformers import CLIPTokenizer
-
-    packed = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
-    merges = (
-        gzip.decompress(packed.read_bytes()).decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
-    )
-    letters = list(byte_letters().values())
-    words = letters + [c + "</w>" for c in letters] + ["".join(m.split()) for m in merges]
-    words += ["<|startoftext|>", "<|endoftext|>"]
-    with tempfile.TemporaryDirectory() as folder:
-        vocab, merge_file = Path(folder, "vocab.json"), Path(folder, "merges.txt")
-        vocab.write_text(json.dumps({w: i for i, w in enumerate(words)}), encoding="utf-8")
-        merge_file.write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-        Path(folder, "tokenizer_config.json").write_text(
-            json.dumps(
-                {
-                    "tokenizer_class": "CLIPTokenizer",
-                    "model_max_length": 77,
-                    "pad_token": pad,
-                    "bos_token": "<|startoftext|>",
-                    "eos_token": "<|endoftext|>",
-                    "unk_token": "<|endoftext|>",
-                }
-            )
-        )
-        return CLIPTokenizer.from_pretrained(folder)
-
-
-def byte_letters() -> dict[int, str]:
-    """byte -> printable letter, as in GPT-2's and CLIP's byte-level vocabularies."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [b for b in range(256) if b not in plain]
-    return {**{b: chr(b) for b in plain}, **{b: chr(256 + i) for i, b in enumerate(rest)}}
 
 
 def save_png(image: Image.Image, path: Path) -> None:

@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(
             "usage: dreamtune COMMAND ...\n\n"
             + "\n".join(f"  {n:<10}{t}" for n, t in COMMANDS.items())
-            + "\n\n`dreamtune COMMAND --help` says more. Without any flag `dreamtune train` runs on the embedded base."
+            + "\n\n`dreamtune COMMAND --help` says more. Without any flag `dreamtune train` runs "
+            "on the embedded base."
         )
         return 0
     if command == "--version":
@@ -32,11 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    from dreamtune.config import nearest
+    from dreamtune.configfile import nearest
 
     if command not in COMMANDS:
         print(
-            f"dreamtune: unknown command `{command}`.{nearest(command, COMMANDS)} There are {', '.join(COMMANDS)}.",
+            f"dreamtune: unknown command `{command}`.{nearest(command, COMMANDS)} "
+            f"There are {', '.join(COMMANDS)}.",
             file=sys.stderr,
         )
         return 2
@@ -80,9 +82,8 @@ def methods(argv: Sequence[str]) -> int:
 
     for name, method in METHODS.items():
         options = " ".join(f"--{k} {v}" for k, v in resolve_options(method, {}).items())
-        print(
-            f"{name:<10} learning rate {method.learning_rate:<8g} {options or 'no options'}\n{'':<10} {method.paper}"
-        )
+        print(f"{name:<10} learning rate {method.learning_rate:<8g} {options or 'no options'}")
+        print(f"{'':<10} {method.paper}")
     return 0
 
 

@@ -1,4 +1,5 @@
-"""What a run is made of: typed, documented fields; YAML and flags fill them; what can be refused is refused here.
+"""What a run is made of: typed, documented fields; YAML and flags fill them; what can be refused is
+refused here.
 
 Nothing heavy is imported, so that `--help` and a mistyped flag answer at once.
 """
@@ -8,32 +9,17 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 EMBEDDED = "embedded"
 
-# Changing these between a run and its continuation leaves the numbers of the run as they were.
-FREE_ON_RESUME = frozenset(
-    [
-        "output_dir",
-        "name",
-        "resume_from_checkpoint",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "report_to",
-        "sample_batch_size",
-        "class_data_dir",
-        "device",
-    ]
-)
-
 
 def opt(default: Any, help: str, group: str, shown: str = "", choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field that carries its help, its group and, for a default that is computed, the words for it."""
+    """A dataclass field that carries its help, its group and, for a default that is computed, the
+    words for it.
+    """
     extra = {"help": help, "group": group, "shown": shown, "choices": choices}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: default.copy(), metadata=extra)
@@ -42,7 +28,9 @@ def opt(default: Any, help: str, group: str, shown: str = "", choices: tuple[str
 
 @dataclass
 class Config:
-    """A training run. `None` means the default that `--help` states; `resolve` in train.py fills it in."""
+    """A training run. `None` means the default that `--help` states; `resolve` in train.py fills it
+    in.
+    """
 
     pretrained_model_name_or_path: str = opt(
         EMBEDDED,
@@ -239,7 +227,8 @@ class Config:
         if self.resolution is not None and self.resolution % 8:
             near = round(self.resolution / 8) * 8
             raise ValueError(
-                f"`resolution` must be a multiple of 8, got {self.resolution}; the nearest is {near}."
+                f"`resolution` must be a multiple of 8, got {self.resolution}; the nearest is "
+                f"{near}."
             )
         if self.crops > 1 and self.center_crop:
             raise ValueError("`crops` above 1 needs random crops: add --no_center_crop.")
@@ -251,11 +240,11 @@ class Config:
             raise ValueError(
                 "`class_data_dir` is set but no class image is used: add --with_prior_preservation."
             )
-        if self.instance_data_dir is None and self.pretrained_model_name_or_path != EMBEDDED:
-            if self.resume_from_checkpoint is None:
-                raise ValueError(
-                    "`instance_data_dir` is missing: name the folder of the subject's photos."
-                )
+        default_base = self.pretrained_model_name_or_path == EMBEDDED
+        if not (self.instance_data_dir or default_base or self.resume_from_checkpoint):
+            raise ValueError(
+                "`instance_data_dir` is missing: name the folder of the subject's photos."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -276,7 +265,9 @@ def least(config: Config, key: str, minimum: float) -> None:
 
 
 def checked(f: dataclasses.Field[Any], value: Any) -> Any:
-    """The value in the type of the field; ValueError that names field, rule and value. A YAML 1e-4 is a string."""
+    """The value in the type of the field; ValueError that names field, rule and value. A YAML 1e-4
+    is a string.
+    """
     hint = HINTS[f.name]
     optional = type(None) in typing.get_args(hint)
     kind = (
@@ -320,76 +311,3 @@ def is_union(hint: Any) -> bool:
 
 
 HINTS = typing.get_type_hints(Config)
-
-
-def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """' Did you mean `x`?' or ''."""
-    found = get_close_matches(word, list(known), 2, 0.55)
-    return f" Did you mean {' or '.join(f'`{n}`' for n in found)}?" if found else ""
-
-
-def from_mapping(
-    values: Mapping[str, Any], method_options: Mapping[str, Mapping[str, Any]]
-) -> Config:
-    """A config from YAML or flags. Keys that are options of the method go to `options`.
-
-    method_options: method -> option -> default, as `options_of_methods` gives it.
-    """
-    values = dict(values)
-    options = dict(values.pop("options", {}))
-    method = values.get("method", FIELDS["method"].default)
-    for key in [k for k in values if k not in FIELDS]:
-        known = {**FIELDS, **dict.fromkeys(method_options.get(method, ()))}
-        if key in method_options.get(method, ()):
-            options[key] = values.pop(key)
-            continue
-        owners = [m for m, o in method_options.items() if key in o]
-        if owners and method in method_options:
-            raise ValueError(f"`{key}` is an option of {', '.join(owners)}, not of {method}.")
-        raise ValueError(f"unknown option `{key}`.{nearest(key, known)}")
-    return Config(**values, options=options)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"there is no config file `{path}`.") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"`{path}` is not YAML: {error}") from None
-    if not isinstance(loaded or {}, dict):
-        raise ValueError(f"`{path}` must hold `name: value` lines, got {type(loaded).__name__}.")
-    return loaded or {}
-
-
-def continued(config: Config, saved_file: Path) -> Config:
-    """The config of a resumed run: what is left at its default comes from the run; what differs must be free to.
-
-    Raises ValueError that names every field that would change the run.
-    """
-    if not saved_file.is_file():
-        raise ValueError(
-            f"there is no `{saved_file}`: {saved_file.parent} is not the folder of a run."
-        )
-    saved = read_yaml(saved_file)
-    default = {name: plain_default(name) for name in FIELDS}
-    merged, clashes = {}, []
-    for key in FIELDS:
-        now = getattr(config, key)
-        old = saved.get(key, default[key])
-        merged[key] = old if now == default[key] and key != "resume_from_checkpoint" else now
-        if key == "options":
-            merged[key] = {**old, **now}
-        free = key in FREE_ON_RESUME or (
-            key == "max_train_steps" and str(saved.get("lr_scheduler")).startswith("constant")
-        )
-        if merged[key] != old and not free:
-            clashes.append(f"`{key}` was {old!r}, is {now!r}")
-    if clashes:
-        raise ValueError(
-            f"the run in {saved_file.parent} was started with other settings: {'; '.join(clashes)}. "
-            "Leave them out to continue it, or start a new run with another --output_dir."
-        )
-    return Config(**merged)

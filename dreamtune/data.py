@@ -1,6 +1,7 @@
 """Folders of photos as people have them -> square RGB tensors and captions.
 
-Every photo is decoded once, before any model is loaded, so that a broken file stops the run in the first second.
+Every photo is decoded once, before any model is loaded, so that a broken file stops the run in the
+first second.
 """
 
 from __future__ import annotations
@@ -64,15 +65,17 @@ class Folder:
         text = f"{len(self.photos)} photo{'s' * (len(self.photos) != 1)}"
         if self.skipped:
             names = ", ".join(self.skipped[:5]) + (", ..." if len(self.skipped) > 5 else "")
-            text += f", {len(self.skipped)} other file{'s' * (len(self.skipped) != 1)} skipped ({names})"
+            count = len(self.skipped)
+            text += f", {count} other file{'s' * (count != 1)} skipped ({names})"
         return text
 
 
 def read_folder(folder: str | Path, need: int = 1) -> Folder:
     """The photos of a folder, by name: its own files and those of kohya folders (`10_sks dog/`).
 
-    A `.txt` (or `.caption`) file beside a photo is its caption; in a kohya folder the folder's words are the default.
-    Raises ValueError for a folder that is missing or holds fewer than `need` photos, and for an unreadable image.
+    A `.txt` (or `.caption`) file beside a photo is its caption; in a kohya folder the folder's
+    words are the default. Raises ValueError for a folder that is missing or holds fewer than `need`
+    photos, and for an unreadable image.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
@@ -94,9 +97,10 @@ def read_folder(folder: str | Path, need: int = 1) -> Folder:
             if skipped
             else "it is empty"
         )
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         raise ValueError(
-            f"no photo in `{root}`: {found}. Looked for images ({', '.join(sorted(IMAGE_SUFFIXES))}) in it "
-            "and in folders named like `10_sks dog`."
+            f"no photo in `{root}`: {found}. Looked for images ({suffixes}) in it and in folders "
+            "named like `10_sks dog`."
         )
     return Folder(photos, skipped)
 
@@ -177,7 +181,8 @@ def decode(data: bytes) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
-        # 16-bit files carry 0..65535; a file that keeps to 0..255 in a wide mode means just that. Float files: 0..1.
+        # 16-bit files carry 0..65535; a file that keeps to 0..255 in a wide mode means just that.
+        # Float files: 0..1.
         top = (
             1.0
             if image.mode == "F" and values.max() <= 1
@@ -208,7 +213,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def square(image: Image.Image, size: int, crop: int | None = None, seed: int = 0) -> Image.Image:
-    """The image with its short side at `size`, and a square of it: the middle, or the crop-th random one."""
+    """The image with its short side at `size`, and a square of it: the middle, or the crop-th
+    random one.
+    """
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.LANCZOS)
@@ -252,7 +259,8 @@ def views(
     flip: bool = False,
     seed: int = 0,
 ) -> Views:
-    """The training views of photos. crops 0: the middle of each; n: n random crops of photos that are not square.
+    """The training views of photos. crops 0: the middle of each; n: n random crops of photos that
+    are not square.
 
     Raises ValueError if a photo has no caption and there is no default.
     """
@@ -264,7 +272,8 @@ def views(
         caption = photo.caption or default_caption
         if caption is None:
             raise ValueError(
-                f"`{photo.path}` has no caption file: set `instance_prompt`, or write one beside it."
+                f"`{photo.path}` has no caption file: set `instance_prompt`, or write one beside "
+                f"it."
             )
         is_square = photo.image.width == photo.image.height
         chosen = [None] if not crops or is_square else list(range(crops))

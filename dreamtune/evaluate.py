@@ -21,7 +21,8 @@ COLUMNS = 4
 
 
 class Evaluator:
-    """`evaluator(step)` samples, saves samples/<step>.png and returns (images, scores of metrics.jsonl).
+    """`evaluator(step)` samples, saves samples/<step>.png and returns (images, scores of
+    metrics.jsonl).
 
     prompts: one an image. Without scorers ("none") the record is empty.
     """
@@ -82,7 +83,8 @@ def load_scorers(config: Config, base: Base) -> Any:
         return None
     if "none" in names.values():
         raise ValueError(
-            "`dino` and `clip` go together: the best checkpoint is chosen by both. Set both to none to "
+            "`dino` and `clip` go together: the best checkpoint is chosen by both. Set both to "
+            "none to "
             "train without scores."
         )
     if "embedded" in names.values():
@@ -130,7 +132,8 @@ class Tracker:
                     self.inner.start()
             except ImportError as error:
                 raise ValueError(
-                    "`report_to` tensorboard needs it installed: pip install 'dreamtune[tensorboard]' "
+                    "`report_to` tensorboard needs it installed: pip install "
+                    "'dreamtune[tensorboard]' "
                     f"({error})."
                 ) from None
 

@@ -1,4 +1,6 @@
-"""The flags of `dreamtune train`: built from the config's fields and the methods' signatures, without importing torch."""
+"""The flags of `dreamtune train`: built from the config's fields and the methods' signatures,
+without importing torch.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dreamtune.config import FIELDS, HINTS, Config, from_mapping, nearest, plain_default, read_yaml
+from dreamtune.config import FIELDS, HINTS, Config, plain_default
+from dreamtune.configfile import from_mapping, nearest, read_yaml
 
-# Flags of diffusers' train_dreambooth_lora.py that have no counterpart here, and what to do instead.
+# Flags of diffusers' train_dreambooth_lora.py that have no counterpart here, and what to do
+# instead.
 OTHERS = {
     "train_text_encoder": "the text encoder stays frozen; drop the flag",
     "cache_latents": "latents are always cached; drop the flag",
@@ -119,8 +123,10 @@ def train_parser() -> Parser:
         add_help=True,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Teach a Stable Diffusion model one subject from a few photos. Without any flag: the embedded "
-        "base\nand the subject that ships with it. Flags are spelled as in diffusers' DreamBooth script; defaults "
+        description="Teach a Stable Diffusion model one subject from a few photos. Without any "
+        "flag: the embedded "
+        "base\nand the subject that ships with it. Flags are spelled as in diffusers' DreamBooth "
+        "script; defaults "
         "are ours.",
         epilog="options of the methods, each a flag (--rank 8):\n"
         + "\n".join(
@@ -162,7 +168,9 @@ def train_parser() -> Parser:
 
 
 def train_config(argv: Sequence[str]) -> Config:
-    """The config that the flags (and the YAML files they name) ask for. ValueError for anything not understood."""
+    """The config that the flags (and the YAML files they name) ask for. ValueError for anything not
+    understood.
+    """
     import yaml
 
     methods = options_of_methods()

@@ -8,7 +8,7 @@ from typing import Any
 
 from dreamtune import runstate
 from dreamtune.base import load_base, save_png
-from dreamtune.config import read_yaml
+from dreamtune.configfile import read_yaml
 from dreamtune.sample import grid, sample
 
 
@@ -57,7 +57,9 @@ def generate(
     guidance_scale: float | None = None,
     output_dir: Path = Path("generated"),
 ) -> list[Path]:
-    """`num_images` PNG files a prompt, with the run's sampling settings unless others are given. Returns the paths."""
+    """`num_images` PNG files a prompt, with the run's sampling settings unless others are given.
+    Returns the paths.
+    """
     from dreamtune.config import Config
     from dreamtune.pipeline import load
     from dreamtune.prepare import SMALL, device_and_dtype

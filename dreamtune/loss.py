@@ -20,7 +20,7 @@ def add_noise(x: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def target(x: Tensor, noise: Tensor, alpha_bar: Tensor, prediction: str) -> Tensor:
-    """What the UNet should say: ε, or v = sqrt(ā) ε - sqrt(1 - ā) x (arXiv 2202.00512, appendix D)."""
+    """What the UNet should say: ε, or v = sqrt(ā) ε - sqrt(1 - ā) x (arXiv 2202.00512)."""
     if prediction == "epsilon":
         return noise
     a = rows(alpha_bar, x)
@@ -46,10 +46,11 @@ def slot_losses(
     batch: int,
     prior_weight: float,
 ) -> Tensor:
-    """(S,) float32: mean squared error of each slot's photos, plus prior_weight times that of its class images.
+    """(S,) float32: mean squared error of each slot's photos, plus prior_weight times that of its
+    class images.
 
-    prediction, goal (S * n, c, h, w): S contiguous blocks, each `batch` photos and then n - batch class images;
-    weight (S * n,) or None for 1.
+    prediction, goal (S * n, c, h, w): S contiguous blocks, each `batch` photos and then n - batch
+    class images; weight (S * n,) or None for 1.
     """
     if prediction.dtype != torch.float64:
         prediction, goal = prediction.float(), goal.float()

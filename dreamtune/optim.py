@@ -1,8 +1,8 @@
 """AdamW, gradient clipping and schedules for parameters stacked as (layers, slots, ...).
 
-torch's AdamW takes one learning rate a group and couples slots through clipping; here each slot has its own rate, its own norm
-and its own step count, and a slot whose gradient is not finite keeps everything as it was. No host sync, so a step can
-be captured in a CUDA graph.
+torch's AdamW takes one learning rate a group and couples slots through clipping; here each slot has
+its own rate, its own norm and its own step count, and a slot whose gradient is not finite keeps
+everything as it was. No host sync, so a step can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ def clip_factors(norms: Tensor, max_norm: float) -> Tensor:
 class SlotAdamW:
     """AdamW (arXiv 1711.05101) whose learning rate is a vector over slots.
 
-    groups: for each slot a torch-style list of {"params", "lr", "weight_decay"} over the same tensors (layers, S, ...).
-    `schedule` is a 0-dim tensor that multiplies every rate; set it before a step.
+    groups: for each slot a torch-style list of {"params", "lr", "weight_decay"} over the same
+    tensors (layers, S, ...). `schedule` is a 0-dim tensor that multiplies every rate; set it before
+    a step.
     """
 
     def __init__(
@@ -78,7 +79,9 @@ class SlotAdamW:
 
     @torch.no_grad()
     def step(self, scale: Tensor, ok: Tensor) -> None:
-        """One step with gradients times `scale` (S,); slots where `ok` (S,) is false keep parameters and state."""
+        """One step with gradients times `scale` (S,); slots where `ok` (S,) is false keep
+        parameters and state.
+        """
         b1, b2 = self.betas
         self.count.add_(ok.to(self.count.dtype))
         # a slot that never had a step divides by 1 - 1 = 0 below; its result is not used
@@ -116,7 +119,9 @@ class SlotAdamW:
 
 
 def learning_rate_factor(step: int, kind: str, warmup: int, total: int) -> float:
-    """The factor of the learning rate at 0-based `step`: linear warm-up, then constant, half a cosine or a line."""
+    """The factor of the learning rate at 0-based `step`: linear warm-up, then constant, half a
+    cosine or a line.
+    """
     if step < warmup:
         return (step + 1) / (warmup + 1)
     done = min(1.0, (step - warmup) / max(1, total - warmup))

@@ -1,4 +1,6 @@
-"""Before the loop: defaults that depend on the base, the subject's words, latents and embeddings, class images."""
+"""Before the loop: defaults that depend on the base, the subject's words, latents and embeddings,
+class images.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ class Subject:
 def with_subject(config: Config) -> tuple[Config, Path]:
     """The config with the words of an embedded subject, and the folder of the photos.
 
-    `instance_data_dir` "embedded:ID", or nothing with the embedded base: a subject that ships with the package.
+    `instance_data_dir` "embedded:ID", or nothing with the embedded base: a subject that ships with
+    the package.
     """
     name = config.instance_data_dir
     if name is not None and not name.startswith("embedded:"):
@@ -66,7 +69,9 @@ def with_subject(config: Config) -> tuple[Config, Path]:
 
 
 def subject_of(config: Config, photos: Sequence[Photo]) -> Subject:
-    """The subject's words, from the prompts. Raises ValueError if there is no telling the identifier."""
+    """The subject's words, from the prompts. Raises ValueError if there is no telling the
+    identifier.
+    """
     if config.instance_prompt is None and any(p.caption is None for p in photos):
         missing = next(p.path for p in photos if p.caption is None)
         raise ValueError(
@@ -89,14 +94,17 @@ def subject_of(config: Config, photos: Sequence[Photo]) -> Subject:
     places = [i for i in range(len(words)) if words[i : i + len(wanted)] == wanted]
     if not places:
         raise ValueError(
-            f"the identifier `{identifier}` is not in the prompt `{prompt}`: name the rare word that stands "
+            f"the identifier `{identifier}` is not in the prompt `{prompt}`: name the rare word "
+            f"that stands "
             "for the subject with --identifier."
         )
     return Subject(" ".join(words[places[0] :]), identifier)
 
 
 def common_words(captions: Sequence[str], identifier: str) -> str:
-    """The words from the identifier on that all captions share: "sks fox" of "a sks fox on a red ...", ..."""
+    """The words from the identifier on that all captions share: "sks fox" of "a sks fox on a red
+    ...", ...
+    """
     tails = [c[c.find(identifier) :].split() if identifier in c.split() else [] for c in captions]
     shared = []
     for column in zip(*tails):
@@ -159,7 +167,9 @@ PRECISIONS = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"
 
 
 def device_and_dtype(config: Config) -> tuple[torch.device, torch.dtype]:
-    """Where and in what precision the base computes. Raises ValueError for several processes, or a missing GPU."""
+    """Where and in what precision the base computes. Raises ValueError for several processes, or a
+    missing GPU.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             "one process trains one subject: start without accelerate's --multi_gpu, or with "
@@ -184,7 +194,9 @@ def device_and_dtype(config: Config) -> tuple[torch.device, torch.dtype]:
 def build_cache(
     config: Config, base: Base, photos: Sequence[Photo], class_photos: Sequence[Photo]
 ) -> tuple[Cache, list[list[torch.Tensor]]]:
-    """Latents and embeddings of one subject on the device, and the pools (photos, then class images) to draw from."""
+    """Latents and embeddings of one subject on the device, and the pools (photos, then class
+    images) to draw from.
+    """
     assert config.resolution is not None
     crops = 0 if config.center_crop else config.crops
     parts = [
@@ -227,7 +239,9 @@ def build_cache(
 
 
 def class_images(config: Config, base: Base) -> list[Photo]:
-    """The class images, made by the base where the folder holds too few. Image i depends on (seed, i) alone."""
+    """The class images, made by the base where the folder holds too few. Image i depends on (seed,
+    i) alone.
+    """
     assert config.class_data_dir is not None and config.class_prompt is not None
     folder = Path(config.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -244,7 +258,8 @@ def class_images(config: Config, base: Base) -> list[Photo]:
             f"{k} {was.get(k)!r}, now {v!r}" for k, v in origin.items() if was.get(k) != v
         )
         raise ValueError(
-            f"the class images in `{folder}` were made otherwise: {differs}. Name another --class_data_dir."
+            f"the class images in `{folder}` were made otherwise: {differs}. Name another "
+            f"--class_data_dir."
         )
     own = [p for p in folder.iterdir() if p.name.startswith("class-") and p.suffix == ".png"]
     others = [

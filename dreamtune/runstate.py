@@ -1,7 +1,7 @@
 """What a run leaves on disk while it goes on: its folder, its checkpoints, its metrics.
 
-A checkpoint is written into a hidden folder and renamed: whatever kills the process, `checkpoint-N` is whole or not
-there.
+A checkpoint is written into a hidden folder and renamed: whatever kills the process, `checkpoint-N`
+is whole or not there.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def choose_run_dir(output_dir: str | None, name: str) -> Path:
         taken = [n for n in OURS if (folder / n).exists()] + [p.name for p in checkpoints(folder)]
         if taken:
             raise ValueError(
-                f"`output_dir` {folder} holds another run ({', '.join(taken[:4])}); nothing is overwritten. "
+                f"`output_dir` {folder} holds another run ({', '.join(taken[:4])}); nothing is "
+                f"overwritten. "
                 "Continue it with --resume_from_checkpoint latest, or name another folder."
             )
         return folder
@@ -78,20 +79,24 @@ def find_checkpoint(resume: str, output_dir: str | None) -> Path:
     if not NAME.fullmatch(folder.resolve().name) or not (folder / STATE).is_file():
         there = ", ".join(p.name for p in checkpoints(folder)) or "none"
         raise ValueError(
-            f"`{resume}` is not a checkpoint-N folder of a run (folders of that name in it: {there})."
+            f"`{resume}` is not a checkpoint-N folder of a run (folders of that name in it: "
+            f"{there})."
         )
     if (
         output_dir is not None
         and Path(output_dir).expanduser().resolve() != folder.resolve().parent
     ):
         raise ValueError(
-            f"a run goes on in its own folder: leave --output_dir out, or set it to {folder.parent}."
+            "a run goes on in its own folder: leave --output_dir out, or set it to "
+            f"{folder.parent}."
         )
     return folder
 
 
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fills a hidden folder beside `folder` and renames it into place; an old one is removed after that."""
+    """Fills a hidden folder beside `folder` and renames it into place; an old one is removed after
+    that.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
@@ -121,7 +126,9 @@ def save_checkpoint(
     info: Mapping[str, Any],
     limit: int | None,
 ) -> Path:
-    """checkpoint-k: adapter, what else the step changes, the best adapter so far; then the oldest beyond `limit` go."""
+    """checkpoint-k: adapter, what else the step changes, the best adapter so far; then the oldest
+    beyond `limit` go.
+    """
     from safetensors.torch import save_file
 
     def fill(folder: Path) -> None:
@@ -150,7 +157,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def restore(
     checkpoint: Path, run_dir: Path, adapter: Any, load_state: Callable[[dict[str, Tensor]], None]
 ) -> None:
-    """Brings adapter, step state, best/ and metrics.jsonl back to what they were at the checkpoint."""
+    """Puts adapter, step state, best/ and metrics.jsonl back to where the checkpoint was."""
     from safetensors.torch import load_file
 
     from dreamtune.checkpoint import load_adapter_file

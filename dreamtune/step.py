@@ -1,7 +1,8 @@
 """One training step: draws, noise, UNet, loss per slot, backward, clipping, optimizer.
 
-S slots train at once on a batch of S contiguous blocks. A step is a function of static tensors and one generator a slot,
-reseeded from (slot seed, k): no host sync and no shape that depends on data, so that it runs eagerly or in a CUDA graph.
+S slots train at once on a batch of S contiguous blocks. A step is a function of static tensors and
+one generator a slot, reseeded from (slot seed, k): no host sync and no shape that depends on data,
+so that it runs eagerly or in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def mix(seed: int, k: int) -> int:
 class Cache:
     """Everything that does not change while training, on the device.
 
-    mean (N, c, h, w): latents; std: of the encoder's distribution, None where it has none; caption (N,): row of
-    prompts (P, tokens, dim).
+    mean (N, c, h, w): latents; std: of the encoder's distribution, None where it has none; caption
+    (N,): row of prompts (P, tokens, dim).
     """
 
     mean: Tensor
@@ -41,7 +42,8 @@ class Cache:
     prompts: Tensor
 
 
-# For each slot the entries of the cache it draws from, (M_s,): an entry that stands twice is drawn twice as often.
+# For each slot the entries of the cache it draws from, (M_s,): an entry that stands twice is
+# drawn twice as often.
 Pool = Sequence[Tensor]
 
 
@@ -64,8 +66,9 @@ def draw(
 ) -> Draw:
     """The random part of a step. A slot's draws come from its own generator alone.
 
-    A batch holds different entries as long as there are enough. Timesteps of a batch are stratified: each is uniform,
-    together they cover the range, which takes variance out of the gradient; with one row it is plain uniform.
+    A batch holds different entries as long as there are enough. Timesteps of a batch are
+    stratified: each is uniform, together they cover the range, which takes variance out of the
+    gradient; with one row it is plain uniform.
     """
     device, shape = cache.mean.device, cache.mean.shape[1:]
     spread = torch.arange(batch, device=device)
@@ -103,15 +106,18 @@ class StepSettings:
     snr_gamma: float | None = None
     prior_weight: float = 1.0
     max_grad_norm: float = 1.0
-    # A power of two that keeps small gradients above fp16's smallest number; halved when a step overflows.
+    # A power of two that keeps small gradients above fp16's smallest number; halved when a step
+    # overflows.
     loss_scale: float = 1.0
 
 
 class Step:
-    """`step(k, factor)` is optimizer step k, with the learning rates times `factor`. Returns nothing: read `loss`.
+    """`step(k, factor)` is optimizer step k, with the learning rates times `factor`. Returns
+    nothing: read `loss`.
 
-    loss (S,): of the last step; loss_sum, loss_count (S,): since `take_mean`; skipped (S,): steps whose loss or gradient
-    was not finite, which changed nothing; skipped_now (S,): how many in a row.
+    loss (S,): of the last step; loss_sum, loss_count (S,): since `take_mean`; skipped (S,): steps
+    whose loss or gradient was not finite, which changed nothing; skipped_now (S,): how many in a
+    row.
 
     Args:
         unet: called as (noisy, timestep, encoder_hidden_states, return_dict=False).
