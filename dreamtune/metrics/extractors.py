@@ -260,9 +260,7 @@ def _sizes(settings: dict[str, Any], side: int) -> tuple[int, int]:
     return resize, crop
 
 
-def _cannot_load(
-    kind: str, name: str, flag: str, example: str, error: Exception
-) -> ValueError:
+def _cannot_load(kind: str, name: str, flag: str, example: str, error: Exception) -> ValueError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ValueError(
         f"cannot load {kind} `{name}`: it is neither a usable folder nor in the local cache, and "

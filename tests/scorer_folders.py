@@ -1,0 +1,70 @@
+"""Tiny scorers of seeded random weights, in the folders that real ones come in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+PROMPTS = ["a photo of a dog", "a dog in the snow", "a red cat on a blue chair"]
+
+
+def write_tokenizer(folder: Path, length: int = 32) -> int:
+    """CLIP tokenizer of single letters (vocab.json, merges.txt); returns its size."""
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    settings = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": length,
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return len(words)
+
+
+def write_clip(folder: Path, image_size: int = 32, seed: int = 0) -> Path:
+    """An open_clip `local-dir:` folder with its own tokenizer."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    config = {
+        "model_cfg": {
+            "embed_dim": 16,
+            "vision_cfg": {
+                "image_size": image_size, "layers": 2, "width": 32, "head_width": 16,
+                "patch_size": 8,
+            },
+            "text_cfg": {
+                "context_length": 32, "vocab_size": write_tokenizer(folder), "width": 32,
+                "heads": 2, "layers": 2, "hf_tokenizer_name": "tokenizer",
+            },
+        },
+        "preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]},
+    }  # fmt: skip
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(seed)
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def write_dino(folder: Path, image_size: int = 32, seed: int = 0, **processor: object) -> Path:
+    """A transformers ViT folder."""
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        image_size=image_size, patch_size=8,
+    )  # fmt: skip
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    if processor:
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
