@@ -1,0 +1,87 @@
+"""Tiny random models and photos that several test modules share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Tests run side by side; more threads each would only wait for one another."""
+    import torch
+
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
+def write_pipeline(folder: Path, vae: str = "kl", prediction: str = "epsilon") -> Path:
+    """A StableDiffusionPipeline folder of random weights: 16 px, 2 pixels a latent, 4 channels."""
+    import torch
+    from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline
+    from scorer_folders import write_tokenizer
+    from tiny import tiny_unet
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    words = write_tokenizer(folder / "words", 16)
+    torch.manual_seed(0)
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=words, hidden_size=24, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, max_position_embeddings=16, bos_token_id=words - 2,
+            eos_token_id=words - 1, pad_token_id=words - 1,
+        )
+    )  # fmt: skip
+    if vae == "kl":
+        encoder = AutoencoderKL(
+            block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=0.5,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        )  # fmt: skip
+    else:
+        encoder = AutoencoderTiny(
+            encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+            num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), latent_channels=4,
+        )  # fmt: skip
+    zero_snr = prediction == "v_prediction"
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
+        prediction_type=prediction, rescale_betas_zero_snr=zero_snr, timestep_spacing="trailing",
+    )  # fmt: skip
+    StableDiffusionPipeline(
+        vae=encoder, text_encoder=text, tokenizer=CLIPTokenizer.from_pretrained(folder / "words"),
+        unet=tiny_unet(), scheduler=scheduler, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with an AutoencoderKL that predicts noise."""
+    return write_pipeline(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def tiny_v_pipeline_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with an AutoencoderTiny, v-prediction and zero terminal SNR."""
+    return write_pipeline(tmp_path_factory.mktemp("vbase"), "tiny", "v_prediction")
+
+
+@pytest.fixture(scope="session")
+def photo_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three small photos, one with a caption, and a file that is no photo."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        pixels = rng.integers(0, 255, (20, 24 + i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    (folder / "1.txt").write_text("a sks dog in the snow\n")
+    (folder / ".DS_Store").write_bytes(b"\0")
+    return folder

@@ -1,0 +1,189 @@
+"""Photos as people have them: what is read, what is skipped, what is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dreamtune.data import decode, from_tensor, read_folder, square, to_tensor, views
+
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+
+
+def halves(mode: str = "RGB", size: tuple[int, int] = (40, 20)) -> Image.Image:
+    """Left half red, right half blue."""
+    image = Image.new("RGB", size, BLUE)
+    image.paste(RED, (0, 0, size[0] // 2, size[1]))
+    return image.convert(mode)
+
+
+def near(pixel: object, color: tuple[int, int, int], tolerance: int = 12) -> bool:
+    return bool(np.abs(np.array(pixel, int) - color).max() <= tolerance)
+
+
+def one(folder: Path) -> Image.Image:
+    (photo,) = read_folder(folder).photos
+    assert photo.image.mode == "RGB"
+    return photo.image
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "options"),
+    [
+        ("a.png", "RGB", {}),
+        ("a.png", "P", {}),
+        ("a.JPG", "CMYK", {"quality": 95}),
+        ("a.jpeg", "RGB", {"quality": 95}),
+        ("a.webp", "RGB", {"lossless": True}),
+        ("a.gif", "P", {}),
+        ("a.bmp", "RGB", {}),
+        ("a.tif", "RGB", {}),
+        ("a.tif", "CMYK", {}),
+        ("a", "RGB", {"format": "PNG"}),
+    ],
+)
+def test_formats(tmp_path: Path, name: str, mode: str, options: dict[str, object]) -> None:
+    halves(mode).save(tmp_path / name, **options)
+    image = one(tmp_path)
+    assert image.size == (40, 20)
+    assert near(image.getpixel((5, 10)), RED)
+    assert near(image.getpixel((35, 10)), BLUE)
+
+
+def test_mpo_and_animations_give_their_first_picture(tmp_path: Path) -> None:
+    other = Image.new("RGB", (40, 20), WHITE)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "g").mkdir()
+    halves().save(tmp_path / "m/a.jpg", "MPO", save_all=True, append_images=[other], quality=95)
+    halves().save(tmp_path / "g/a.gif", save_all=True, append_images=[other])
+    assert Image.open(tmp_path / "m/a.jpg").format == "MPO"
+    for folder in ("m", "g"):
+        assert near(one(tmp_path / folder).getpixel((5, 10)), RED)
+
+
+def test_exif_orientation(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned 90 degrees clockwise: the left half comes up
+    halves().save(tmp_path / "a.jpg", exif=exif, quality=95)
+    image = one(tmp_path)
+    assert image.size == (20, 40)
+    assert near(image.getpixel((10, 5)), RED)
+    assert near(image.getpixel((10, 35)), BLUE)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_parts_are_white(tmp_path: Path, mode: str) -> None:
+    image = halves("RGBA")
+    image.paste((0, 0, 0, 0), (20, 0, 40, 20))
+    if mode == "P":
+        paletted = halves("P")
+        paletted.info["transparency"] = paletted.getpixel((35, 10))
+        paletted.save(tmp_path / "a.png", transparency=paletted.getpixel((35, 10)))
+    else:
+        image.convert(mode).save(tmp_path / "a.png")
+    assert near(one(tmp_path).getpixel((35, 10)), WHITE)
+    assert not near(one(tmp_path).getpixel((5, 10)), WHITE)
+
+
+def test_sixteen_bits(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    values = np.asarray(one(tmp_path))[..., 0]
+    assert np.abs(values - ramp / 257).max() <= 0.5
+
+
+def test_other_files_are_skipped_and_named(tmp_path: Path) -> None:
+    halves().save(tmp_path / "b.png")
+    for name in (".DS_Store", "Thumbs.db", "notes.txt", "._b.png", "README"):
+        (tmp_path / name).write_bytes(b"not a picture")
+    (tmp_path / "reference").mkdir()
+    folder = read_folder(tmp_path)
+    assert len(folder.photos) == 1
+    skipped = {".DS_Store", "Thumbs.db", "notes.txt", "._b.png", "README", "reference/"}
+    assert set(folder.skipped) == skipped
+    assert folder.summary().startswith("1 photo, 6 other files skipped (")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "heic"])
+def test_an_unreadable_image_is_named(tmp_path: Path, damage: str) -> None:
+    halves(size=(200, 200)).save(tmp_path / "good.jpg")
+    data = (tmp_path / "good.jpg").read_bytes()
+    bad = {"truncated": data[: len(data) // 2], "empty": b"", "text": b"hello", "heic": b"ftypheic"}
+    name = "bad.heic" if damage == "heic" else "bad.jpg"
+    (tmp_path / name).write_bytes(bad[damage])
+    with pytest.raises(ValueError, match=rf"cannot read the image `.*{name}`") as error:
+        read_folder(tmp_path)
+    assert ("Convert it to JPEG" in str(error.value)) == (damage == "heic")
+
+
+def test_empty_and_missing_folders(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="it is empty. Looked for images .*jpg.* `10_sks dog`"):
+        read_folder(tmp_path)
+    (tmp_path / "x.doc").write_text("")
+    with pytest.raises(ValueError, match=r"it holds 1 other files \(x.doc\)"):
+        read_folder(tmp_path)
+    with pytest.raises(ValueError, match="does not exist"):
+        read_folder(tmp_path / "no")
+
+
+def test_captions_and_kohya_folders(tmp_path: Path) -> None:
+    for name, repeats in (("10_sks dog", 10), ("5_sks cat", 5)):
+        (tmp_path / name).mkdir()
+        halves().save(tmp_path / name / "a.png")
+        assert repeats
+    (tmp_path / "5_sks cat" / "a.txt").write_text("a sks cat\n on a sofa ")
+    photos = read_folder(tmp_path).photos
+    assert [(p.caption, p.repeats) for p in photos] == [("sks dog", 10), ("a sks cat on a sofa", 5)]
+    seen = views(photos, 16, None)
+    assert seen.captions == ["sks dog", "a sks cat on a sofa"]
+    assert seen.weights == [2, 1]
+
+
+def test_square_crops() -> None:
+    left, right = halves(), halves().transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    middle = square(left, 16)
+    assert middle.size == (16, 16)
+    assert near(middle.getpixel((1, 8)), RED)
+    assert near(middle.getpixel((14, 8)), BLUE)
+    assert near(square(right, 16).getpixel((1, 8)), BLUE)
+    corners = {np.asarray(square(left, 16, crop=i)).tobytes() for i in range(8)}
+    assert len(corners) > 2  # random, and each the same again
+    assert np.array_equal(np.asarray(square(left, 16, 3)), np.asarray(square(left, 16, 3)))
+
+
+def test_views_of_crops_and_flips(tmp_path: Path) -> None:
+    halves().save(tmp_path / "wide.png")
+    halves(size=(20, 20)).save(tmp_path / "z.png")
+    seen = views(read_folder(tmp_path).photos, 16, "a sks x", crops=3, flip=True)
+    # the square photo has one crop, drawn as often as the other's three
+    assert seen.weights == [1] * 6 + [3] * 2
+    assert torch.equal(seen.pixels[1], seen.pixels[0].flip(-1))
+    with pytest.raises(ValueError, match="wide.png` has no caption file"):
+        views(read_folder(tmp_path).photos, 16, None)
+
+
+def test_tensor_round_trip() -> None:
+    image = halves()
+    x = to_tensor(image)
+    assert x.shape == (3, 20, 40)
+    assert (x.min().item(), x.max().item()) == (-1.0, 1.0)
+    assert np.array_equal(np.asarray(from_tensor(x)), np.asarray(image))
+
+
+def test_real_photos() -> None:
+    root = Path(os.environ.get("DREAMTUNE_PHOTOS", "../shared/data/dreambooth"))
+    if not (root / "dog").is_dir():
+        pytest.skip("set DREAMTUNE_PHOTOS to the DreamBooth photos to run this")
+    folder = read_folder(root / "dog")
+    assert len(folder.photos) == 5
+    assert views(folder.photos, 64, "a sks dog").pixels.shape == (5, 3, 64, 64)
+
+
+def test_decode_says_why() -> None:
+    with pytest.raises(ValueError, match="not an image of a known format"):
+        decode(b"plain text")

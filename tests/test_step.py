@@ -1,0 +1,133 @@
+"""A step: the same alone and stacked, a function of (seed, k), safe against NaN."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_unet
+
+from dreamtune import METHODS, inject
+from dreamtune.optim import SlotAdamW
+from dreamtune.step import Cache, Step, StepSettings, draw, mix
+
+DTYPE = torch.float64
+RATES, SEEDS = [2e-3, 1e-2, 5e-4], [3, 1, 4]
+STEPS = 5
+
+
+def cache(spread: bool = True) -> Cache:
+    g = torch.Generator().manual_seed(5)
+    mean, std = torch.randn(2, 12, 4, 8, 8, generator=g, dtype=DTYPE)
+    prompts = torch.randn(4, 5, 24, generator=g, dtype=DTYPE)
+    return Cache(mean, std.abs() * 0.1 if spread else None, torch.arange(12) % 4, prompts)
+
+
+# three subjects of different size, and their class images
+PHOTOS = [torch.arange(0, 2), torch.arange(2, 5), torch.tensor([5, 5, 6, 7])]
+CLASSES = [torch.arange(8, 10), torch.arange(9, 12), torch.arange(8, 12)]
+
+
+def make(method: str, slots: list[int], **settings: Any) -> tuple[Any, Step]:
+    unet = tiny_unet(DTYPE)
+    adapter = inject(unet, method, slots=len(slots), seed=[SEEDS[s] for s in slots])
+    groups = [adapter.parameter_groups(RATES[s], 0.01) for s in slots]
+    pools = [[PHOTOS[s] for s in slots], [CLASSES[s] for s in slots]]
+    alpha_bar = torch.linspace(0.999, 0.001, 50, dtype=DTYPE)
+    options = StepSettings(**{"batch": 2, "snr_gamma": 5.0, "max_grad_norm": 1e-3, **settings})
+    step = Step(
+        unet, SlotAdamW(groups), cache(), pools, alpha_bar, [SEEDS[s] for s in slots], options, DTYPE
+    )
+    return adapter, step
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_stacked_equals_alone(method: str) -> None:
+    """Three slots with their own photos, seeds and rates, with prior preservation and clipping."""
+    together, step = make(method, [0, 1, 2], accumulation=2)
+    start = [together.state_dict(s) for s in range(3)]
+    for k in range(STEPS):
+        step(k, 1.0)
+    for slot in range(3):
+        alone, single = make(method, [slot], accumulation=2)
+        for k in range(STEPS):
+            single(k, 1.0)
+        assert single.loss[0].item() == pytest.approx(step.loss[slot].item(), rel=1e-9)
+        mine, ours = alone.state_dict(0), together.state_dict(slot)
+        assert max((mine[n] - ours[n]).abs().max().item() for n in mine) < 1e-9
+        moved = max((start[slot][n] - ours[n]).abs().max().item() for n in mine)
+        assert moved > 1e-4  # equal because both trained, not because neither did
+
+
+def test_a_slot_with_nan_does_not_disturb_the_others() -> None:
+    clean, step = make("delora", [0, 1])
+    sick, other = make("delora", [0, 1])
+    with torch.no_grad():
+        next(iter(sick.parameters()))[:, 1] = float("nan")
+    before = sick.state_dict(1)
+    for k in range(3):
+        step(k, 1.0)
+        other(k, 1.0)
+    mine, ours = sick.state_dict(0), clean.state_dict(0)
+    assert all(torch.equal(mine[n], ours[n]) for n in mine)
+    after = sick.state_dict(1)
+    assert all(torch.equal(before[n].nan_to_num(7), after[n].nan_to_num(7)) for n in before)
+    assert other.skipped.tolist() == other.skipped_now.tolist() == [0.0, 3.0]
+    assert other.take_mean()[0] == pytest.approx(step.take_mean()[0])
+
+
+def test_draws_are_a_function_of_seed_and_step() -> None:
+    def drawn(seed: int, k: int) -> Any:
+        generator = torch.Generator().manual_seed(mix(seed, k))
+        return draw(cache(), [[torch.arange(6)]], [generator], 4, 1000)
+
+    first, again, other = drawn(0, 7), drawn(0, 7), drawn(0, 8)
+    assert torch.equal(first.noise, again.noise)
+    assert torch.equal(first.timestep, again.timestep)
+    assert not torch.equal(first.noise, other.noise)
+    assert len({mix(s, k) for s in range(50) for k in range(50)}) == 2500
+
+
+def test_a_batch_has_different_photos_and_spread_timesteps() -> None:
+    counts, quarters = torch.zeros(5), torch.zeros(4)
+    for k in range(400):
+        generator = torch.Generator().manual_seed(mix(0, k))
+        d = draw(cache(), [[torch.arange(5)]], [generator], 4, 1000)
+        assert len(set(d.entry.tolist())) == 4
+        assert sorted((d.timestep // 250).tolist()) == [0, 1, 2, 3]
+        counts += torch.bincount(d.entry, minlength=5)
+        quarters += torch.bincount(d.timestep[:1] // 250, minlength=4)
+    assert (counts / 400 - 0.8).abs().max() < 0.06
+    assert (quarters / 400 - 0.25).abs().max() < 0.08  # each row alone is uniform
+
+
+def test_repeats_are_drawn_as_often_and_small_pools_wrap() -> None:
+    tickets = torch.tensor([0, 0, 0, 1])
+    hits = torch.zeros(2)
+    for k in range(400):
+        generator = torch.Generator().manual_seed(mix(0, k))
+        hits += torch.bincount(draw(cache(), [[tickets]], [generator], 1, 10).entry, minlength=2)
+    assert hits[0] / hits.sum() == pytest.approx(0.75, abs=0.06)
+    wrapped = draw(cache(), [[torch.tensor([3])]], [torch.Generator()], 4, 10)
+    assert wrapped.entry.tolist() == [3] * 4
+
+
+def test_latents_get_their_spread() -> None:
+    generator = torch.Generator().manual_seed(0)
+    assert draw(cache(False), [[torch.arange(6)]], [generator], 2, 10).latent_noise is None
+    seen = draw(cache(), [[torch.arange(6)]], [generator], 2, 10).latent_noise
+    assert seen is not None and 0.5 < seen.std() < 1.5
+
+
+def test_loss_scale_halves_on_overflow_and_changes_nothing_else() -> None:
+    plain, step = make("lora", [0], max_grad_norm=1.0)
+    scaled, other = make("lora", [0], max_grad_norm=1.0, loss_scale=1024.0)
+    for k in range(3):
+        step(k, 1.0)
+        other(k, 1.0)
+    a, b = plain.state_dict(), scaled.state_dict()
+    assert max((a[n] - b[n]).abs().max().item() for n in a) < 1e-12
+    other.loss_scale.fill_(float("inf"))
+    other(3, 1.0)
+    assert other.skipped.tolist() == [1.0]
