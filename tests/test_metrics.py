@@ -12,8 +12,8 @@ from scorer_folders import PROMPTS, write_clip, write_dino
 from torch.nn.functional import cosine_similarity
 
 from dreamtune.metrics import Clip, Dino, Scorers, without_identifier
-from dreamtune.metrics.extractors import clip_arguments, public_name
 from dreamtune.metrics.features import matched, mean_among, mean_to_set, normalize, shuffled
+from dreamtune.metrics.names import clip_arguments, public_name
 
 
 def picture(seed: int, size: tuple[int, int] = (48, 48)) -> Image.Image:

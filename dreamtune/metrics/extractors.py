@@ -6,7 +6,6 @@ without antialiasing moves pixels by 6/255 on average) and return L2-normalised 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -18,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..embedded import CLIP as EMBEDDED_CLIP
 from ..embedded import DINO as EMBEDDED_DINO
 from .features import normalize
+from .names import cache_if_unreachable, cannot_load, clip_arguments, public_name
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -108,10 +107,11 @@ class Clip:
         self.device, self.dtype = torch.device(device), dtype
         arguments = clip_arguments(name)
         try:
-            self.model, self.transform = open_clip.create_model_from_pretrained(**arguments)
-            self.tokenizer = open_clip.get_tokenizer(arguments["model_name"])
+            with cache_if_unreachable(arguments["model_name"]):
+                self.model, self.transform = open_clip.create_model_from_pretrained(**arguments)
+                self.tokenizer = open_clip.get_tokenizer(arguments["model_name"])
         except Exception as error:  # open_clip wraps what went wrong in several types
-            raise _cannot_load("CLIP", name, "--clip", "ViT-B-32:openai", error) from error
+            raise cannot_load("CLIP", name, "--clip", "ViT-B-32:openai", error) from error
         self.model.to(self.device, dtype).eval().requires_grad_(False)
         self._check_vocabulary(name)
         self._texts: dict[str, Tensor] = {}
@@ -162,47 +162,6 @@ class Clip:
             )
 
 
-def clip_arguments(name: str) -> dict[str, Any]:
-    """Arguments of `open_clip.create_model_from_pretrained` for a name as in `Clip`.
-
-    Weights that were trained with QuickGELU get it: open_clip 3 only warns when architecture and
-    tag disagree (`ViT-B-32` with `openai` does), and the features are then wrong.
-    """
-    import open_clip
-
-    if name == "embedded":
-        name = str(EMBEDDED_CLIP)
-    if (Path(name) / "open_clip_config.json").is_file():
-        return {"model_name": f"local-dir:{name}"}
-    if name.startswith(("local-dir:", "hf-hub:")):
-        return {"model_name": name}
-    architecture, _, tag = name.partition(":")
-    tag = tag or "openai"
-    if architecture not in open_clip.list_models():
-        near = difflib.get_close_matches(architecture, open_clip.list_models(), 3)
-        raise ValueError(
-            f"unknown CLIP `{name}`: not a folder with open_clip_config.json, not `local-dir:` or "
-            f"`hf-hub:`, and no open_clip architecture"
-            + (f"; nearest: {', '.join(near)}" if near else "")
-        )
-    arguments: dict[str, Any] = {"model_name": architecture, "pretrained": tag}
-    known = open_clip.pretrained.get_pretrained_cfg(architecture, tag)
-    if not known and not Path(tag).is_file():
-        tags = open_clip.list_pretrained_tags_by_model(architecture)
-        raise ValueError(f"CLIP `{architecture}` has no weights `{tag}`; it has {', '.join(tags)}")
-    if known.get("quick_gelu") or architecture.endswith("-quickgelu"):
-        arguments["force_quick_gelu"] = True
-    return arguments
-
-
-def public_name(name: str) -> str:
-    """The name as a result file may carry it: a folder by its last part, never a path."""
-    prefix, separator, rest = name.rpartition(":")
-    if Path(rest).exists() or prefix == "local-dir":
-        rest = Path(rest).resolve().name
-    return prefix + separator + rest
-
-
 def weights_hash(model: nn.Module) -> str:
     """Short hash of names, shapes and 64 spread values of every tensor, in float32.
 
@@ -220,31 +179,38 @@ def weights_hash(model: nn.Module) -> str:
 
 def _load_vit(folder: str, name: str) -> tuple[Any, dict[str, Any]]:
     """The model, and its preprocessor settings (empty where there are none)."""
-    from transformers import AutoConfig, AutoModel, ViTImageProcessor
+    from transformers import AutoConfig, AutoModel
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(folder)
-        # A ViT trained as DINO has no pooler; without this one comes up random, with a warning.
-        options = {"add_pooling_layer": False} if config.model_type == "vit" else {}
-        model, report = AutoModel.from_pretrained(folder, output_loading_info=True, **options)
+        with cache_if_unreachable(folder):
+            config = AutoConfig.from_pretrained(folder)
+            # A ViT trained as DINO has no pooler; without this one comes up random, with a warning.
+            options = {"add_pooling_layer": False} if config.model_type == "vit" else {}
+            model, report = AutoModel.from_pretrained(folder, output_loading_info=True, **options)
+            settings = _preprocessor(folder)
     except Exception as error:  # hub, HTTP and file errors of three libraries
-        raise _cannot_load("DINO", name, "--dino", "facebook/dino-vits16", error) from error
+        raise cannot_load("DINO", name, "--dino", "facebook/dino-vits16", error) from error
     finally:
         if bars:
             logging.enable_progress_bar()
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"DINO `{name}` lacks weights: {', '.join(missing[:3])} ({len(missing)})")
-    settings: dict[str, Any] = {}
+    return model, settings
+
+
+def _preprocessor(folder: str) -> dict[str, Any]:
+    from transformers import ViTImageProcessor
+
     local = Path(folder) / "preprocessor_config.json"
     if local.is_file():
-        settings = json.loads(local.read_text())
-    elif not Path(folder).is_dir():
+        return json.loads(local.read_text())
+    if not Path(folder).is_dir():
         with suppress(OSError):
-            settings, _ = ViTImageProcessor.get_image_processor_dict(folder)
-    return model, settings
+            return ViTImageProcessor.get_image_processor_dict(folder)[0]
+    return {}
 
 
 def _sizes(settings: dict[str, Any], side: int) -> tuple[int, int]:
@@ -258,14 +224,3 @@ def _sizes(settings: dict[str, Any], side: int) -> tuple[int, int]:
     resize = pixels(settings.get("size", side))
     crop = pixels(settings["crop_size"]) if settings.get("do_center_crop") else resize
     return resize, crop
-
-
-def _cannot_load(kind: str, name: str, flag: str, example: str, error: Exception) -> ValueError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return ValueError(
-        f"cannot load {kind} `{name}`: it is neither a usable folder nor in the local cache, and "
-        f"it could not be fetched. Run once with network (a hub id such as `{example}` is then "
-        "cached; HF_HOME says where), copy that cache to this machine, or name a folder with "
-        f"`{flag} <folder>`. `{flag} embedded` uses the small scorer in the package, whose numbers "
-        f"compare with nothing published. Cause: {reason}"
-    )

@@ -1,0 +1,88 @@
+"""Names of scorers: what they load, how result files call them, and errors that say what to do."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..embedded import CLIP as EMBEDDED_CLIP
+
+
+def clip_arguments(name: str) -> dict[str, Any]:
+    """Arguments of `open_clip.create_model_from_pretrained` for a name as in `Clip`.
+
+    Weights that were trained with QuickGELU get it: open_clip 3 only warns when architecture and
+    tag disagree (`ViT-B-32` with `openai` does), and the features are then wrong.
+    """
+    import open_clip
+
+    if name == "embedded":
+        name = str(EMBEDDED_CLIP)
+    if (Path(name) / "open_clip_config.json").is_file():
+        return {"model_name": f"local-dir:{name}"}
+    if name.startswith(("local-dir:", "hf-hub:")):
+        return {"model_name": name}
+    architecture, _, tag = name.partition(":")
+    tag = tag or "openai"
+    if architecture not in open_clip.list_models():
+        near = difflib.get_close_matches(architecture, open_clip.list_models(), 3)
+        raise ValueError(
+            f"unknown CLIP `{name}`: not a folder with open_clip_config.json, not `local-dir:` or "
+            f"`hf-hub:`, and no open_clip architecture"
+            + (f"; nearest: {', '.join(near)}" if near else "")
+        )
+    arguments: dict[str, Any] = {"model_name": architecture, "pretrained": tag}
+    known = open_clip.pretrained.get_pretrained_cfg(architecture, tag)
+    if not known and not Path(tag).is_file():
+        tags = open_clip.list_pretrained_tags_by_model(architecture)
+        raise ValueError(f"CLIP `{architecture}` has no weights `{tag}`; it has {', '.join(tags)}")
+    if known.get("quick_gelu") or architecture.endswith("-quickgelu"):
+        arguments["force_quick_gelu"] = True
+    return arguments
+
+
+def public_name(name: str) -> str:
+    """The name as a result file may carry it: a folder by its last part, never a path."""
+    prefix, separator, rest = name.rpartition(":")
+    if Path(rest).exists() or prefix == "local-dir":
+        rest = Path(rest).resolve().name
+    return prefix + separator + rest
+
+
+@contextmanager
+def cache_if_unreachable(name: str) -> Iterator[None]:
+    """Hub libraries read their cache alone where the hub cannot be reached.
+
+    Left to themselves they retry each file for half a minute, with warnings. `name` that is local
+    asks nobody.
+    """
+    import huggingface_hub.constants
+
+    from ..base import hub_answers
+
+    local = name.startswith("local-dir:") or Path(name).exists()
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    level = logging.root.level
+    try:
+        huggingface_hub.constants.HF_HUB_OFFLINE = before or (not local and not hub_answers())
+        # open_clip logs the failure that the caller turns into an error of its own.
+        logging.root.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = before
+        logging.root.setLevel(level)
+
+
+def cannot_load(kind: str, name: str, flag: str, example: str, error: Exception) -> ValueError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ValueError(
+        f"cannot load {kind} `{name}`: it is neither a usable folder nor in the local cache, and "
+        f"it could not be fetched. Run once with network (a hub id such as `{example}` is then "
+        "cached; HF_HOME says where), copy that cache to this machine, or name a folder with "
+        f"`{flag} <folder>`. `{flag} embedded` uses the small scorer in the package, whose numbers "
+        f"compare with nothing published. Cause: {reason}"
+    )
