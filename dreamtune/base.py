@@ -93,7 +93,7 @@ class Base:
         """(n, tokens, dim) float32. A prompt that is too long is cut, with a warning."""
         length = self.tokenizer.model_max_length
         for prompt in prompts:
-            tokens = self.tokenizer(prompt, truncation=False).input_ids
+            tokens = self.tokenizer(prompt, truncation=False, verbose=False).input_ids
             if len(tokens) > length:
                 logging.getLogger("dreamtune").warning(
                     "The prompt has %d tokens, the text encoder takes %d; its end is not seen: %s",

@@ -46,5 +46,7 @@ def test_slot_losses_by_hand() -> None:
     got = slot_losses(said, goal, weight, slots=2, batch=3, prior_weight=0.5)
     for slot in range(2):
         row = [weight[i] * ((said[i] - goal[i]) ** 2).mean() for i in range(4 * slot, 4 * slot + 4)]
-        assert got[slot].item() == pytest.approx(((sum(row[:3]) / 3) + 0.5 * row[3]).item(), rel=1e-6)
+        assert got[slot].item() == pytest.approx(
+            ((sum(row[:3]) / 3) + 0.5 * row[3]).item(), rel=1e-6
+        )
     assert slot_losses(said.bfloat16(), goal, None, 2, 4, 1.0).dtype == torch.float32

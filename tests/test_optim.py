@@ -23,7 +23,7 @@ def groups(params: list[torch.Tensor], rate: float) -> list[dict[str, object]]:
 
 @pytest.mark.parametrize("rates", [[1e-2], [1e-2, 3e-3, 1e-3]])
 def test_equals_torch_adamw_slot_by_slot(rates: list[float]) -> None:
-    """Clipping, weight decay, own rates, a schedule: each slot as torch.optim.AdamW has it alone."""
+    """Clipping, decay, own rates, a schedule: each slot as torch.optim.AdamW has it alone."""
     params = stacked(len(rates))
     ours = SlotAdamW([groups(params, r) for r in rates], (0.8, 0.95), 1e-6)
     alone = [[p.detach()[:, s].clone().requires_grad_() for p in params] for s in range(len(rates))]
@@ -53,7 +53,9 @@ def test_equals_torch_adamw_slot_by_slot(rates: list[float]) -> None:
 
 
 def test_clipping_leaves_small_gradients() -> None:
-    assert clip_factors(torch.tensor([0.5, 2.0]), 1.0).tolist() == pytest.approx([1.0, 0.5], rel=1e-5)
+    assert clip_factors(torch.tensor([0.5, 2.0]), 1.0).tolist() == pytest.approx(
+        [1.0, 0.5], rel=1e-5
+    )
 
 
 def test_a_bad_slot_keeps_parameters_and_state_and_others_go_on() -> None:
@@ -90,5 +92,7 @@ def test_state_round_trip_and_refusal() -> None:
 def test_schedules() -> None:
     assert [learning_rate_factor(k, "constant", 3, 9) for k in (0, 2, 3, 8)] == [0.25, 0.75, 1, 1]
     assert learning_rate_factor(5, "cosine", 0, 10) == pytest.approx(0.5)
-    assert learning_rate_factor(9, "cosine", 0, 10) == pytest.approx(0.5 + 0.5 * math.cos(0.9 * math.pi))
+    assert learning_rate_factor(9, "cosine", 0, 10) == pytest.approx(
+        0.5 + 0.5 * math.cos(0.9 * math.pi)
+    )
     assert learning_rate_factor(5, "linear", 0, 10) == pytest.approx(0.5)

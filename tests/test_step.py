@@ -37,7 +37,14 @@ def make(method: str, slots: list[int], **settings: Any) -> tuple[Any, Step]:
     alpha_bar = torch.linspace(0.999, 0.001, 50, dtype=DTYPE)
     options = StepSettings(**{"batch": 2, "snr_gamma": 5.0, "max_grad_norm": 1e-3, **settings})
     step = Step(
-        unet, SlotAdamW(groups), cache(), pools, alpha_bar, [SEEDS[s] for s in slots], options, DTYPE
+        unet,
+        SlotAdamW(groups),
+        cache(),
+        pools,
+        alpha_bar,
+        [SEEDS[s] for s in slots],
+        options,
+        DTYPE,
     )
     return adapter, step
 

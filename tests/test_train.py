@@ -1,0 +1,324 @@
+"""The trainer end to end on tiny models: files, resume, interruption, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from scorer_folders import write_clip, write_dino
+
+from dreamtune import run as run_module
+from dreamtune import runstate
+from dreamtune.config import Config
+from dreamtune.evaluate import read_grid
+from dreamtune.run import Run
+from dreamtune.train import Interrupted, train
+
+
+@pytest.fixture(scope="session")
+def scorer_names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("scorers")
+    dino, clip = write_dino(folder / "dino"), write_clip(folder / "clip")
+    return {"dino": str(dino), "clip": f"local-dir:{clip}"}
+
+
+@pytest.fixture
+def settings(tiny_v_pipeline_dir: Path, photo_dir: Path, tmp_path: Path) -> dict[str, Any]:
+    """Six steps without scores: the least that goes through everything else."""
+    return {
+        "pretrained_model_name_or_path": str(tiny_v_pipeline_dir),
+        "instance_data_dir": str(photo_dir),
+        "instance_prompt": "a sks dog",
+        "validation_prompt": ["a {} on a red chair", "a {}"],
+        "max_train_steps": 6,
+        "validation_steps": 3,
+        "num_inference_steps": 2,
+        "output_dir": str(tmp_path / "run"),
+        "options": {"rank": 2},
+        "dino": "none",
+        "clip": "none",
+    }
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path)
+
+
+def same(a: Path, b: Path) -> bool:
+    x, y = tensors(a), tensors(b)
+    return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+
+def test_end_to_end_with_scores(
+    settings: dict[str, Any], scorer_names: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = train(Config(**{**settings, **scorer_names, "report_to": "none"}))
+    out, run_dir = capsys.readouterr().out, result.run_dir
+    assert "3 photos, 1 other file skipped (.DS_Store)" in out
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in lines] == [0, 3, 6]
+    assert all(-1 <= r[k] <= 1 for r in lines for k in ("dino", "clip_i", "clip_t"))
+    assert lines[0]["loss"] is None and lines[1]["loss"] > 0 and lines[1]["skipped_steps"] == 0
+    assert result.best_step in (0, 3, 6) and result.scores["step"] == result.best_step
+    assert result.adapter == run_dir / "best" / "adapter.safetensors"
+    assert result.lora is not None and result.lora.is_file()
+    names = {p.name for p in run_dir.iterdir()}
+    files = {
+        "adapter.safetensors",
+        "pytorch_lora_weights.safetensors",
+        "report.html",
+        "config.yaml",
+    }
+    assert names == files | {"metrics.jsonl", "samples", "best", "checkpoint-3", "checkpoint-6"}
+    assert "sks dog" in (run_dir / "report.html").read_text()
+    assert len(read_grid(run_dir / "samples" / "000003.png", 2, 16)) == 2
+
+
+def test_step_0_is_the_base(settings: dict[str, Any], scorer_names: dict[str, str]) -> None:
+    run = Run(Config(**{**settings, **scorer_names}))
+    before, _ = run.evaluator(0)
+    run.adapter.eject()
+    after, _ = run.evaluator(0)
+    run.close()
+    assert [i.tobytes() for i in before] == [i.tobytes() for i in after]
+
+
+@pytest.mark.parametrize("method", ["delora", "ether+"])
+def test_three_and_three_resumed_equal_six(
+    settings: dict[str, Any], scorer_names: dict[str, str], tmp_path: Path, method: str
+) -> None:
+    """Bit for bit: parameters, optimizer, metrics; with a schedule, the prior and accumulation."""
+    options = {} if method == "ether+" else {"rank": 2}
+    common = {
+        **settings, **scorer_names, "method": method, "options": options, "lr_scheduler": "cosine",
+        "lr_warmup_steps": 2, "with_prior_preservation": True, "num_class_images": 3,
+        "gradient_accumulation_steps": 2, "class_data_dir": str(tmp_path / "class"),
+    }  # fmt: skip
+    whole = train(Config(**common))
+    broken = {**common, "output_dir": str(tmp_path / "second")}
+    original, calls = Run.step, []
+
+    def step(self: Run, k: int, factor: float) -> None:
+        calls.append(k)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        original(self, k, factor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "step", step)
+        with pytest.raises(Interrupted, match="after step 4 of 6; .* --resume_from_checkpoint lat"):
+            train(Config(**broken))
+    assert (tmp_path / "second" / "checkpoint-4").is_dir()
+    # what was scored after the checkpoint of step 3 must go
+    second = train(Config(resume_from_checkpoint=str(tmp_path / "second" / "checkpoint-3")))
+    for name in (
+        "adapter.safetensors",
+        "checkpoint-6/optimizer.safetensors",
+        "best/adapter.safetensors",
+    ):
+        assert same(whole.run_dir / name, second.run_dir / name), name
+    drop = ("seconds", "scoring_seconds")
+    histories = [
+        [{k: v for k, v in r.items() if k not in drop} for r in x.history] for x in (whole, second)
+    ]
+    assert histories[0] == histories[1]
+
+
+def test_resume_refusals(settings: dict[str, Any], photo_dir: Path, tmp_path: Path) -> None:
+    run_dir = train(Config(**{**settings, "max_train_steps": 3})).run_dir
+    latest = {"resume_from_checkpoint": "latest", "output_dir": str(run_dir)}
+    with pytest.raises(ValueError, match=r"`options` was .*'rank': 2.*; `seed` was 0, is 9"):
+        train(Config(**latest, seed=9, options={"rank": 3}))
+    with pytest.raises(ValueError, match="holds another run .*; nothing is overwritten"):
+        train(Config(**settings))
+    with pytest.raises(ValueError, match="needs --output_dir"):
+        train(Config(resume_from_checkpoint="latest"))
+    with pytest.raises(ValueError, match="nothing to resume"):
+        train(Config(resume_from_checkpoint="latest", output_dir=str(tmp_path / "none")))
+    with pytest.raises(ValueError, match="is not a checkpoint-N folder"):
+        train(Config(resume_from_checkpoint=str(run_dir)))
+    longer = train(Config(**latest, max_train_steps=5))
+    assert [r["step"] for r in longer.history] == [0, 3, 5]
+    image = next(photo_dir.glob("*.png"))
+    data = image.read_bytes()
+    try:
+        image.write_bytes(next(p for p in photo_dir.glob("*.png") if p != image).read_bytes())
+        with pytest.raises(ValueError, match="are not those that"):
+            train(Config(**latest, max_train_steps=7))
+    finally:
+        image.write_bytes(data)
+
+
+def test_kill_leaves_the_previous_checkpoint_whole(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The write of the second checkpoint dies half way: the first is whole, and is resumed from."""
+    import safetensors.torch as st
+
+    original, calls = st.save_file, []
+
+    def dying(values: Any, path: Path, *rest: Any) -> None:
+        if Path(path).name == "optimizer.safetensors":
+            calls.append(path)
+            if len(calls) == 2:
+                Path(path).write_bytes(b"half")
+                os._exit(9)
+        original(values, path, *rest)
+
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(st, "save_file", dying)
+        train(Config(**settings, checkpointing_steps=2))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    run_dir = Path(settings["output_dir"])
+    assert [p.name for p in runstate.checkpoints(run_dir)] == ["checkpoint-2"]
+    result = train(Config(resume_from_checkpoint="latest", output_dir=str(run_dir)))
+    assert [r["step"] for r in result.history] == [0, 3, 6]
+    assert not list(run_dir.glob(".checkpoint*"))
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(settings: dict[str, Any], tmp_path: Path) -> None:
+    flags = [f"--{k}={v}" for k, v in settings.items() if isinstance(v, (str, int))]
+    flags += ["--rank", "2", "--max_train_steps", "100000", "--validation_steps", "50000"]
+    flags += ["--validation_prompt", "a {}"]
+    script = Path(__file__).parents[1] / "train_dreambooth.py"
+    process = subprocess.Popen(
+        [sys.executable, str(script), *flags], stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.time() + 90
+    while not (tmp_path / "run" / "metrics.jsonl").is_file() and time.time() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "Stopped after step" in error and "--resume_from_checkpoint latest" in error
+    (saved,) = runstate.checkpoints(tmp_path / "run")
+    assert runstate.read_state(saved)["step"] == int(saved.name.split("-")[1]) > 0
+
+
+def test_checkpoint_limit_and_default_run_names(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    quick = {**settings, "output_dir": None, "name": "dog", "checkpointing_steps": 1}
+    first = train(Config(**quick, checkpoints_total_limit=3))
+    steps = [p.name for p in runstate.checkpoints(first.run_dir)]
+    assert steps == ["checkpoint-4", "checkpoint-5", "checkpoint-6"]
+    second = train(Config(**{**quick, "max_train_steps": 1}))
+    assert (str(first.run_dir), str(second.run_dir)) == ("runs/dog", "runs/dog-2")
+
+
+def test_class_images_are_kept_and_reused(settings: dict[str, Any], tmp_path: Path) -> None:
+    prior = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class")}
+    quick = {**settings, **prior, "max_train_steps": 1, "num_class_images": 3}
+    train(Config(**quick, sample_batch_size=2))
+    files = sorted((tmp_path / "class").glob("*.png"))
+    assert len(files) == 3
+    kept = [f.read_bytes() for f in files]
+    files[1].unlink()
+    train(Config(**{**quick, "output_dir": str(tmp_path / "again")}, sample_batch_size=1))
+    # the missing one came back as it was, whatever the batch; the others were not touched
+    assert [f.read_bytes() for f in files] == kept
+    saved = (tmp_path / "again" / "config.yaml").read_text()
+    assert "class_prompt: a dog" in saved
+    with pytest.raises(ValueError, match="were made otherwise: prompt 'a dog', now 'a cat'"):
+        train(Config(**{**quick, "output_dir": str(tmp_path / "x"), "class_prompt": "a cat"}))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_base_keeps_float32_adapters(
+    settings: dict[str, Any], precision: str
+) -> None:
+    result = train(Config(**settings, mixed_precision=precision))
+    assert {t.dtype for t in tensors(result.adapter).values()} == {torch.float32}
+    assert result.history[-1]["skipped_steps"] <= 6
+    moved = tensors(result.run_dir / "adapter.safetensors")
+    start = tensors(result.run_dir / "checkpoint-3" / "adapter.safetensors")
+    assert any(not torch.equal(moved[k], start[k]) for k in moved)
+
+
+def test_kl_autoencoder_noise_prediction_and_checkpointing(
+    settings: dict[str, Any], tiny_pipeline_dir: Path
+) -> None:
+    changes = {"pretrained_model_name_or_path": str(tiny_pipeline_dir), "snr_gamma": 5.0}
+    plain = train(Config(**{**settings, **changes}))
+    memory = {"gradient_checkpointing": True, "output_dir": settings["output_dir"] + "2"}
+    saved = train(Config(**{**settings, **changes, **memory}))
+    a, b = (tensors(r.run_dir / "adapter.safetensors") for r in (plain, saved))
+    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6
+    assert "sampler: dpm++" in (plain.run_dir / "config.yaml").read_text()
+
+
+def test_training_learns(settings: dict[str, Any]) -> None:
+    """The mean loss of the last steps is below that of the first on the same photos."""
+    long = {**settings, "max_train_steps": 120, "validation_steps": 30, "learning_rate": 3e-2}
+    history = train(Config(**{**long, "num_inference_steps": 1, "options": {"rank": 8}})).history
+    assert history[-1]["loss"] < 0.97 * history[1]["loss"]
+
+
+def test_divergence_is_an_error(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "BAD_STEPS_IN_A_ROW", 3)
+    original = Run.step
+
+    def step(self: Run, k: int, factor: float) -> None:
+        self._step.cache.mean.fill_(float("nan"))
+        original(self, k, factor)
+
+    monkeypatch.setattr(Run, "step", step)
+    with pytest.raises(ValueError, match="the last 6 steps up to 6 gave no finite loss"):
+        train(Config(**settings))
+
+
+def test_refusals_come_before_any_model(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: Any, **options: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(run_module, "load_base", never)
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "x.jpg").write_bytes(b"no picture")
+    for changes, message in (
+        ({"instance_data_dir": str(bad)}, "cannot read the image .*x.jpg"),
+        ({"instance_prompt": None}, "`instance_prompt` is missing"),
+        ({"identifier": "zwx"}, "the identifier `zwx` is not in the prompt `a sks dog`"),
+        ({"options": {"rnk": 4}}, "`delora` has no option `rnk`: did you mean `rank`"),
+        ({"device": "cuda:99x"}, "`device` must be cpu, cuda or cuda:N"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(Config(**{**settings, **changes}))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one process trains one subject"):
+        train(Config(**settings))
+
+
+def test_tensorboard(settings: dict[str, Any]) -> None:
+    pytest.importorskip("tensorboard")
+    result = train(Config(**settings, report_to="tensorboard"))
+    assert list((result.run_dir / "logs").rglob("events.out.tfevents.*"))
+
+
+def test_generate(settings: dict[str, Any], tmp_path: Path) -> None:
+    from dreamtune.cli import main
+
+    result = train(Config(**settings))
+    out = str(tmp_path / "out")
+    flags = ["--prompt", "a sks dog", "a dog", "--num_images", "2", "--output_dir", out]
+    assert main(["generate", str(result.run_dir), *flags]) == 0
+    assert main(["generate", str(result.adapter), *flags]) == 0
+    assert len(list((tmp_path / "out").glob("*.png"))) == 8
+    assert main(["export", str(result.run_dir), str(tmp_path / "k"), "--format", "kohya"]) == 0
+    assert len(list((tmp_path / "k").glob("*.safetensors"))) == 1
