@@ -46,7 +46,7 @@ class AdapterFile:
 def save_adapter(
     adapter: InjectedAdapter, path: str | Path, slot: int, metadata: Mapping[str, Any]
 ) -> Path:
-    """Writes one slot: tensors by module path, and a JSON header. A crash leaves the file before it whole.
+    """Writes one slot: tensors by module path, a JSON header; a crash leaves an earlier file whole.
 
     Args:
         path: the file, or a folder that gets `adapter.safetensors`.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamtune.adapters import METHODS, find_method
@@ -75,9 +76,8 @@ def export(
         model = None if base is None else find_unet(base)
         _refuse(method, format, model)
         factors, prints = factors_of_file(file, model, force)
-    tensors = (_diffusers_keys if format == "diffusers" else _kohya_keys)(
-        {path: recompress(up, down) for path, (up, down) in factors.items()}, dtype
-    )
+    small = {path: recompress(up, down) for path, (up, down) in factors.items()}
+    tensors = (_diffusers_keys if format == "diffusers" else _kohya_keys)(_same_rank(small), dtype)
     header = {"format": "pt", "dreamtune": json.dumps(
         {"exported_from": method, "fingerprint": prints, "metadata": about})}
     path = Path(out_dir) / FILE_NAMES[format].format(name=name)
@@ -175,6 +175,15 @@ def recompress(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     left, size, right = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
     root = size.sqrt()
     return q_up @ (left * root), (root.unsqueeze(-1) * right) @ q_down.mT
+
+
+def _same_rank(factors: LayerFactors) -> LayerFactors:
+    """Fills up with zeros to one rank: PEFT mixes up the alphas of a file of several ranks."""
+    rank = max(up.shape[-1] for up, _ in factors.values())
+    return {
+        path: (F.pad(up, (0, rank - up.shape[-1])), F.pad(down, (0, 0, 0, rank - down.shape[-2])))
+        for path, (up, down) in factors.items()
+    }
 
 
 def _diffusers_keys(factors: LayerFactors, dtype: torch.dtype) -> dict[str, Tensor]:

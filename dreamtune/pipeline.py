@@ -21,7 +21,8 @@ from dreamtune.checkpoint import (
     read_safetensors,
 )
 from dreamtune.export import FILE_NAMES, find_unet, plain_lora
-from dreamtune.inject import TARGET_MODULES, InjectedAdapter, find_targets, inject
+from dreamtune.groups import TARGET_MODULES, find_targets
+from dreamtune.inject import InjectedAdapter, inject
 
 
 def load(

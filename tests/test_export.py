@@ -1,0 +1,219 @@
+"""Exported files do in stock diffusers what the adapter does here."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import cases, disturb, images, tiny_pipeline, tiny_unet
+
+import dreamtune
+from dreamtune import METHODS
+from dreamtune.export import recompress
+
+all_cases = pytest.mark.parametrize("method,options", cases())
+ALONE = """
+import json, sys, torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+torch.set_num_threads(1)
+folder, lora, out = sys.argv[1:]
+pipe = StableDiffusionPipeline(
+    vae=AutoencoderKL.from_pretrained(folder, subfolder="vae"), text_encoder=None, tokenizer=None,
+    unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet"), scheduler=DDIMScheduler(),
+    safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+pipe.load_lora_weights(lora)
+g = torch.Generator().manual_seed(0)
+prompt, negative = torch.randn(2, 2, 5, 24, generator=g)
+images = pipe(prompt_embeds=prompt, negative_prompt_embeds=negative, num_inference_steps=3,
+    height=8, width=8, generator=torch.Generator().manual_seed(0), output_type="pt").images
+assert "dreamtune" not in sys.modules
+torch.save(images, out)
+"""
+
+
+@all_cases
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_stock_diffusers_gives_the_same_images(method, options, format, tmp_path):
+    if not METHODS[method].low_rank:
+        pytest.skip("not low rank")
+    unet = tiny_unet()
+    pipe = tiny_pipeline(unet)
+    base = images(pipe)
+    adapter = dreamtune.inject(unet, method, **options)
+    disturb(adapter)
+    expected = images(pipe)
+    path = dreamtune.export(adapter, tmp_path, format)
+    adapter.eject()
+    assert torch.equal(images(pipe), base)
+    pipe.load_lora_weights(tmp_path, weight_name=path.name)
+    loaded = images(pipe)
+    assert float((loaded - expected).abs().max()) < 1e-3
+    assert float((loaded - base).abs().max()) > 1e-2
+    modules = [m for m in unet.modules() if hasattr(m, "lora_A")]
+    assert len(modules) == 32 and all(set(m.scaling.values()) == {1.0} for m in modules)
+
+
+def test_a_process_without_dreamtune(tmp_path):
+    """The product's promise: a separate process that imports only diffusers gets these images."""
+    unet = tiny_unet()
+    pipe = tiny_pipeline(unet)
+    pipe.unet.save_pretrained(tmp_path / "base" / "unet")
+    pipe.vae.save_pretrained(tmp_path / "base" / "vae")
+    base = images(pipe)
+    adapter = dreamtune.inject(unet, "delora")
+    disturb(adapter)
+    expected = images(pipe)
+    lora = dreamtune.export(adapter, tmp_path / "run")
+    assert lora.name == "pytorch_lora_weights.safetensors"
+    command = [sys.executable, "-c", ALONE, tmp_path / "base", tmp_path / "run", tmp_path / "o.pt"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    theirs = torch.load(tmp_path / "o.pt")
+    assert float((theirs - expected).abs().max()) <= 1e-3
+    assert float((theirs - base).abs().max()) > 1e-2
+
+
+@all_cases
+def test_exact_in_float32_and_small_error_in_fp16(method, options, tmp_path):
+    """Near the start too, where a naive cast of the halves loses most of the change."""
+    if not METHODS[method].low_rank:
+        pytest.skip("not low rank")
+    adapter = dreamtune.inject(tiny_unet(), method, **options)
+    disturb(adapter, size=1e-3)
+    for dtype, limit in ((torch.float32, 2e-6), ("fp16", 6e-4), ("bf16", 5e-3)):
+        path = dreamtune.export(adapter, tmp_path / str(dtype), dtype=dtype)
+        tensors = load_file(path)
+        for group in adapter.groups:
+            up, down = (x.detach() for x in group.adapter.factors(group.weight))
+            for i, name in enumerate(group.names):
+                change = up[i, 0].double() @ down[i, 0].double()
+                a = tensors[f"unet.{name}.lora_A.weight"].double()
+                b = tensors[f"unet.{name}.lora_B.weight"].double()
+                assert float((b @ a - change).norm() / change.norm()) < limit
+
+
+def test_recompress():
+    """Two large halves that cancel: the cast of the product's own factors is at the fp16 floor."""
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(8, 96, generator=g), torch.randn(64, 8, generator=g)
+    moved = a + 1e-3 * torch.randn(8, 96, generator=g)
+    up, down = torch.cat([b, -b], 1), torch.cat([moved, a])
+    exact = up.double() @ down.double()
+
+    def error(u, d):
+        return float((u.half().double() @ d.half().double() - exact).norm() / exact.norm())
+
+    assert error(up, down) > 0.1
+    u, d = recompress(up, down)
+    assert error(u, d) < 5e-4
+    assert u.shape == up.shape and d.shape == down.shape
+    torch.testing.assert_close(u @ d, exact, rtol=0, atol=1e-12)
+    u, d = recompress(torch.randn(3, 8, generator=g), torch.randn(8, 5, generator=g))
+    assert u.shape == (3, 3) and d.shape == (3, 5)
+
+
+@all_cases
+def test_native_file_exports_the_same(method, options, tmp_path):
+    if not METHODS[method].low_rank:
+        pytest.skip("not low rank")
+    unet = tiny_unet()
+    adapter = dreamtune.inject(unet, method, **options)
+    disturb(adapter)
+    native = adapter.save(tmp_path, metadata={"prompt": "a sks dog"})
+    there = load_file(dreamtune.export(adapter, tmp_path / "a"))
+    adapter.eject()
+    if METHODS[method].depends_on_weight:
+        with pytest.raises(ValueError, match="contains the base weights: pass the UNet"):
+            dreamtune.export(native, tmp_path / "b")
+        with pytest.raises(ValueError, match="layers differ.*pass `force=True`"):
+            dreamtune.export(native, tmp_path / "b", base=tiny_unet(seed=1))
+        path = dreamtune.export(native, tmp_path / "b", base=unet)
+    else:
+        path = dreamtune.export(native, tmp_path / "b")
+    here = load_file(path)
+    assert here.keys() == there.keys()
+    for key in here:
+        if key.endswith("lora_A.weight"):
+            other = key.replace("lora_A", "lora_B")
+            torch.testing.assert_close(
+                here[other] @ here[key], there[other] @ there[key], rtol=0, atol=1e-5
+            )
+    with safe_open(path, "pt") as file:
+        strings = file.metadata()
+    header = json.loads(strings["dreamtune"])
+    assert header["exported_from"] == method and header["metadata"] == {"prompt": "a sks dog"}
+    assert "lora_adapter_metadata" not in strings
+
+
+def test_base_can_be_a_folder_or_a_pipeline(tmp_path):
+    unet = tiny_unet()
+    unet.save_pretrained(tmp_path / "base" / "unet")
+    adapter = dreamtune.inject(unet, "ether")
+    native = adapter.save(tmp_path)
+    adapter.eject()
+    bases = [tmp_path / "base", tmp_path / "base" / "unet", tiny_pipeline(unet), unet]
+    files = [load_file(dreamtune.export(native, tmp_path / str(i), base=b))
+             for i, b in enumerate(bases)]  # fmt: skip
+    name = adapter.groups[0].names[0]
+    changes = [f[f"unet.{name}.lora_B.weight"] @ f[f"unet.{name}.lora_A.weight"] for f in files]
+    for change in changes:
+        torch.testing.assert_close(change, changes[0], rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="`base` must be a UNet, a pipeline, a folder"):
+        dreamtune.export(native, tmp_path / "x", base=3)
+
+
+def test_slot_is_exported(tmp_path):
+    adapter = dreamtune.inject(tiny_unet(), "lora", slots=2, rank=2)
+    disturb(adapter)
+    tensors = load_file(dreamtune.export(adapter, tmp_path, slot=1))
+    state = adapter.state_dict(1)
+    name = adapter.groups[0].names[0]
+    change = tensors[f"unet.{name}.lora_B.weight"] @ tensors[f"unet.{name}.lora_A.weight"]
+    torch.testing.assert_close(change, state[f"{name}.B"] @ state[f"{name}.A"])
+    with pytest.raises(ValueError, match="`slot` must be 0 to 1, got 2"):
+        dreamtune.export(adapter, tmp_path, slot=2)
+
+
+def test_never_overwrites_silently(tmp_path):
+    adapter = dreamtune.inject(tiny_unet(), "lora", rank=2)
+    path = dreamtune.export(adapter, tmp_path)
+    dreamtune.export(adapter, tmp_path)
+    disturb(adapter)
+    with pytest.raises(ValueError, match="is there with other contents: pass `overwrite=True`"):
+        dreamtune.export(adapter, tmp_path)
+    assert dreamtune.export(adapter, tmp_path, overwrite=True) == path
+    save_file({"x": torch.zeros(1)}, tmp_path / "mine_kohya.safetensors")
+    with pytest.raises(ValueError, match="with other contents"):
+        dreamtune.export(adapter, tmp_path, "kohya", name="mine")
+
+
+@pytest.mark.parametrize("format", ["peft", "merged", "onnx"])
+def test_unknown_format(format, tmp_path):
+    with pytest.raises(ValueError, match="`format` must be one of diffusers, kohya, got"):
+        dreamtune.export(dreamtune.inject(tiny_unet(), "lora"), tmp_path, format)
+
+
+def test_other_refusals(tmp_path):
+    adapter = dreamtune.inject(tiny_unet(), "lora", rank=2)
+    with pytest.raises(ValueError, match="`dtype` must be one of fp32, fp16, bf16"):
+        dreamtune.export(adapter, tmp_path, dtype="int8")
+    with pytest.raises(ValueError, match="`dtype` must be float32"):
+        dreamtune.export(adapter, tmp_path, dtype=torch.float64)
+    next(adapter.parameters()).data[0] = float("nan")
+    with pytest.raises((ValueError, torch.linalg.LinAlgError)):
+        dreamtune.export(adapter, tmp_path)
+    assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_kohya_keys(tmp_path):
+    adapter = dreamtune.inject(tiny_unet(), "lora", rank=2)
+    tensors = load_file(dreamtune.export(adapter, tmp_path, "kohya", name="dog"))
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1"
+    for child in ("to_q", "to_out_0"):
+        assert tensors[f"{layer}_{child}.lora_down.weight"].shape == (2, 32)
+        assert tensors[f"{layer}_{child}.lora_up.weight"].shape == (32, 2)
+        assert tensors[f"{layer}_{child}.alpha"].shape == ()
+        assert float(tensors[f"{layer}_{child}.alpha"]) == 2
