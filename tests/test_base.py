@@ -129,3 +129,23 @@ def test_refusals(tmp_path: Path, tiny_pipeline_dir: Path, monkeypatch: pytest.M
     monkeypatch.setattr(base_module, "hub_answers", lambda: False)
     with pytest.raises(ValueError, match="hf download nobody/nothing --local-dir FOLDER"):
         load_base("nobody/nothing")
+
+
+def test_single_file_loads_offline_as_the_same_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tensor of a checkpoint in the original layout arrives where it belongs."""
+    from single_file_layout import write_configs, write_single_file
+
+    from dreamtune import single_file
+
+    monkeypatch.setattr(single_file, "CONFIGS", write_configs(tmp_path / "configs"))
+    file = tmp_path / "model.safetensors"
+    parts = write_single_file(file, tmp_path / "configs")
+    base = load_base(str(file))
+    assert (base.id, base.prediction_type, base.resolution) == ("model", "epsilon", 512)
+    for name, original in parts.items():
+        loaded, wanted = getattr(base, name).state_dict(), original.state_dict()
+        assert loaded.keys() == wanted.keys()
+        assert all(torch.equal(loaded[k], wanted[k]) for k in wanted), name
+    assert base.encode_prompts(["a sks dog"]).shape == (1, 77, 768)
