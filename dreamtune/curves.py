@@ -42,7 +42,8 @@ def curve(
     def y(value: float) -> float:
         return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
-    digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
+    unit = ticks[1] - ticks[0]
+    digits = next((d for d in range(7) if abs(round(unit, d) - unit) < 1e-3 * unit), 7)
     parts = [
         f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
         f'<text class="tick" x="{LEFT - 7}" y="{y(t) + 3.5:.1f}" text-anchor="end">'

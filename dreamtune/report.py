@@ -291,6 +291,8 @@ def _protocol(protocol: Mapping[str, Any] | None) -> str:
 
 def _shown(value: Any) -> str:
     """A setting as text; of an absolute path only its last part, which names nobody's home."""
+    if isinstance(value, Mapping):
+        value = [f"{key} {inner}" for key, inner in value.items()]
     text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return f"…/{Path(text).name}" if os.path.isabs(text) else text
 

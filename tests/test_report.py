@@ -166,3 +166,10 @@ def test_curves_stay_inside_their_frame(values):
         x, y = map(float, point.split(","))
         assert 0 <= x <= 340 and 0 <= y <= 216
     assert svg.count('class="tick"') >= 3
+
+
+def test_axis_numbers_are_not_rounded_away():
+    svg = curve("CLIP-T", [0, 10], [0.83, 0.891], 0)
+    ticks = [float(t) for t in re.findall(r'text-anchor="end">(0\.\d+)<', svg)]
+    steps = {round(b - a, 6) for a, b in zip(ticks, ticks[1:])}
+    assert len(ticks) >= 2 and len(steps) == 1
