@@ -255,7 +255,7 @@ def toy():
 
 
 def test_a_new_method_needs_only_its_class(toy):
-    """Registered, it takes part in the contract tests and in injection, with nothing else edited."""
+    """Registered, it takes part in contract tests and injection, with nothing else edited."""
     assert ("toy", {}) in cases()
     checks = (test_class_says_what_it_is, test_slot_starts_as_alone, test_zero_rows_are_finite)
     for check in checks:
