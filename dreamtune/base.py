@@ -317,11 +317,8 @@ def explained(source: str) -> Iterator[None]:
     """Loading errors of libraries -> a ValueError that says what to do."""
     try:
         yield
-    except ValueError as error:
-        if Path(source).is_dir() or "model_index" in str(error):
-            raise ValueError(f"`{source}` could not be loaded: {error}") from error
-        raise
-    except (OSError, RuntimeError) as error:  # hub and network errors are OSErrors
+    # hub and network errors are OSErrors; before huggingface_hub 1.0 ValueErrors as well, so first
+    except (OSError, RuntimeError) as error:
         if Path(source).is_dir():
             raise ValueError(f"`{source}` could not be loaded: {error}") from error
         reason = str(error).strip().split("\n")[0]
@@ -340,6 +337,10 @@ def explained(source: str) -> Iterator[None]:
             ".safetensors file, or set HF_HOME to a cache that holds it; `embedded` needs no "
             "download."
         ) from error
+    except ValueError as error:
+        if Path(source).is_dir() or "model_index" in str(error):
+            raise ValueError(f"`{source}` could not be loaded: {error}") from error
+        raise
 
 
 def check_parts(source: str, unet: Any, vae: Any) -> None:
