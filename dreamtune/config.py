@@ -28,7 +28,7 @@ def opt(default: Any, help: str, group: str, shown: str = "", choices: tuple[str
 
 @dataclass
 class Config:
-    """A training run. `None` means the default that `--help` states; `resolve` in train.py fills it
+    """A training run. `None` means the default that `--help` states; `prepare.resolve` fills it
     in.
     """
 

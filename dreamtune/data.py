@@ -48,7 +48,8 @@ class Photo:
     """One picture of a folder."""
 
     path: Path
-    caption: str | None
+    caption: str | None  # of its own .txt file
+    folder_caption: str | None  # the words of a kohya folder
     repeats: int
     image: Image.Image = field(repr=False, compare=False)
     digest: str = field(repr=False)
@@ -73,9 +74,9 @@ class Folder:
 def read_folder(folder: str | Path, need: int = 1) -> Folder:
     """The photos of a folder, by name: its own files and those of kohya folders (`10_sks dog/`).
 
-    A `.txt` (or `.caption`) file beside a photo is its caption; in a kohya folder the folder's
-    words are the default. Raises ValueError for a folder that is missing or holds fewer than `need`
-    photos, and for an unreadable image.
+    A `.txt` (or `.caption`) file beside a photo is its caption; `views` falls back on the prompt,
+    then on the words of a kohya folder. Raises ValueError for a folder that is missing or holds
+    fewer than `need` photos, and for an unreadable image.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
@@ -138,7 +139,7 @@ def add_file(
         hint = " Convert it to JPEG or PNG." if suffix in (".heic", ".heif") else ""
         raise ValueError(f"cannot read the image `{path}`: {error}.{hint}") from None
     photos.append(
-        Photo(path, sidecar(path) or caption, repeats, image, hashlib.sha256(data).hexdigest())
+        Photo(path, sidecar(path), caption, repeats, image, hashlib.sha256(data).hexdigest())
     )
 
 
@@ -269,7 +270,7 @@ def views(
     weights: list[int] = []
     common = gcd(*(p.repeats for p in photos))
     for number, photo in enumerate(photos):
-        caption = photo.caption or default_caption
+        caption = photo.caption or default_caption or photo.folder_caption
         if caption is None:
             raise ValueError(
                 f"`{photo.path}` has no caption file: set `instance_prompt`, or write one beside "

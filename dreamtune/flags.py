@@ -33,7 +33,7 @@ OTHERS = {
     "lr_power": "use --lr_scheduler linear or cosine",
     "dataloader_num_workers": "latents are cached, nothing is loaded while training; drop the flag",
     "enable_xformers_memory_efficient_attention": "torch's own attention is used; drop the flag",
-    "allow_tf32": "TF32 is on by default on GPUs that have it; drop the flag",
+    "allow_tf32": "use --mixed_precision bf16, the default on a GPU that has it",
     "prior_generation_precision": "class images are made in --mixed_precision",
     "local_rank": "set the LOCAL_RANK variable, or --device cuda:N",
     "logging_dir": "logs go to <output_dir>/logs; use --output_dir",

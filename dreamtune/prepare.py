@@ -72,14 +72,15 @@ def subject_of(config: Config, photos: Sequence[Photo]) -> Subject:
     """The subject's words, from the prompts. Raises ValueError if there is no telling the
     identifier.
     """
-    if config.instance_prompt is None and any(p.caption is None for p in photos):
-        missing = next(p.path for p in photos if p.caption is None)
+    captions = [p.caption or p.folder_caption for p in photos]
+    if config.instance_prompt is None and None in captions:
+        missing = photos[captions.index(None)].path
         raise ValueError(
             f"`instance_prompt` is missing (for instance 'a sks dog'), and `{missing.name}` has no "
             "caption file."
         )
     prompt = config.instance_prompt or common_words(
-        [p.caption or "" for p in photos], config.identifier or "sks"
+        [c or "" for c in captions], config.identifier or "sks"
     )
     identifier = config.identifier
     if (

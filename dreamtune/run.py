@@ -95,13 +95,13 @@ class Run:
             runstate.restore(checkpoint, self.dir, self.adapter, self._step.load_state_dict)
         self.history = runstate.read_metrics(self.dir)
         self.choose()
-        self.bar = progress_bar(self.start, config.max_train_steps or 0)
         self.began, self.prepared = time.perf_counter(), time.perf_counter() - began
         print(
             f"{config.method} {options_text(config.options)}: {self.adapter.num_parameters:,} "
-            f"parameters on "
-            f"{device.type}, {config.max_train_steps} steps; ready after {self.prepared:.1f} s"
+            f"parameters on {device.type}, {config.max_train_steps} steps; "
+            f"ready after {self.prepared:.1f} s"
         )
+        self.bar = progress_bar(self.start, config.max_train_steps or 0)
 
     def write_config(self) -> None:
         import yaml

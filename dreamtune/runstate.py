@@ -36,12 +36,14 @@ def choose_run_dir(output_dir: str | None, name: str) -> Path:
         folder = Path(output_dir).expanduser()
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"`output_dir` {folder} is a file.")
-        taken = [n for n in OURS if (folder / n).exists()] + [p.name for p in checkpoints(folder)]
+        saved = [p.name for p in checkpoints(folder)]
+        # a run that was stopped while it got ready left its settings and nothing else
+        taken = [n for n in OURS if n != CONFIG and (folder / n).exists()] + saved
         if taken:
+            way = "Continue it with --resume_from_checkpoint latest" if saved else "Remove it"
             raise ValueError(
                 f"`output_dir` {folder} holds another run ({', '.join(taken[:4])}); nothing is "
-                f"overwritten. "
-                "Continue it with --resume_from_checkpoint latest, or name another folder."
+                f"overwritten. {way}, or name another folder."
             )
         return folder
     number, folder = 2, Path("runs") / name

@@ -26,10 +26,13 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         "bad = {'torch', 'diffusers', 'transformers', 'numpy', 'PIL'} & set(sys.modules)\n"
         "assert not bad, bad"
     )
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - began < 1.0
+    taken = []
+    for _ in range(3):  # the quickest of three: other tests run beside this one
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        taken.append(time.perf_counter() - began)
+        assert done.returncode == 0, done.stderr
+    assert min(taken) < 1.0
     assert "--pretrained_model_name_or_path" in done.stdout
 
 

@@ -322,3 +322,13 @@ def test_generate(settings: dict[str, Any], tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").glob("*.png"))) == 8
     assert main(["export", str(result.run_dir), str(tmp_path / "k"), "--format", "kohya"]) == 0
     assert len(list((tmp_path / "k").glob("*.safetensors"))) == 1
+
+
+def test_a_run_without_a_checkpoint_is_not_overwritten(settings: dict[str, Any]) -> None:
+    folder = Path(settings["output_dir"])
+    folder.mkdir()
+    (folder / "config.yaml").write_text("seed: 0")  # stopped while it got ready
+    assert runstate.choose_run_dir(str(folder), "x") == folder
+    (folder / "metrics.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match=r"another run \(metrics.jsonl\).*Remove it, or name"):
+        runstate.choose_run_dir(str(folder), "x")
