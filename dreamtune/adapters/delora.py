@@ -27,8 +27,9 @@ class DeLoRA(Adapter):
     Args:
         rank: r; the change has rank 2 r (r with `start="peft"`).
         lambda_init: start of lambda, the strength. The change is about lambda / sqrt(r in) of W's
-            norm once the directions have turned away from their start, and at most 2 lambda /
-            sqrt(in).
+            norm once the directions have turned away from their start, and at most
+            2 lambda / sqrt(in). On layers 128 to 192 wide, one subject, 30 steps at rate 1e-2:
+            4 fits best; 1 is bound too tightly, 15 moves the weights by 31% and fits worse.
         start: "residual" or "peft".
     """
 
@@ -49,7 +50,7 @@ class DeLoRA(Adapter):
         slots: int = 1,
         generator: Generators = None,
         rank: int = 16,
-        lambda_init: float = 8.0,
+        lambda_init: float = 4.0,
         start: str = "residual",
     ) -> None:
         if rank < 1:
