@@ -120,6 +120,12 @@ class Config:
         ("no", "fp16", "bf16"),
     )
     gradient_checkpointing: bool = opt(False, "recompute activations to save memory", "training")
+    capture: str = opt(
+        "auto",
+        "run the training step as one CUDA graph; auto: on a GPU, where nothing prevents it",
+        "training",
+        choices=("auto", "on", "off"),
+    )
     device: str | None = opt(
         None, "cpu, cuda or cuda:N", "training", "cuda if there is one, LOCAL_RANK honoured"
     )
@@ -281,8 +287,9 @@ def checked(f: dataclasses.Field[Any], value: Any) -> Any:
         raise ValueError(f"`{f.name}` cannot be empty.")
     origin = typing.get_origin(kind) or kind
     if f.metadata["choices"] and value not in f.metadata["choices"]:
-        # YAML 1.1 reads a bare `no` as false.
-        value = "no" if value is False and "no" in f.metadata["choices"] else value
+        # YAML 1.1 reads bare `no` and `off` as false, `on` as true.
+        words = {"no": False, "off": False, "on": True}
+        value = next((w for w in f.metadata["choices"] if words.get(w) is value), value)
         if value not in f.metadata["choices"]:
             raise ValueError(
                 f"`{f.name}` must be one of {', '.join(f.metadata['choices'])}; got {value!r}."

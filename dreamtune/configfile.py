@@ -22,6 +22,7 @@ FREE_ON_RESUME = frozenset(
         "sample_batch_size",
         "class_data_dir",
         "device",
+        "capture",
     ]
 )
 

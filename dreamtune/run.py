@@ -13,6 +13,7 @@ import torch
 
 from dreamtune import runstate
 from dreamtune.base import load_base
+from dreamtune.capture import CapturedStep, choose, reason_against
 from dreamtune.config import Config
 from dreamtune.configfile import continued
 from dreamtune.data import read_folder
@@ -63,6 +64,8 @@ class Run:
         folder = read_folder(photo_dir)
         subject = subject_of(config, folder.photos)
         device, dtype = device_and_dtype(config)
+        against = reason_against(device, config.gradient_checkpointing)
+        capturing = choose(config.capture, against)
         name = config.name or f"{photo_dir.resolve().name}-{config.method}".replace(" ", "-")
         self.dir = (
             checkpoint.parent if checkpoint else runstate.choose_run_dir(config.output_dir, name)
@@ -89,6 +92,9 @@ class Run:
         self.write_config()
         classes = class_images(config, base) if config.with_prior_preservation else []
         self.make_step(*build_cache(config, base, folder.photos, classes))
+        self.do_step: Step | CapturedStep = self._step
+        if capturing:
+            self.do_step = CapturedStep(self._step)
         self.start, self.best_step, self.reason = 0, 0, ""
         if checkpoint:
             self.start = runstate.read_state(checkpoint)["step"]
@@ -101,6 +107,8 @@ class Run:
             f"parameters on {device.type}, {config.max_train_steps} steps; "
             f"ready after {self.prepared:.1f} s"
         )
+        if device.type == "cuda" and not capturing:
+            print(f"Steps are not captured: {against or '`capture` is off'}.")
         self.bar = progress_bar(self.start, config.max_train_steps or 0)
 
     def write_config(self) -> None:
@@ -136,7 +144,7 @@ class Run:
         )
 
     def step(self, k: int, factor: float) -> None:
-        self._step(k, factor)
+        self.do_step(k, factor)
 
     def show(self, k: int) -> None:
         """Progress bar and tracker, now and then. Raises ValueError if training has come apart."""

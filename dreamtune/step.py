@@ -161,8 +161,7 @@ class Step:
     def body(self) -> None:
         """The part on the device, the same work every time."""
         settings, params = self.settings, self.optimizer.params
-        for p in params:
-            p.grad = None
+        self.clear_gradients()
         loss = torch.zeros_like(self.loss)
         for _ in range(settings.accumulation):
             part = self.losses(
@@ -174,6 +173,10 @@ class Step:
         ok = norms.isfinite() & loss.isfinite()
         self.optimizer.step(clip_factors(norms, settings.max_grad_norm) / self.loss_scale, ok)
         self.account(loss, ok)
+
+    def clear_gradients(self) -> None:
+        for p in self.optimizer.params:
+            p.grad = None
 
     def losses(self, drawn: Draw) -> Tensor:
         """(S,) for one batch."""

@@ -17,11 +17,12 @@ RATES, SEEDS = [2e-3, 1e-2, 5e-4], [3, 1, 4]
 STEPS = 5
 
 
-def cache(spread: bool = True) -> Cache:
+def cache(spread: bool = True, device: str = "cpu") -> Cache:
     g = torch.Generator().manual_seed(5)
     mean, std = torch.randn(2, 12, 4, 8, 8, generator=g, dtype=DTYPE)
     prompts = torch.randn(4, 5, 24, generator=g, dtype=DTYPE)
-    return Cache(mean, std.abs() * 0.1 if spread else None, torch.arange(12) % 4, prompts)
+    mean, std, prompts = mean.to(device), std.to(device).abs() * 0.1, prompts.to(device)
+    return Cache(mean, std if spread else None, torch.arange(12, device=device) % 4, prompts)
 
 
 # three subjects of different size, and their class images
@@ -29,17 +30,17 @@ PHOTOS = [torch.arange(0, 2), torch.arange(2, 5), torch.tensor([5, 5, 6, 7])]
 CLASSES = [torch.arange(8, 10), torch.arange(9, 12), torch.arange(8, 12)]
 
 
-def make(method: str, slots: list[int], **settings: Any) -> tuple[Any, Step]:
-    unet = tiny_unet(DTYPE)
+def make(method: str, slots: list[int], device: str = "cpu", **settings: Any) -> tuple[Any, Step]:
+    unet = tiny_unet(DTYPE).to(device)
     adapter = inject(unet, method, slots=len(slots), seed=[SEEDS[s] for s in slots])
     groups = [adapter.parameter_groups(RATES[s], 0.01) for s in slots]
-    pools = [[PHOTOS[s] for s in slots], [CLASSES[s] for s in slots]]
-    alpha_bar = torch.linspace(0.999, 0.001, 50, dtype=DTYPE)
+    pools = [[pool[s].to(device) for s in slots] for pool in (PHOTOS, CLASSES)]
+    alpha_bar = torch.linspace(0.999, 0.001, 50, dtype=DTYPE, device=device)
     options = StepSettings(**{"batch": 2, "snr_gamma": 5.0, "max_grad_norm": 1e-3, **settings})
     step = Step(
         unet,
         SlotAdamW(groups),
-        cache(),
+        cache(device=device),
         pools,
         alpha_bar,
         [SEEDS[s] for s in slots],
