@@ -34,7 +34,7 @@ def min_snr_weight(alpha_bar: Tensor, gamma: float, prediction: str) -> Tensor:
     """
     capped = torch.minimum(alpha_bar, gamma * (1 - alpha_bar))  # min(SNR, γ) (1 - ā)
     if prediction == "epsilon":
-        return torch.where(alpha_bar > 0, capped / alpha_bar.clamp_min(1e-20), 1.0)
+        return (capped / alpha_bar.clamp_min(1e-20)).masked_fill(alpha_bar <= 0, 1.0)
     return capped
 
 

@@ -17,22 +17,17 @@ from torch import Tensor
 SLOT_DIM = 1
 
 
-def per_slot(values: Tensor, like: Tensor) -> Tensor:
-    """(S,) shaped to multiply (layers, S, ...)."""
-    return values.to(like.dtype).view(1, -1, *[1] * (like.ndim - 2))
-
-
 def slot_norms(tensors: Sequence[Tensor]) -> Tensor:
     """(S,): the norm over all tensors of each slot, accumulated in at least float32."""
-    squares = [
-        t.movedim(SLOT_DIM, 0)
-        .flatten(1)
-        .to(torch.promote_types(t.dtype, torch.float32))
-        .square()
-        .sum(1)
+    norms = [
+        torch.linalg.vector_norm(
+            t,
+            dim=[d for d in range(t.ndim) if d != SLOT_DIM],
+            dtype=torch.promote_types(t.dtype, torch.float32),
+        )
         for t in tensors
     ]
-    return torch.stack(squares).sum(0).sqrt()
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
 
 def clip_factors(norms: Tensor, max_norm: float) -> Tensor:
@@ -40,8 +35,38 @@ def clip_factors(norms: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (norms + 1e-6)).clamp_max(1.0)
 
 
+class Bundle:
+    """Parameters (layers, S, ...) of one rate (S, 1) and decay, and their state as (S, values)."""
+
+    def __init__(self, params: list[Tensor], rate: Tensor, decay: float) -> None:
+        self.params, self.rate, self.decay = params, rate, decay
+        self.shapes = [p.movedim(SLOT_DIM, 0).shape for p in params]
+        self.sizes = [p.numel() // p.shape[SLOT_DIM] for p in params]
+        self.m = params[0].new_zeros(params[0].shape[SLOT_DIM], sum(self.sizes)).detach()
+        self.v = torch.zeros_like(self.m)
+        self.m_of, self.v_of = self.pieces(self.m), self.pieces(self.v)
+
+    def pieces(self, flat: Tensor) -> list[Tensor]:
+        """Views of (S, values), each shaped as its parameter."""
+        return [
+            part.unflatten(1, shape[1:]).movedim(0, SLOT_DIM)
+            for part, shape in zip(flat.split(self.sizes, 1), self.shapes)
+        ]
+
+    def gather(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """A new (S, values)."""
+        rows = []
+        for tensor in tensors:
+            assert tensor is not None
+            rows.append(tensor.detach().movedim(SLOT_DIM, 0).flatten(1))
+        return torch.cat(rows, 1)
+
+
 class SlotAdamW:
     """AdamW (arXiv 1711.05101) whose learning rate is a vector over slots.
+
+    Parameters of one rate and decay are worked on as one tensor (S, values), gathered before and
+    scattered after: a dozen kernels, however many parameters there are.
 
     groups: for each slot a torch-style list of {"params", "lr", "weight_decay"} over the same
     tensors (layers, S, ...). `schedule` is a 0-dim tensor that multiplies every rate; set it before
@@ -64,16 +89,19 @@ class SlotAdamW:
             raise ValueError(
                 f"`groups` must hold one list a slot ({self.slots}), got {len(groups)}."
             )
-        self.rates: list[Tensor] = []
-        self.decays: list[float] = []
         by_slot = [{id(p): float(g["lr"]) for g in slot for p in g["params"]} for slot in groups]
+        bundles: dict[tuple[Any, ...], list[Tensor]] = {}
         for group in first:
             for p in group["params"]:
-                rates = [rate[id(p)] for rate in by_slot]
-                self.rates.append(torch.tensor(rates, device=device, dtype=dtype))
-                self.decays.append(float(group["weight_decay"]))
-        self.exp_avg = [torch.zeros_like(p) for p in self.params]
-        self.exp_avg_sq = [torch.zeros_like(p) for p in self.params]
+                rates = tuple(rate[id(p)] for rate in by_slot)
+                bundles.setdefault((rates, float(group["weight_decay"])), []).append(p)
+        self.bundles = [
+            Bundle(params, torch.tensor(rates, device=device, dtype=dtype)[:, None], decay)
+            for (rates, decay), params in bundles.items()
+        ]
+        places = {id(p): pair for b in self.bundles for p, *pair in zip(b.params, b.m_of, b.v_of)}
+        self.exp_avg = [places[id(p)][0] for p in self.params]
+        self.exp_avg_sq = [places[id(p)][1] for p in self.params]
         self.count = torch.zeros(self.slots, device=device, dtype=dtype)
         self.schedule = torch.ones((), device=device, dtype=dtype)
 
@@ -83,25 +111,23 @@ class SlotAdamW:
         parameters and state.
         """
         b1, b2 = self.betas
-        self.count.add_(ok.to(self.count.dtype))
-        # a slot that never had a step divides by 1 - 1 = 0 below; its result is not used
-        correct1 = 1 - b1**self.count
-        correct2 = (1 - b2**self.count).sqrt()
-        for p, m, v, rate, decay in zip(
-            self.params, self.exp_avg, self.exp_avg_sq, self.rates, self.decays, strict=True
-        ):
-            assert p.grad is not None
-            keep = per_slot(ok, p).bool()
-            grad = torch.where(keep, p.grad * per_slot(scale, p), 0.0)
-            lr = rate * self.schedule
-            new_m = torch.lerp(m, grad, 1 - b1)
-            new_v = torch.addcmul(v * b2, grad, grad, value=1 - b2)
-            denominator = new_v.sqrt() / per_slot(correct2, p) + self.eps
-            new_p = (
-                p * (1 - per_slot(lr * decay, p)) - per_slot(lr / correct1, p) * new_m / denominator
-            )
-            for old, new in ((p, new_p), (m, new_m), (v, new_v)):
-                old.copy_(torch.where(keep, new, old))
+        go = ok[:, None]
+        self.count.add_(ok)
+        # a slot that never had a step would divide by 1 - 1 = 0
+        correct1 = (1 - b1**self.count)[:, None].masked_fill(~go, 1.0)
+        correct2 = (1 - b2**self.count)[:, None].masked_fill(~go, 1.0).sqrt()
+        moved = go.to(self.count.dtype)
+        for bundle in self.bundles:
+            grad = bundle.gather([p.grad for p in bundle.params])
+            grad.mul_(scale[:, None]).masked_fill_(~go, 0.0)
+            lr = bundle.rate * self.schedule * moved
+            bundle.m.lerp_(grad, moved * (1 - b1))
+            bundle.v.lerp_(grad.square_(), moved * (1 - b2))
+            update = bundle.v.sqrt().div_(correct2).add_(self.eps)
+            update = torch.div(bundle.m, update, out=update)
+            values = bundle.gather(bundle.params)
+            values.mul_(1 - lr * bundle.decay).addcmul_(update, -lr / correct1)
+            torch._foreach_copy_(bundle.params, bundle.pieces(values))
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {"count": self.count}

@@ -201,10 +201,10 @@ class Step:
     @torch.no_grad()
     def account(self, loss: Tensor, ok: Tensor) -> None:
         self.loss.copy_(loss)
-        self.loss_sum += torch.where(ok, loss, 0.0)
+        self.loss_sum += loss.masked_fill(~ok, 0.0)
         self.loss_count += ok
         self.skipped += ~ok
-        self.skipped_now.copy_(torch.where(ok, 0.0, self.skipped_now + 1))
+        self.skipped_now.add_(1).masked_fill_(ok, 0.0)
         if self.settings.loss_scale != 1.0:
             self.loss_scale.copy_(
                 torch.where(ok, self.loss_scale, self.loss_scale / 2).clamp_min(1.0)

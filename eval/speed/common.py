@@ -1,0 +1,101 @@
+"""What the measurements share: a training step on random latents, and clocks."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "eval"), str(ROOT)]
+
+from random_models import build_unet  # noqa: E402, F401
+
+from dreamtune.inject import inject  # noqa: E402
+from dreamtune.optim import SlotAdamW  # noqa: E402
+from dreamtune.step import Cache, Step, StepSettings  # noqa: E402
+
+TOKENS = 77
+
+
+def make_cache(
+    unet: Any, entries: int, device: str, dtype: torch.dtype = torch.float32, seed: int = 1
+) -> Cache:
+    """Random latents with a spread, and random prompts, of the UNet's shapes."""
+    g = torch.Generator().manual_seed(seed)
+    side, width = unet.config.sample_size, unet.config.cross_attention_dim
+    shape = (entries, unet.config.in_channels, side, side)
+    mean = torch.randn(shape, generator=g)
+    prompts = torch.randn(entries, TOKENS, width, generator=g)
+    caption = torch.arange(entries)
+    return Cache(
+        mean.to(device, dtype), torch.full_like(mean, 0.1).to(device, dtype),
+        caption.to(device), prompts.to(device, dtype),
+    )  # fmt: skip
+
+
+def make_step(
+    unet: Any,
+    method: str,
+    slots: int = 1,
+    batch: int = 1,
+    cache_dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> tuple[Any, Step]:
+    """Our adapter and training step on `unet`; each slot draws from five entries of its own."""
+    weight = next(unet.parameters())
+    device, dtype = str(weight.device), weight.dtype
+    entries = max(5, batch)
+    cache = make_cache(unet, entries * slots, device, cache_dtype)
+    adapter = inject(unet, method, slots=slots, seed=list(range(slots)), **options)
+    unet.train()
+    groups = [adapter.parameter_groups(None, 0.01) for _ in range(slots)]
+    pools = [[torch.arange(entries, device=device) + s * entries for s in range(slots)]]
+    alpha_bar = torch.linspace(0.999, 0.005, 1000, device=device, dtype=cache_dtype)
+    settings = StepSettings(batch=batch)
+    seeds = list(range(slots))
+    return adapter, Step(unet, SlotAdamW(groups), cache, pools, alpha_bar, seeds, settings, dtype)
+
+
+def now(cuda: bool) -> float:
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def median_ms(call: Callable[[], Any], cuda: bool, repeats: int, warm_up: int = 2) -> float:
+    """Median milliseconds of a call, the device waited for after each."""
+    for _ in range(warm_up):
+        call()
+    times = []
+    for _ in range(repeats):
+        began = now(cuda)
+        call()
+        times.append(now(cuda) - began)
+    return median(times) * 1e3
+
+
+def count_kernels(call: Callable[[], Any], cuda: bool) -> int:
+    """Kernels on the GPU in one call; on the CPU the calls of operators, for want of kernels."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kind = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
+    with profile(activities=[kind]) as trace:
+        call()
+        now(cuda)
+    events = trace.events() or []
+    if not cuda:
+        return len(events)
+    device = torch.autograd.DeviceType.CUDA
+    kernels = [e for e in events if e.device_type == device]
+    return len([e for e in kernels if not e.name.startswith(("Memcpy", "Memset"))])
+
+
+def frozen(unet: nn.Module) -> nn.Module:
+    return unet.requires_grad_(False)
