@@ -9,7 +9,9 @@ import pytest
 import torch
 from test_step import make
 from test_train import scorer_names, settings  # noqa: F401  (fixtures)
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dreamtune import METHODS
 from dreamtune.capture import CapturedStep, choose, reason_against
 from dreamtune.config import Config
 from dreamtune.run import Run
@@ -141,3 +143,53 @@ def test_capture_is_refused_before_any_work(
 @pytest.mark.parametrize("value, word", [(True, "on"), (False, "off"), ("auto", "auto")])
 def test_yaml_booleans_are_words(value: object, word: str) -> None:
     assert Config(capture=value).capture == word  # type: ignore[arg-type]
+
+
+# They copy between host and device, or wait to learn a shape: no CUDA graph can hold them.
+FORBIDDEN = {
+    "_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "is_nonzero", "equal",
+    "unique_consecutive", "_unique2", "bincount", "item",
+}  # fmt: skip
+
+
+class Calls(TorchDispatchMode):
+    """Notes the operators that a capture forbids, and how many there are in all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.bad = 0, set[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        self.count += 1
+        if name in FORBIDDEN:
+            self.bad.add(name)
+        indices = args[1] if name.startswith("index") and len(args) > 1 else None
+        if isinstance(indices, (list, tuple)) and any(
+            t is not None and t.dtype == torch.bool for t in indices
+        ):
+            self.bad.add(f"{name} by a mask")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("slots", [[0], [0, 1, 2]])
+def test_a_step_asks_nothing_of_the_device(method: str, slots: list[int]) -> None:
+    """Checked on the CPU, where the step is the same function."""
+    _, step = make(method, slots, accumulation=2, loss_scale=1024.0)
+    step(0, 1.0)
+    step.prepare(1, 1.0)
+    # a tensor made without naming the device would be on `meta`, and fail where it is used
+    with torch.device("meta"), Calls() as calls:
+        step.body()
+    assert calls.count > 1000 and not calls.bad
+
+
+def test_the_optimizer_takes_few_kernels() -> None:
+    """However many parameters there are."""
+    _, step = make("delora", [0])
+    step(0, 1.0)
+    ok = step.loss.isfinite()
+    with Calls() as calls:
+        step.optimizer.step(step.loss * 0 + 1, ok)
+    assert calls.count < 250  # views included

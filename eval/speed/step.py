@@ -1,0 +1,112 @@
+"""A training step: ours, captured and eager, beside PEFT's adapters and the released dense forms.
+
+    python eval/speed/step.py --unet sd15 --batches 1,4,8,16        # on a GPU
+    python eval/speed/step.py --unet tiny                           # on the CPU, a check of this
+
+One process, the same UNet (seeded random weights, bf16 on a GPU) built anew for each row, adapters
+on every attention projection. Ours draws its noise, clips, and keeps adapters in float32; see
+`others` for how the rest runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from common import build_unet, count_kernels, frozen, make_step, median_ms  # noqa: E402
+from others import DENSE, PEFT, add_dense, add_peft, plain_step  # noqa: E402
+
+from dreamtune.capture import CapturedStep  # noqa: E402
+
+OURS = ("lora", "delora", "ether", "ether+")
+EVERY = [
+    *(f"ours-{m}" for m in OURS), *(f"eager-{m}" for m in OURS), "frozen",
+    *(f"peft-{m}" for m in PEFT), *(f"dense-{m}" for m in DENSE),
+]  # fmt: skip
+QUICK = ["ours-lora", "ours-delora", "ours-ether+", "eager-delora", "peft-lora", "peft-delora"]
+
+
+def make_call(case: str, unet: Any, batch: int, args: argparse.Namespace) -> Callable[[], None]:
+    """The step of a row as a function without arguments."""
+    kind, _, method = case.partition("-")
+    if kind in ("ours", "eager"):
+        options = {"rank": args.rank} if method in ("lora", "delora") else {}
+        _, step = make_step(unet, method, 1, batch, **options)
+        run: Any = CapturedStep(step) if kind == "ours" else step
+        counter = iter(range(10**9))
+        return lambda: run(next(counter), 1.0)
+    if kind == "frozen":
+        frozen(unet)
+        return plain_step(unet, [], batch)
+    if kind == "peft":
+        return plain_step(unet, add_peft(unet, method, args.rank, args.block), batch)
+    return plain_step(unet, add_dense(unet, method, args.rank), batch)
+
+
+def measure(case: str, batch: int, args: argparse.Namespace) -> tuple[float, float, int]:
+    """(median ms, peak GiB, kernels)."""
+    cuda = args.device.startswith("cuda")
+    if cuda:
+        torch.cuda.empty_cache()
+    size = {"sd15": "full"}.get(args.unet, args.unet)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    unet = build_unet(size, device=args.device, dtype=dtype)
+    if args.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    call = make_call(case, unet, batch, args)
+    ms = median_ms(call, cuda, args.repeats)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+    kernels = 0 if args.no_kernels else count_kernels(call, cuda)
+    return ms, peak, kernels
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--unet", default="sd15", choices=("sd15", "small", "tiny"))
+    parser.add_argument("--batches", default="1,4,8,16")
+    parser.add_argument("--methods", help=f"of {','.join(EVERY)} [default: all]")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--no-kernels", action="store_true", help="do not count kernels")
+    parser.add_argument("--quick", action="store_true", help="few methods, batches 1 and 8")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    cuda = args.device.startswith("cuda")
+    args.block = 8 if args.unet == "tiny" else 32
+    if args.quick:
+        args.batches, args.repeats = "1,8", 6
+    cases = args.methods.split(",") if args.methods else QUICK if args.quick else EVERY
+    unknown = [c for c in cases if c not in EVERY]
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(EVERY)}")
+    if not cuda:
+        cases = [c for c in cases if not c.startswith("ours-")]  # nothing is captured there
+    print(torch.cuda.get_device_name() if cuda else "CPU", "torch", torch.__version__)
+    print("`ours` is captured, `eager` is the same step not captured.\n")
+    print(f"| step | batch | ms | peak GiB | {'kernels' if cuda else 'operators'} |")
+    print("|---|---|---|---|---|")
+    for case in cases:
+        for batch in map(int, args.batches.split(",")):
+            try:
+                ms, peak, kernels = measure(case, batch, args)
+                row = f"{ms:.1f} | {peak:.2f} | {kernels}"
+            except Exception as error:  # a table with a hole says more than none
+                row = f"{type(error).__name__}: {str(error).splitlines()[0][:120]} | |"
+            print(f"| {case} | {batch} | {row} |", flush=True)
+            gc.collect()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
