@@ -44,12 +44,14 @@ def main() -> int:
                 unet.to(memory_format=torch.channels_last)
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
-            _, step = make_step(unet, method, slots, args.batch)
+            step = make_step(unet, method, slots, args.batch)[1]
             run: Any = CapturedStep(step) if cuda else step
             counter = iter(range(10**9))
             try:
                 ms = median_ms(lambda run=run, k=counter: run(next(k), 1.0), cuda, args.repeats)
-            except torch.cuda.OutOfMemoryError:
+            except RuntimeError as error:
+                if "out of memory" not in str(error):
+                    raise
                 print(f"| {method} | {slots} | out of memory | | |")
                 break
             peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
