@@ -16,7 +16,7 @@ RESOLUTION = 128
 SAMPLING = {"num_inference_steps": 25, "guidance_scale": 4.0, "guidance_rescale": 0.3}
 
 
-def autoencoder(width: int = 52) -> nn.Module:
+def autoencoder(width: int = 48) -> nn.Module:
     from diffusers import AutoencoderTiny
 
     return AutoencoderTiny(

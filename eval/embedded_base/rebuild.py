@@ -1,6 +1,6 @@
 """Make the embedded base again: `python -m embedded_base.rebuild --work DIR` from `eval/`, on one GPU.
 
-Stages: sprites, tokenizer, autoencoder, base, clip, dino, judge, export, bars. Every stage resumes from
+Stages: sprites, tokenizer, autoencoder, base, clip, dino, export, bars. Every stage resumes from
 the state in `--work`; `--seconds` stops in time and leaves the state (files of at most 16 MiB).
 `--smoke` runs every stage for two steps on the CPU.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from . import captions, networks, sources, stages
 from .stages import SMOKE, Plan
 
-STAGES = ("sprites", "tokenizer", "autoencoder", "base", "clip", "dino", "judge", "export", "bars")
+STAGES = ("sprites", "tokenizer", "autoencoder", "base", "clip", "dino", "export", "bars")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -24,6 +24,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="where the model goes (default: WORK/embedded)")
     parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated, in order")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop training after this long")
+    parser.add_argument("--fit", action="store_true", help="shorten a stage's schedule to what fits into --seconds")
     parser.add_argument("--device", help="default: cuda if there is one")
     parser.add_argument("--smoke", action="store_true", help="two steps of everything, eight concepts")
     parser.add_argument("--plan", type=json.loads, default={}, help='JSON, for example {"base_steps": 1000}')
@@ -38,14 +39,14 @@ def _train(stage: str, args: argparse.Namespace, plan: Plan, seconds: float) -> 
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = stage in ("autoencoder", "base")  # trying kernels takes as long as 500 steps
     torch.manual_seed(STAGES.index(stage))
     begin = time.time()
     scenes = stages.scenes_for(args.work / "sprites.npz", args.work / "tokenizer", args.device)
     left = seconds - (time.time() - begin)
     state = args.work / "state"
     if stage == "autoencoder":
-        return stages.train_autoencoder(scenes, plan, state, left)
+        return stages.train_autoencoder(scenes, plan, state, left, args.fit)
     if stage == "base":
         base = stages.Base(scenes, plan)
         base.warm_up()
@@ -53,14 +54,10 @@ def _train(stage: str, args: argparse.Namespace, plan: Plan, seconds: float) -> 
             time.sleep(0.5)
         vae = stages.load_autoencoder(scenes, state)
         print(f"[base] ready after {time.time() - begin:.0f} s", flush=True)
-        return base.train(vae, state, seconds - (time.time() - begin))
+        return base.train(vae, state, seconds - (time.time() - begin), args.fit)
     if stage == "clip":
-        return stages.train_clip(scenes, plan, state, left)
-    if stage == "dino":
-        return stages.DINO(scenes, plan).train(plan, state, left)
-    from .judge import train_judge
-
-    return train_judge(scenes, plan, state, left)
+        return stages.train_clip(scenes, plan, state, left, args.fit)
+    return stages.DINO(scenes, plan).train(plan, state, left, args.fit)
 
 
 def export(args: argparse.Namespace, plan: Plan) -> None:
@@ -69,7 +66,7 @@ def export(args: argparse.Namespace, plan: Plan) -> None:
 
     scenes = stages.scenes_for(args.work / "sprites.npz", args.work / "tokenizer", args.device)
     state, out, tokenizer = args.work / "state", args.out, args.work / "tokenizer"
-    vae, base = stages.load_autoencoder(scenes, state), stages.Base(scenes, Plan(pool=1))
+    vae, base = stages.load_autoencoder(scenes, state), stages.Base(scenes, plan)
     restore("base", {"unet": base.unet, "text": base.text}, state)
     networks.write_pipeline(out / "model", tokenizer, vae.cpu(), base.text.cpu(), base.unet.cpu())
     clip, dino = networks.clip(), stages.DINO(scenes, Plan(dino_batch=1))

@@ -89,7 +89,7 @@ class Scenes:
     def _color(self, rgb: tuple[float, float, float]) -> torch.Tensor:
         """(1, 3, 1, 1) in [0, 1], made once: a captured step may not copy from the host."""
         if rgb not in self._colors:
-            self._colors[rgb] = torch.tensor(rgb, device=self.device)[None, :, None, None] / 255
+            self._colors[rgb] = (torch.tensor(rgb, device=self.device)[None, :, None, None] / 255).to(self.atlas.dtype)
         return self._colors[rgb]
 
     def any_sprite(self, n: int) -> torch.Tensor:
@@ -155,6 +155,7 @@ class Scenes:
         masks = torch.stack([torch.zeros_like(stripe), y.expand(n, -1, -1), stripe, dots, check], 1)
         row = torch.arange(n, device=self.device)
         mask = masks[row, s.ground.clamp(max=len(PATTERNS) - 1)][:, None]
+        mask, base, other = (v.to(self.atlas.dtype) for v in (mask, base, other))
         flat = base * (1 - mask) + other * mask
         scenery = self._scenery(s, phase, f)
         return torch.where((s.ground >= len(PATTERNS))[:, None, None, None], scenery, flat)
@@ -165,10 +166,10 @@ class Scenes:
 
         def mix(a, b, t):
             lo, hi = self._color(a), self._color(b)
-            return lo + (hi - lo) * t[:, None].clamp(0, 1)
+            return lo + (hi - lo) * t[:, None].clamp(0, 1).to(lo.dtype)
 
         def over(image, color, mask):
-            return image + (self._color(color) - image) * mask[:, None].clamp(0, 1)
+            return image + (self._color(color) - image) * mask[:, None].clamp(0, 1).to(image.dtype)
 
         horizon = 0.52 + 0.16 * (phase - 0.5)
         below = ((y - horizon) * SIZE + 0.5).clamp(0, 1)
@@ -204,7 +205,7 @@ class Scenes:
             [torch.stack([cos, sin, -(cos * tx + sin * ty)], 1), torch.stack([-sin, cos, sin * tx - cos * ty], 1)], 1
         )
         grid = F.affine_grid(theta.to(self.atlas.dtype), [len(sprite), 4, 2 * SIZE, 2 * SIZE], align_corners=False)
-        paste = F.avg_pool2d(F.grid_sample(self.atlas[sprite], grid, align_corners=False), 2).float()
+        paste = F.avg_pool2d(F.grid_sample(self.atlas[sprite], grid, align_corners=False), 2)
 
         def where(i: int) -> torch.Tensor:
             return (look == i)[:, None, None, None]
@@ -215,10 +216,10 @@ class Scenes:
         sticker = torch.cat([paste[:, :3] + outline - paste[:, 3:] * outline, outline], 1)
         paste = torch.where(where(2), sticker, paste)
         blocks = F.avg_pool2d(paste, 4)
-        solid = (blocks[:, 3:] > 0.5).float()
+        solid = (blocks[:, 3:] > 0.5).to(blocks.dtype)
         blocks = torch.cat([blocks[:, :3] / blocks[:, 3:].clamp(min=0.25) * solid, solid], 1)
         paste = torch.where(where(3), F.interpolate(blocks, scale_factor=4.0, mode="nearest"), paste)
-        paste = paste * shown[:, None, None, None]
+        paste = paste * shown[:, None, None, None].to(paste.dtype)
         return image * (1 - paste[:, 3:]) + paste[:, :3]
 
     def render(self, s: Scene, turns: float = 0.25) -> torch.Tensor:
@@ -247,4 +248,4 @@ class Scenes:
         k = double.float().topk(max(1, math.ceil(0.4 * n)) if n > 64 else n).indices
         other = torch.where(s.kind == 1, s.first, s.second)[k]
         pasted = self.layer(image[k], other, s.look[k], cx2[k], cy2[k], scale2[k], -turn[k], double[k].float())
-        return (image.index_copy(0, k, pasted) * 2 - 1).clamp(-1, 1)
+        return (image.index_copy(0, k, pasted).float() * 2 - 1).clamp(-1, 1)

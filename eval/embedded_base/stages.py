@@ -7,6 +7,7 @@ whether it is finished. Sizes come from `Plan`, so that the smoke form runs the 
 from __future__ import annotations
 
 import copy
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,28 +19,26 @@ from . import networks
 from .captions import BOS, EOS, LENGTH, Scene
 from .prompts import test_prompts
 from .scenes import Scenes
-from .training import Run, autocast, restore
+from .training import Pool, Run, autocast, restore
 
 
 @dataclass(frozen=True)
 class Plan:
     """Steps and batches of every stage; the defaults fit one H100 in about 20 minutes."""
 
-    autoencoder_steps: int = 4500
-    autoencoder_batch: int = 128
+    autoencoder_steps: int = 4000
+    autoencoder_batch: int = 64
     base_steps: int = 20000
     base_batch: int = 512
     pool: int = 98304  # latents kept on the device; `refresh` of them are replaced in each step
     refresh: int = 64
-    clip_steps: int = 5000
-    clip_batch: int = 768
-    dino_steps: int = 5000
-    dino_batch: int = 256
-    judge_steps: int = 4000
-    judge_batch: int = 384
+    clip_steps: int = 6000
+    clip_batch: int = 384
+    dino_steps: int = 8000
+    dino_batch: int = 160
 
 
-SMOKE = Plan(2, 2, 2, 2, 4, 2, 2, 2, 2, 2, 2, 2)
+SMOKE = Plan(2, 2, 2, 2, 8, 2, 2, 2, 2, 2)
 
 
 def scenes_for(sprites: Path, tokenizer: Path, device: str) -> Scenes:
@@ -61,7 +60,7 @@ def _edges(x: torch.Tensor) -> list[torch.Tensor]:
     return out
 
 
-def train_autoencoder(scenes: Scenes, plan: Plan, folder: Path, seconds: float) -> bool:
+def train_autoencoder(scenes: Scenes, plan: Plan, folder: Path, seconds: float, fit: bool) -> bool:
     """L1 + 4 MSE + 0.5 edge differences, noise on the latents; sprites of the whole packages."""
     device = scenes.device
     vae = networks.autoencoder().to(device, memory_format=torch.channels_last)
@@ -80,7 +79,7 @@ def train_autoencoder(scenes: Scenes, plan: Plan, folder: Path, seconds: float) 
         return F.l1_loss(y, x) + 4 * F.mse_loss(y, x) + 0.5 * edges + 0.002 * z.square().mean()
 
     run = Run("autoencoder", {"vae": (vae, 1.5e-3)}, loss, steps=plan.autoencoder_steps, folder=folder, average=0.998)
-    return run.train(seconds)
+    return run.train(seconds, fit)
 
 
 def load_autoencoder(scenes: Scenes, folder: Path) -> nn.Module:
@@ -99,88 +98,87 @@ class Base:
     """UNet and text encoder, trained together on a pool of latents that is refreshed in every step."""
 
     def __init__(self, scenes: Scenes, plan: Plan):
-        device = scenes.device
-        self.scenes, self.plan, self.device = scenes, plan, device
-        self.unet, self.text = networks.unet().to(device), networks.text_encoder().to(device)
-        self.alphas = networks.scheduler().alphas_cumprod.to(device)
-        self.empty = torch.full((LENGTH,), EOS, device=device)
+        self.scenes, self.plan, self.device = scenes, plan, scenes.device
+        self.unet, self.text = networks.unet().to(self.device), networks.text_encoder().to(self.device)
+        self.alphas = networks.scheduler().alphas_cumprod.to(self.device)
+        self.empty = torch.full((LENGTH,), EOS, device=self.device)
         self.empty[0] = BOS
-        self.latents = torch.randn(plan.pool, networks.LATENT_CHANNELS, 16, 16, device=device)
-        self.ids = self.empty.repeat(plan.pool, 1)
-        self.at = torch.zeros((), dtype=torch.long, device=device)
-        self.vae: nn.Module | None = None
 
     def predict(self, z: torch.Tensor, t: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return self.unet(z, t, self.text(ids)[0], return_dict=False)[0]
 
-    def diffusion_loss(self) -> torch.Tensor:
-        n = self.plan.base_batch
-        j = torch.randint(self.plan.pool, (n,), device=self.device)
-        dropped = torch.rand(n, 1, device=self.device) < 0.1
-        ids = torch.where(dropped, self.empty, self.ids[j])
-        z, noise = self.latents[j], torch.randn(n, *self.latents.shape[1:], device=self.device)
-        t = torch.randint(1000, (n,), device=self.device)
+    def diffusion_loss(self, z: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """v-prediction error of latents z (B, C, 16, 16) with captions ids (B, 32), a tenth of them empty."""
+        ids = torch.where(torch.rand(len(z), 1, device=self.device) < 0.1, self.empty, ids)
+        noise, t = torch.randn_like(z), torch.randint(1000, (len(z),), device=self.device)
         a = self.alphas[t][:, None, None, None]
         with autocast(self.device):
             v = self.predict(a.sqrt() * z + (1 - a).sqrt() * noise, t, ids)
         return F.mse_loss(v.float(), a.sqrt() * noise - (1 - a).sqrt() * z)
 
-    @torch.no_grad()
-    def encode(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        x, ids = self.scenes.batch(n)
-        dtype = next(self.vae.parameters()).dtype
-        x = x.to(dtype).contiguous(memory_format=torch.channels_last)
-        return self.vae.encoder(x).float() * self.vae.config.scaling_factor, ids
-
-    def refresh(self) -> None:
-        n = self.plan.refresh
-        rows = self.at + torch.arange(n, device=self.device)
-        z, ids = self.encode(n)
-        self.latents.index_copy_(0, rows, z.contiguous())
-        self.ids.index_copy_(0, rows, ids)
-        self.at.copy_((self.at + n) % self.plan.pool)
-
     def warm_up(self) -> None:
         """Compile on random latents: needs no autoencoder, so it can run beside that stage."""
         if self.device.type == "cuda":
             self.predict = torch.compile(self.predict, dynamic=False)
-            self.diffusion_loss().backward()
+            n = self.plan.base_batch
+            z = torch.randn(n, networks.LATENT_CHANNELS, 16, 16, device=self.device)
+            self.diffusion_loss(z, self.empty.repeat(n, 1)).backward()
             torch.cuda.synchronize()
 
-    def fill(self, vae: nn.Module) -> None:
+    def train(self, vae: nn.Module, folder: Path, seconds: float, fit: bool) -> bool:
+        begin = time.time()
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.vae = copy.deepcopy(vae).to(dtype=dtype, memory_format=torch.channels_last).requires_grad_(False)
-        torch.manual_seed(2)
-        for start in range(0, self.plan.pool, 512):
-            n = min(512, self.plan.pool - start)
-            self.latents[start : start + n], self.ids[start : start + n] = self.encode(n)
+        encoder = copy.deepcopy(vae.encoder).to(dtype=dtype, memory_format=torch.channels_last)
+        scale = vae.config.scaling_factor
 
-    def train(self, vae: nn.Module, folder: Path, seconds: float) -> bool:
-        self.fill(vae)
+        @torch.no_grad()
+        def encoded(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            x, ids = self.scenes.batch(len(rows))
+            x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+            return encoder(x).float() * scale, ids
+
+        pool = Pool(encoded, self.plan.pool, self.plan.refresh, self.device)
         modules = {"unet": (self.unet, 1e-3), "text": (self.text, 5e-4)}
-        run = Run("base", modules, self.diffusion_loss, steps=self.plan.base_steps, folder=folder,
-                  average=0.9985, after=self.refresh)  # fmt: skip
-        return run.train(seconds)
+        run = Run("base", modules, lambda: self.diffusion_loss(*pool.draw(self.plan.base_batch)),
+                  steps=self.plan.base_steps, folder=folder, average=0.9985, after=pool.refresh)  # fmt: skip
+        return run.train(seconds - (time.time() - begin), fit)
 
 
-def train_clip(scenes: Scenes, plan: Plan, folder: Path, seconds: float) -> bool:
+def to_bytes(x: torch.Tensor) -> torch.Tensor:
+    """Pictures in [-1, 1] as uint8, to be kept in a pool."""
+    return ((x + 1) * 127.5).round().to(torch.uint8)
+
+
+def to_pictures(x: torch.Tensor) -> torch.Tensor:
+    return x.float() / 127.5 - 1
+
+
+def train_clip(scenes: Scenes, plan: Plan, folder: Path, seconds: float, fit: bool) -> bool:
     """The image-text scorer, with open_clip's loss."""
     import open_clip
 
     device = scenes.device
     model, contrast = networks.clip().to(device), open_clip.ClipLoss()
+    model.visual.to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def pairs(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, ids = scenes.batch(len(rows))
+        return to_bytes(x), ids
+
+    pool = Pool(pairs, min(plan.pool, 32768), plan.refresh, device)
 
     def loss() -> torch.Tensor:
+        x, ids = pool.draw(plan.clip_batch)
         with torch.no_grad():
-            x, ids = scenes.batch(plan.clip_batch)
-            x = _blurred(x)
+            x = _blurred(to_pictures(x)).contiguous(memory_format=torch.channels_last)
         with autocast(device):
             image, text, scale = model(x, ids)
         return contrast(image.float(), text.float(), scale.clamp(max=100.0))
 
     run = Run("clip", {"clip": (model, 1.5e-3)}, loss, steps=plan.clip_steps, folder=folder, weight_decay=0.05,
-              average=0.998)  # fmt: skip
-    return run.train(seconds)
+              average=0.998, after=pool.refresh)  # fmt: skip
+    return run.train(seconds, fit)
 
 
 def _blurred(x: torch.Tensor) -> torch.Tensor:
@@ -232,19 +230,26 @@ class DINO:
         self.distil = InPlaceCentre(2048, teacher_temp=0.05, warmup_teacher_temp=0.05).to(device)
         self.contrast = ClipLoss()
 
-    def view(self, sprite: torch.Tensor) -> torch.Tensor:
-        s = self.scenes.sample(self.n)
-        s.first, s.second = sprite, self.scenes.any_sprite(self.n)
+    @torch.no_grad()
+    def view(self, rows: torch.Tensor) -> tuple[torch.Tensor]:
+        """Row i of the pool shows sprite i modulo the number of sprites, on a random ground."""
+        n, sprites = len(rows), self.scenes.everything
+        s = self.scenes.sample(n)
+        s.first, s.second = sprites[rows % len(sprites)], self.scenes.any_sprite(n)
         s.look = s.look * (s.look == 2)
-        s.kind = torch.where(torch.rand(self.n, device=self.device) < 0.85, 0, 2 + (s.kind > 2).long())
-        return _blurred(self.scenes.render(s, turns=0.4))
+        s.kind = torch.where(torch.rand(n, device=self.device) < 0.85, 0, 2 + (s.kind > 2).long())
+        return (to_bytes(self.scenes.render(s, turns=0.4)),)
 
     def loss(self) -> torch.Tensor:
         with torch.no_grad():
-            sprite = self.scenes.any_sprite(self.n)
-            one, two = self.view(sprite), self.view(sprite)
+            count = len(self.scenes.everything)
+            sprite = torch.randint(count, (self.n,), device=self.device)
+            copies = self.pool.size // count
+            first = torch.randint(copies, (self.n,), device=self.device)
+            second = (first + torch.randint(1, copies, (self.n,), device=self.device)) % copies
+            one, two = (_blurred(to_pictures(self.pool.rows(k * count + sprite)[0])) for k in (first, second))
             wide = torch.cat([_crops(one, 128, 0.75), _crops(two, 128, 0.75)])
-            local = torch.cat([_crops(v, 64, 0.4) for v in (one, two, one, two)])
+            local = torch.cat([_crops(one, 64, 0.4), _crops(two, 64, 0.4)])
             with autocast(self.device):
                 vit, head = self.teacher
                 target = head(vit(pixel_values=wide).last_hidden_state[:, 0]).float()
@@ -253,18 +258,22 @@ class DINO:
             small = self.vit(pixel_values=local, interpolate_pos_encoding=True).last_hidden_state[:, 0]
             out = self.head(torch.cat([feature, small])).float()
             a, b = F.normalize(self.pair(feature).float(), dim=1).chunk(2)
-        distilled = self.distil(list(target.chunk(2)), list(out.chunk(6)))
+        distilled = self.distil(list(target.chunk(2)), list(out.chunk(4)))
         direct = self.contrast(*(F.normalize(f.float(), dim=1) for f in feature.chunk(2)), 10.0)
         return distilled + self.contrast(a, b, 10.0) + 0.5 * direct
 
     def follow(self) -> None:
         """The teacher is the average of the student."""
+        self.pool.refresh()
         student = [*self.vit.parameters(), *self.head.parameters()]
         torch._foreach_lerp_(list(self.teacher.parameters()), student, 0.004)
 
-    def train(self, plan: Plan, folder: Path, seconds: float) -> bool:
+    def train(self, plan: Plan, folder: Path, seconds: float, fit: bool) -> bool:
+        begin = time.time()
+        copies = max(2, min(plan.pool, 40000) // len(self.scenes.everything))
+        self.pool = Pool(self.view, copies * len(self.scenes.everything), plan.refresh, self.device)
         modules = {"vit": (self.vit, 1e-3), "head": (self.head, 1e-3), "pair": (self.pair, 1e-3)}
         run = Run("dino", modules, self.loss, steps=plan.dino_steps, folder=folder, weight_decay=0.04,
                   after=self.follow, flat=0.2, average=0.998)  # fmt: skip
         self.teacher.load_state_dict(nn.ModuleList([self.vit, self.head]).state_dict())  # also after a restart
-        return run.train(seconds)
+        return run.train(seconds - (time.time() - begin), fit)

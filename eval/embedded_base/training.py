@@ -21,6 +21,40 @@ def autocast(device: torch.device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
 
 
+class Pool:
+    """Examples kept on the device, some made anew in each step: composing costs more than a small network's step.
+
+    Args:
+        make: rows (n,) -> tuple of tensors (n, ...), the examples of those rows; capturable.
+        size: rows kept.
+        refresh: rows replaced by each call of `refresh`.
+    """
+
+    def __init__(self, make: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], size: int, refresh: int, device):
+        self.make, self.size, self.count, self.device = make, size, refresh, device
+        self.at = torch.zeros((), dtype=torch.long, device=device)
+        self.tensors: list[torch.Tensor] = []
+        for start in range(0, size, 512):
+            rows = torch.arange(start, min(start + 512, size), device=device)
+            made = make(rows)
+            if not self.tensors:
+                self.tensors = [torch.zeros(size, *t.shape[1:], dtype=t.dtype, device=device) for t in made]
+            for kept, new in zip(self.tensors, made, strict=True):
+                kept[rows] = new
+
+    def refresh(self) -> None:
+        rows = (self.at + torch.arange(self.count, device=self.device)) % self.size
+        for kept, new in zip(self.tensors, self.make(rows), strict=True):
+            kept.index_copy_(0, rows, new.contiguous())
+        self.at.copy_((self.at + self.count) % self.size)
+
+    def draw(self, n: int) -> list[torch.Tensor]:
+        return self.rows(torch.randint(self.size, (n,), device=self.device))
+
+    def rows(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        return [kept[rows] for kept in self.tensors]
+
+
 class Run:
     """A stage's training: modules with learning rates, `steps` in all, resumable from `folder`.
 
@@ -34,6 +68,7 @@ class Run:
                  steps: int, folder: Path, betas=(0.9, 0.99), weight_decay=0.01, flat=0.3, average=0.999,
                  after: Callable[[], None] | None = None, warm_up=100):  # fmt: skip
         self.name, self.modules, self.loss, self.steps, self.folder = name, modules, loss, steps, folder
+        self.planned = steps
         self.flat, self.after, self.warm_up, self.average = flat, after, warm_up, average
         self.parameters = [p for m, _ in modules.values() for p in m.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
@@ -90,8 +125,11 @@ class Run:
             loss = self._step()
         return graph.replay, loss
 
-    def train(self, seconds: float = math.inf) -> bool:
-        """Train until done or `seconds` from now; returns whether the stage is finished."""
+    def train(self, seconds: float = math.inf, fit: bool = False) -> bool:
+        """Train until done or `seconds` from now; returns whether the stage is finished.
+
+        With `fit` the schedule shrinks to the steps that fit into `seconds` at the pace seen so far.
+        """
         cuda = self.device.type == "cuda"
         self.blend = torch.zeros((), device=self.device)
         self._schedule()
@@ -99,7 +137,7 @@ class Run:
         if cuda and self.done < self.steps:
             replay, loss = self._captured()
             print(f"[{self.name}] captured after {time.time() - begin:.1f} s", flush=True)
-        mean, seen, start = 0.0, 0, time.time()
+        mean, seen, start, lap = 0.0, 0, time.time(), time.time()
         while self.done < self.steps and time.time() - begin < seconds:
             self._schedule()
             if cuda:
@@ -113,6 +151,10 @@ class Run:
                 if not math.isfinite(value):
                     raise FloatingPointError(f"{self.name}: loss {value} at step {self.done}")
                 mean = value if mean == 0 else mean * 0.95 + value * 0.05
+            if fit and seen % 100 == 0:
+                pace, lap = (time.time() - lap) / 100, time.time()
+                left = int((seconds - 4 - (time.time() - begin)) / pace)
+                self.steps = min(self.planned, self.done + max(left, 1))
             if self.done % 500 == 0 or seen in (100, 200) or self.done == self.steps:
                 rate = (time.time() - start) / seen * 1e3
                 self.curve.append((self.done, round(mean, 5)))
