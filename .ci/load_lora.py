@@ -1,6 +1,6 @@
 """Loads a run's LoRA with stock diffusers alone and checks that it changes the image.
 
-    python load_lora.py BASE_FOLDER RUN_FOLDER
+python load_lora.py BASE_FOLDER RUN_FOLDER
 """
 
 import sys

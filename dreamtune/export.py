@@ -78,8 +78,12 @@ def export(
         factors, prints = factors_of_file(file, model, force)
     small = {path: recompress(up, down) for path, (up, down) in factors.items()}
     tensors = (_diffusers_keys if format == "diffusers" else _kohya_keys)(_same_rank(small), dtype)
-    header = {"format": "pt", "dreamtune": json.dumps(
-        {"exported_from": method, "fingerprint": prints, "metadata": about})}
+    header = {
+        "format": "pt",
+        "dreamtune": json.dumps(
+            {"exported_from": method, "fingerprint": prints, "metadata": about}
+        ),
+    }
     path = Path(out_dir) / FILE_NAMES[format].format(name=name)
     _write(path, tensors, header, overwrite)
     return path
@@ -212,8 +216,13 @@ def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str], overw
     if path.exists() and not overwrite:
         try:
             old, old_header = read_safetensors(path)
-            same = old_header == header and old.keys() == tensors.keys() and all(
-                old[k].dtype == tensors[k].dtype and torch.equal(old[k], tensors[k]) for k in old
+            same = (
+                old_header == header
+                and old.keys() == tensors.keys()
+                and all(
+                    old[k].dtype == tensors[k].dtype and torch.equal(old[k], tensors[k])
+                    for k in old
+                )
             )
         except ValueError:
             same = False

@@ -187,8 +187,9 @@ class InjectedAdapter:
     def _state(self) -> tuple[object, ...]:
         scale = self.scale
         strength = (id(scale), scale._version) if isinstance(scale, Tensor) else scale
-        versions = tuple(p._version for g in self.groups for p in g.adapter.state_dict(
-            keep_vars=True).values())
+        versions = tuple(
+            p._version for g in self.groups for p in g.adapter.state_dict(keep_vars=True).values()
+        )
         return strength, id(self._rows), torch.is_inference_mode_enabled(), versions
 
     def _before_forward(self) -> None:
@@ -231,8 +232,11 @@ class InjectedAdapter:
         problems = [
             *(f"missing `{k}`" for k in own if k not in state),
             *(f"unexpected `{k}`" for k in state if k not in own),
-            *(f"`{k}` must be {tuple(own[k].shape)}, got {tuple(state[k].shape)}"
-              for k in own if k in state and own[k].shape != state[k].shape),
+            *(
+                f"`{k}` must be {tuple(own[k].shape)}, got {tuple(state[k].shape)}"
+                for k in own
+                if k in state and own[k].shape != state[k].shape
+            ),
         ]
         if problems:
             shown = "; ".join(problems[:5])

@@ -134,5 +134,3 @@ def _load_plain(
         )
     adapter.load_state_dict(state)
     return adapter
-
-

@@ -116,9 +116,11 @@ def test_gradients_match_finite_differences(method, options):
 
     def loss(*values: Tensor) -> Tensor:
         state = dict(zip(names, values))
-        return torch.func.functional_call(Merged(adapter), _prefixed(state), (weight,)).mul(
-            target
-        ).sum()
+        return (
+            torch.func.functional_call(Merged(adapter), _prefixed(state), (weight,))
+            .mul(target)
+            .sum()
+        )
 
     assert torch.autograd.gradcheck(loss, tuple(adapter.parameters()))
 

@@ -156,9 +156,7 @@ def test_lora_is_peft_lora(alpha):
     disturb(adapter)
     x = torch.randn(5, weight.shape[1], dtype=torch.float64)
     config = LoraConfig(r=6, lora_alpha=alpha or 6, target_modules=["to_q"])
-    theirs = peft_output(
-        config, weight, {"lora_A": adapter.A[0], "lora_B": adapter.B[0]}, x
-    )
+    theirs = peft_output(config, weight, {"lora_A": adapter.A[0], "lora_B": adapter.B[0]}, x)
     torch.testing.assert_close(x @ adapter.merged(weight)[0].T, theirs, rtol=0, atol=1e-10)
 
 

@@ -225,9 +225,7 @@ def test_factors_are_kept_until_something_changes(method, monkeypatch):
     adapter = dreamtune.inject(unet, method)
     calls = []
     original = type(adapter).refresh
-    monkeypatch.setattr(
-        type(adapter), "refresh", lambda self: (calls.append(1), original(self))[1]
-    )
+    monkeypatch.setattr(type(adapter), "refresh", lambda self: (calls.append(1), original(self))[1])
     with torch.no_grad():
         unet(*inputs), unet(*inputs)
         assert len(calls) == 0

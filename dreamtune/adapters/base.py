@@ -79,8 +79,8 @@ class Adapter(nn.Module):
             return torch.empty(full, dtype=dtype, device="meta")
         per_slot = generator if isinstance(generator, Sequence) else [generator] * self.slots
         drawn = [
-            torch.empty(*self.leading, *shape).uniform_(-bound, bound, generator=g) for g in
-            per_slot
+            torch.empty(*self.leading, *shape).uniform_(-bound, bound, generator=g)
+            for g in per_slot
         ]
         return torch.stack(drawn, dim=len(self.leading)).to(weight.device, dtype)
 

@@ -62,9 +62,7 @@ class DeLoRA(Adapter):
         out, width = weight.shape[-2:]
         self.A = nn.Parameter(self.uniform(weight, generator, (rank, width), 1 / math.sqrt(width)))
         if start == "residual":
-            self.B = nn.Parameter(
-                self.uniform(weight, generator, (out, rank), 1 / math.sqrt(rank))
-            )
+            self.B = nn.Parameter(self.uniform(weight, generator, (out, rank), 1 / math.sqrt(rank)))
             self.register_buffer("A0", self.A.detach().clone())
             self.register_buffer("B0", self.B.detach().clone())
         else:

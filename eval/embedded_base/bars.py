@@ -1,7 +1,7 @@
-"""The bars that the embedded base is held to, measured on the exported folders and printed with their n.
+"""The bars of the embedded base, measured on the exported folders and printed with their n.
 
-Everything is on held-out seeds; prompts are judged by the image-text scorer, which was trained apart
-from the base and is itself checked on composed scenes with the same near-misses.
+Everything is on held-out seeds; prompts are judged by the image-text scorer, which was trained
+apart from the base and is itself checked on composed scenes with the same near-misses.
 """
 
 from __future__ import annotations
@@ -63,35 +63,50 @@ def autoencoder_psnr(scenes: Scenes, vae, n: int = 256) -> float:
     s.first = held[torch.randint(len(held), (n,), device=scenes.device)]
     x = scenes.render(s)
     with torch.no_grad():
-        y = torch.cat([vae.decode(vae.encode(part).latents).sample for part in x.split(32)]).clamp(-1, 1)
+        y = torch.cat([vae.decode(vae.encode(part).latents).sample for part in x.split(32)]).clamp(
+            -1, 1
+        )
     return -10 * ((x - y) / 2).square().mean().log10().item()
 
 
 def prompts_followed(pipe, scorers: Scorers, folder: Path) -> torch.Tensor:
-    """(96,) whether the scorer picks the prompt among its 8 near-misses; pictures and verdicts in `folder`."""
+    """(96,) whether the scorer picks the prompt among its 8 near-misses; verdicts in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     rows, hits, verdicts = test_prompts(), [], []
     for seed in range(SEEDS):
         for start in range(0, len(rows), 12):
             part = rows[start : start + 12]
-            generators = [torch.Generator().manual_seed(1000 * seed + start + i) for i in range(len(part))]
-            pictures = pipe([r["caption"] for r in part], generator=generators, **networks.SAMPLING).images
+            generators = [
+                torch.Generator().manual_seed(1000 * seed + start + i) for i in range(len(part))
+            ]
+            pictures = pipe(
+                [r["caption"] for r in part], generator=generators, **networks.SAMPLING
+            ).images
             for i, (row, picture) in enumerate(zip(part, pictures, strict=True)):
                 picture.save(folder / f"{start + i:02}-{seed}.png")
                 captions = [row["caption"], *row["near_captions"]]
                 best = int((scorers.images([picture], "clip") @ scorers.texts(captions).T).argmax())
                 hits.append(best == 0)
-                verdicts.append({"prompt": start + i, "seed": seed, "asked": captions[0], "picked": captions[best]})
+                verdicts.append(
+                    {
+                        "prompt": start + i,
+                        "seed": seed,
+                        "asked": captions[0],
+                        "picked": captions[best],
+                    }
+                )
     (folder / "verdicts.json").write_text(json.dumps(verdicts, indent=1) + "\n")
     return torch.tensor(hits)
 
 
 def judge_on_scenes(scenes: Scenes, scorers: Scorers, repeats: int = 4) -> torch.Tensor:
-    """The same choice on composed scenes of the same prompts: how far the judge itself can be trusted."""
+    """The same choice on composed scenes of the same prompts: how far to trust the judge."""
     torch.manual_seed(12)
     hits = []
     for row in test_prompts():
-        pictures = [image(x) for x in scenes.render(Scene.of([row["scene"]] * repeats, scenes.device))]
+        pictures = [
+            image(x) for x in scenes.render(Scene.of([row["scene"]] * repeats, scenes.device))
+        ]
         texts = scorers.texts([row["caption"], *row["near_captions"]])
         hits += ((scorers.images(pictures, "clip") @ texts.T).argmax(1) == 0).tolist()
     return torch.tensor(hits)
@@ -116,15 +131,22 @@ def caption_retrieval(scenes: Scenes, scorers: Scorers, n: int = 300) -> torch.T
     return torch.tensor(hits)
 
 
-def triples(scenes: Scenes, scorers: Scorers, repeats: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
-    """Held-out subject nearer to itself than to (a) its concept in another style, (b) kin in its style."""
+def triples(
+    scenes: Scenes, scorers: Scorers, repeats: int = 12
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Held-out subject nearer to itself than to its concept in another style (a), to kin (b)."""
     torch.manual_seed(14)
     rows = []
     for sprite in scenes.subjects.values():
         word, style = divmod(sprite, 3)
         kin = [w for w, g in enumerate(scenes.groups) if g == scenes.groups[word] and w != word]
         for k in range(repeats):
-            rows += [sprite, sprite, word * 3 + (style + 1 + k % 2) % 3, kin[k % len(kin)] * 3 + style]
+            rows += [
+                sprite,
+                sprite,
+                word * 3 + (style + 1 + k % 2) % 3,
+                kin[k % len(kin)] * 3 + style,
+            ]
     s = scenes.sample(len(rows))
     s.first = torch.tensor(rows, device=scenes.device)
     s.kind, s.look, s.size, s.place = (torch.zeros_like(s.kind) for _ in range(4))
@@ -137,7 +159,7 @@ def triples(scenes: Scenes, scorers: Scorers, repeats: int = 12) -> tuple[torch.
 
 
 def cpu_times(out: Path) -> dict[str, float]:
-    """Seconds on this machine's CPU, 2 threads, float32: load, a picture of 25 guided steps, a training step."""
+    """CPU seconds, 2 threads, float32: load, a picture of 25 guided steps, a training step."""
     from diffusers import StableDiffusionPipeline
 
     torch.set_num_threads(2)
@@ -167,7 +189,7 @@ def cpu_times(out: Path) -> dict[str, float]:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Print every bar but tunability, which `eval/embedded_base/tunability.py` measures with the trainer."""
+    """Print every bar but tunability, which `tunability.py` measures with the trainer."""
     from diffusers import StableDiffusionPipeline
 
     scenes = stages.scenes_for(args.work / "sprites.npz", args.work / "tokenizer", "cpu")
@@ -180,7 +202,9 @@ def measure(args: argparse.Namespace) -> None:
     print(f"subject nearer than its concept in another style: {interval(style)} (bar 90)")
     print(f"subject nearer than its kin in the same style: {interval(kin)} (bar 90)", flush=True)
     print(f"the judge on composed scenes: {interval(judge_on_scenes(scenes, scorers))}", flush=True)
-    print(f"prompts followed: {interval(prompts_followed(pipe, scorers, args.work / 'judged'))} (bar 85)", flush=True)
+    followed = prompts_followed(pipe, scorers, args.work / "judged")
+    print(f"prompts followed: {interval(followed)} (bar 85)", flush=True)
     for name, seconds in cpu_times(out).items():
         print(f"CPU, 2 threads, {name}: {seconds:.3f} s")
-    print(f"size: {sum(f.stat().st_size for f in out.rglob('*') if f.is_file()) / 1e6:.2f} MB (bar 34)")
+    size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+    print(f"size: {size / 1e6:.2f} MB (bar 34)")

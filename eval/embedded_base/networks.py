@@ -28,7 +28,7 @@ def autoencoder(width: int = 48) -> nn.Module:
 
 
 def unet() -> nn.Module:
-    """8.1M parameters: 16 MB in fp16, under the 16 MiB that a file may have. Heads are 16 and 32 wide."""
+    """8.1M parameters: 16 MB in fp16, a file may have 16 MiB. Heads are 16 and 32 wide."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -101,7 +101,13 @@ CLIP_CONFIG = {
     "model_cfg": {
         "embed_dim": 128,
         "quick_gelu": False,
-        "vision_cfg": {"image_size": RESOLUTION, "layers": [2, 2, 3, 1], "width": 16, "head_width": 32, "patch_size": None},
+        "vision_cfg": {
+            "image_size": RESOLUTION,
+            "layers": [2, 2, 3, 1],
+            "width": 16,
+            "head_width": 32,
+            "patch_size": None,
+        },
         "text_cfg": {
             "context_length": LENGTH,
             "vocab_size": VOCABULARY,
@@ -112,7 +118,12 @@ CLIP_CONFIG = {
             "layers": 2,
         },
     },
-    "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic", "resize_mode": "squash"},
+    "preprocess_cfg": {
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "interpolation": "bicubic",
+        "resize_mode": "squash",
+    },
 }
 
 
@@ -120,19 +131,28 @@ def clip() -> nn.Module:
     import open_clip
 
     cfg = {k: dict(v) if isinstance(v, dict) else v for k, v in CLIP_CONFIG["model_cfg"].items()}
-    cfg["text_cfg"] = {k: v for k, v in cfg["text_cfg"].items() if k not in ("hf_tokenizer_name", "tokenizer_kwargs")}
+    cfg["text_cfg"] = {
+        k: v
+        for k, v in cfg["text_cfg"].items()
+        if k not in ("hf_tokenizer_name", "tokenizer_kwargs")
+    }
     return open_clip.CLIP(**cfg)
 
 
 def half(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in module.state_dict().items()}
+    return {
+        k: (v.half() if v.is_floating_point() else v).contiguous()
+        for k, v in module.state_dict().items()
+    }
 
 
-def write_pipeline(folder: Path, tokenizer: Path, vae: nn.Module, text: nn.Module, denoiser: nn.Module) -> None:
+def write_pipeline(
+    folder: Path, tokenizer: Path, vae: nn.Module, text: nn.Module, denoiser: nn.Module
+) -> None:
     """A folder that `StableDiffusionPipeline.from_pretrained` loads, fp16, no file over 16 MiB.
 
-    The text encoder keeps the `text_model.` prefix: transformers 5 drops it at save, and transformers 4
-    would then start from random weights.
+    The text encoder keeps the `text_model.` prefix: transformers 5 drops it at save, and
+    transformers 4 would then start from random weights.
     """
     from safetensors.torch import save_file
 
@@ -155,9 +175,13 @@ def write_pipeline(folder: Path, tokenizer: Path, vae: nn.Module, text: nn.Modul
     shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
     for name, module in (("vae", vae), ("unet", denoiser)):
         module.save_config(folder / name)
-        save_file(half(module), folder / name / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+        save_file(
+            half(module), folder / name / "diffusion_pytorch_model.safetensors", {"format": "pt"}
+        )
     weights = half(text)
-    weights = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in weights.items()}
+    weights = {
+        k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in weights.items()
+    }
     weights.pop("text_model.embeddings.position_ids", None)
     (folder / "text_encoder").mkdir(exist_ok=True)
     text.config.architectures = ["CLIPTextModel"]
@@ -189,7 +213,8 @@ def write_dino(folder: Path, model: nn.Module) -> None:
     size = {"height": RESOLUTION, "width": RESOLUTION}
     preprocessor = {
         "image_processor_type": "ViTImageProcessor",
-        "do_resize": True, "size": size, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_resize": True, "size": size, "resample": 3,
+        "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
     }  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Make the embedded base again: `python -m embedded_base.rebuild --work DIR` from `eval/`, on one GPU.
+"""Make the embedded base again, on one GPU: `python -m embedded_base.rebuild --work DIR` in eval/.
 
 Stages: sprites, tokenizer, autoencoder, base, clip, dino, export, bars. Every stage resumes from
 the state in `--work`; `--seconds` stops in time and leaves the state (files of at most 16 MiB).
@@ -19,15 +19,27 @@ STAGES = ("sprites", "tokenizer", "autoencoder", "base", "clip", "dino", "export
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="downloads, sprites and training state")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, required=True, help="downloads, sprites and training state"
+    )
     parser.add_argument("--out", type=Path, help="where the model goes (default: WORK/embedded)")
     parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated, in order")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop training after this long")
-    parser.add_argument("--fit", action="store_true", help="shorten a stage's schedule to what fits into --seconds")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop training after this long"
+    )
+    parser.add_argument(
+        "--fit", action="store_true", help="shorten a stage's schedule to what fits into --seconds"
+    )
     parser.add_argument("--device", help="default: cuda if there is one")
-    parser.add_argument("--smoke", action="store_true", help="two steps of everything, eight concepts")
-    parser.add_argument("--plan", type=json.loads, default={}, help='JSON, for example {"base_steps": 1000}')
+    parser.add_argument(
+        "--smoke", action="store_true", help="two steps of everything, eight concepts"
+    )
+    parser.add_argument(
+        "--plan", type=json.loads, default={}, help='JSON, for example {"base_steps": 1000}'
+    )
     args = parser.parse_args(argv)
     unknown = set(args.stages.split(",")) - set(STAGES)
     if unknown:
@@ -39,7 +51,8 @@ def _train(stage: str, args: argparse.Namespace, plan: Plan, seconds: float) -> 
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = stage in ("autoencoder", "base")  # trying kernels takes as long as 500 steps
+    # trying kernels takes as long as 500 steps
+    torch.backends.cudnn.benchmark = stage in ("autoencoder", "base")
     torch.manual_seed(STAGES.index(stage))
     begin = time.time()
     scenes = stages.scenes_for(args.work / "sprites.npz", args.work / "tokenizer", args.device)
@@ -50,7 +63,8 @@ def _train(stage: str, args: argparse.Namespace, plan: Plan, seconds: float) -> 
     if stage == "base":
         base = stages.Base(scenes, plan)
         base.warm_up()
-        while not (state / "autoencoder.json").is_file():  # that stage may run beside this one's compilation
+        # that stage may run beside this one's compilation
+        while not (state / "autoencoder.json").is_file():
             time.sleep(0.5)
         vae = stages.load_autoencoder(scenes, state)
         print(f"[base] ready after {time.time() - begin:.0f} s", flush=True)
@@ -88,7 +102,11 @@ def main(argv: list[str] | None = None) -> None:
         begin = time.time()
         if stage == "sprites":
             if not (args.work / "sprites.npz").is_file():
-                sources.pack(args.work / "downloads", args.work / "sprites.npz", limit=8 if args.smoke else None)
+                sources.pack(
+                    args.work / "downloads",
+                    args.work / "sprites.npz",
+                    limit=8 if args.smoke else None,
+                )
         elif stage == "tokenizer":
             from .scenes import read_sprites
 

@@ -52,7 +52,9 @@ def vocabulary() -> dict:
 def read_concepts() -> dict[str, tuple[str, str]]:
     """word -> (category, subcategory)."""
     groups = vocabulary()["categories"]
-    return {word: (c, s) for c, subs in groups.items() for s, words in subs.items() for word in words}
+    return {
+        word: (c, s) for c, subs in groups.items() for s, words in subs.items() for word in words
+    }
 
 
 def fetch(downloads: Path) -> dict[str, Path]:
@@ -68,7 +70,11 @@ def fetch(downloads: Path) -> dict[str, Path]:
         folder = downloads / spec.lstrip("@").replace("/", "-")
         if not folder.is_dir():
             packed = subprocess.run(
-                ["npm", "pack", "--silent", spec], cwd=downloads, check=True, capture_output=True, text=True
+                ["npm", "pack", "--silent", spec],
+                cwd=downloads,
+                check=True,
+                capture_output=True,
+                text=True,
             )
             tarball = downloads / packed.stdout.strip().splitlines()[-1]
             digest = base64.b64encode(hashlib.sha512(tarball.read_bytes()).digest()).decode()
@@ -120,7 +126,8 @@ class Family:
         height = icon.get("height", self.icons.get("height", 16))
         svg = (
             '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="0 0 {width} {height}" width="{pixels}" height="{pixels}">{icon["body"]}</svg>'
+            f'viewBox="0 0 {width} {height}" width="{pixels}" height="{pixels}">'
+            f"{icon['body']}</svg>"
         )
         png = resvg_py.svg_to_bytes(svg_string=svg, width=pixels, height=pixels)
         return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
@@ -148,11 +155,14 @@ def concepts(folders: dict[str, Path]) -> list[Concept]:
 
 
 def _others(folders: dict[str, Path], families: list[Family], known: set[str]) -> Iterator[str]:
-    """Code points that all families draw and no concept uses: more shapes for autoencoder and scorers."""
+    """Code points that all families draw and no concept uses: for autoencoder and scorers."""
     table = json.loads((folders["emoji-datasource-google"] / "emoji.json").read_text())
     for entry in sorted(table, key=lambda e: e["sort_order"]):
         code = _plain(entry["unified"])
-        skip = entry["category"] in ("Flags", "Component", "Symbols") or "family" in entry["subcategory"]
+        skip = (
+            entry["category"] in ("Flags", "Component", "Symbols")
+            or "family" in entry["subcategory"]
+        )
         if not skip and code not in known and all(code in family.codes for family in families):
             yield code
 
@@ -171,7 +181,7 @@ def _family(style: str, folder: Path) -> Family:
 
 
 def pack(downloads: Path, out: Path, limit: int | None = None, workers: int = 2) -> None:
-    """Render every sprite and write `out` (npz): WebP blobs, offsets, and the concept table as JSON.
+    """Render every sprite and write `out` (npz): WebP blobs, offsets, the concept table as JSON.
 
     Sprite i is code i // 3 in style i % 3; the concepts come first. `limit` keeps the first few
     concepts only (the smoke form).

@@ -47,7 +47,9 @@ def scenes_for(sprites: Path, tokenizer: Path, device: str) -> Scenes:
     made = Scenes(sprites, device, CLIPTokenizer.from_pretrained(tokenizer))
     known = len(made.words) * 3
     prompts = [row["scene"] for row in test_prompts()]
-    made.forbid(Scene.of([s for s in prompts if s["first"] < known and s["second"] < known], device))
+    made.forbid(
+        Scene.of([s for s in prompts if s["first"] < known and s["second"] < known], device)
+    )
     return made
 
 
@@ -78,12 +80,19 @@ def train_autoencoder(scenes: Scenes, plan: Plan, folder: Path, seconds: float, 
         edges = sum(F.l1_loss(a, b) for a, b in zip(_edges(y), _edges(x), strict=True)) / 6
         return F.l1_loss(y, x) + 4 * F.mse_loss(y, x) + 0.5 * edges + 0.002 * z.square().mean()
 
-    run = Run("autoencoder", {"vae": (vae, 1.5e-3)}, loss, steps=plan.autoencoder_steps, folder=folder, average=0.998)
+    run = Run(
+        "autoencoder",
+        {"vae": (vae, 1.5e-3)},
+        loss,
+        steps=plan.autoencoder_steps,
+        folder=folder,
+        average=0.998,
+    )
     return run.train(seconds, fit)
 
 
 def load_autoencoder(scenes: Scenes, folder: Path) -> nn.Module:
-    """The trained autoencoder with `scaling_factor` = 1 / standard deviation of its latents on scenes."""
+    """The trained autoencoder; `scaling_factor` is 1 / deviation of its latents on scenes."""
     vae = networks.autoencoder().to(scenes.device)
     restore("autoencoder", {"vae": vae}, folder)
     torch.manual_seed(1)
@@ -95,11 +104,14 @@ def load_autoencoder(scenes: Scenes, folder: Path) -> nn.Module:
 
 
 class Base:
-    """UNet and text encoder, trained together on a pool of latents that is refreshed in every step."""
+    """UNet and text encoder, trained together on a pool of latents, refreshed in every step."""
 
     def __init__(self, scenes: Scenes, plan: Plan):
         self.scenes, self.plan, self.device = scenes, plan, scenes.device
-        self.unet, self.text = networks.unet().to(self.device), networks.text_encoder().to(self.device)
+        self.unet, self.text = (
+            networks.unet().to(self.device),
+            networks.text_encoder().to(self.device),
+        )
         self.alphas = networks.scheduler().alphas_cumprod.to(self.device)
         self.empty = torch.full((LENGTH,), EOS, device=self.device)
         self.empty[0] = BOS
@@ -108,7 +120,7 @@ class Base:
         return self.unet(z, t, self.text(ids)[0], return_dict=False)[0]
 
     def diffusion_loss(self, z: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """v-prediction error of latents z (B, C, 16, 16) with captions ids (B, 32), a tenth of them empty."""
+        """v-prediction error of latents z (B, C, 16, 16), captions ids (B, 32), a tenth empty."""
         ids = torch.where(torch.rand(len(z), 1, device=self.device) < 0.1, self.empty, ids)
         noise, t = torch.randn_like(z), torch.randint(1000, (len(z),), device=self.device)
         a = self.alphas[t][:, None, None, None]
@@ -139,8 +151,15 @@ class Base:
 
         pool = Pool(encoded, self.plan.pool, self.plan.refresh, self.device)
         modules = {"unet": (self.unet, 1e-3), "text": (self.text, 5e-4)}
-        run = Run("base", modules, lambda: self.diffusion_loss(*pool.draw(self.plan.base_batch)),
-                  steps=self.plan.base_steps, folder=folder, average=0.9985, after=pool.refresh)  # fmt: skip
+        run = Run(
+            "base",
+            modules,
+            lambda: self.diffusion_loss(*pool.draw(self.plan.base_batch)),
+            steps=self.plan.base_steps,
+            folder=folder,
+            average=0.9985,
+            after=pool.refresh,
+        )
         return run.train(seconds - (time.time() - begin), fit)
 
 
@@ -176,8 +195,16 @@ def train_clip(scenes: Scenes, plan: Plan, folder: Path, seconds: float, fit: bo
             image, text, scale = model(x, ids)
         return contrast(image.float(), text.float(), scale.clamp(max=100.0))
 
-    run = Run("clip", {"clip": (model, 1.5e-3)}, loss, steps=plan.clip_steps, folder=folder, weight_decay=0.05,
-              average=0.998, after=pool.refresh)  # fmt: skip
+    run = Run(
+        "clip",
+        {"clip": (model, 1.5e-3)},
+        loss,
+        steps=plan.clip_steps,
+        folder=folder,
+        weight_decay=0.05,
+        average=0.998,
+        after=pool.refresh,
+    )
     return run.train(seconds, fit)
 
 
@@ -188,19 +215,21 @@ def _blurred(x: torch.Tensor) -> torch.Tensor:
 
 
 def _crops(x: torch.Tensor, size: int, least: float) -> torch.Tensor:
-    """Random square crops of side `least` to 1 of the image, resized to `size`, shade varied a little."""
+    """Random square crops, side `least` to 1 of the image, resized to `size`, shade varied."""
     n, device = len(x), x.device
     side = least + (1 - least) * torch.rand(n, device=device)
     cx, cy = (2 * torch.rand(2, n, device=device) - 1) * (1 - side)
     zero = torch.zeros_like(side)
     theta = torch.stack([torch.stack([side, zero, cx], 1), torch.stack([zero, side, cy], 1)], 1)
-    y = F.grid_sample(x, F.affine_grid(theta, [n, 3, size, size], align_corners=False), align_corners=False)
+    y = F.grid_sample(
+        x, F.affine_grid(theta, [n, 3, size, size], align_corners=False), align_corners=False
+    )
     gain = 1 + 0.2 * (torch.rand(n, 1, 1, 1, device=device) - 0.5)
     return (y * gain + 0.1 * (torch.rand(n, 1, 1, 1, device=device) - 0.5)).clamp(-1, 1)
 
 
 class DINO:
-    """Self-distillation (arXiv 2104.14294) with lightly's loss, and open_clip's contrastive loss between the views.
+    """Self-distillation (arXiv 2104.14294) with lightly's loss, open_clip's loss between the views.
 
     A view is one sprite of the packages on a random ground: no concept, style or caption is used.
     """
@@ -222,7 +251,9 @@ class DINO:
         width = networks.dino_vit().config.hidden_size
 
         def network() -> nn.ModuleList:
-            return nn.ModuleList([networks.dino_vit(), DINOProjectionHead(width, 512, 128, 2048)]).to(device)
+            return nn.ModuleList(
+                [networks.dino_vit(), DINOProjectionHead(width, 512, 128, 2048)]
+            ).to(device)
 
         student, self.teacher = network(), network().requires_grad_(False)
         self.vit, self.head = student
@@ -247,7 +278,10 @@ class DINO:
             copies = self.pool.size // count
             first = torch.randint(copies, (self.n,), device=self.device)
             second = (first + torch.randint(1, copies, (self.n,), device=self.device)) % copies
-            one, two = (_blurred(to_pictures(self.pool.rows(k * count + sprite)[0])) for k in (first, second))
+            one, two = (
+                _blurred(to_pictures(self.pool.rows(k * count + sprite)[0]))
+                for k in (first, second)
+            )
             wide = torch.cat([_crops(one, 128, 0.75), _crops(two, 128, 0.75)])
             local = torch.cat([_crops(one, 64, 0.4), _crops(two, 64, 0.4)])
             with autocast(self.device):
@@ -255,7 +289,9 @@ class DINO:
                 target = head(vit(pixel_values=wide).last_hidden_state[:, 0]).float()
         with autocast(self.device):
             feature = self.vit(pixel_values=wide).last_hidden_state[:, 0]
-            small = self.vit(pixel_values=local, interpolate_pos_encoding=True).last_hidden_state[:, 0]
+            small = self.vit(pixel_values=local, interpolate_pos_encoding=True).last_hidden_state[
+                :, 0
+            ]
             out = self.head(torch.cat([feature, small])).float()
             a, b = F.normalize(self.pair(feature).float(), dim=1).chunk(2)
         distilled = self.distil(list(target.chunk(2)), list(out.chunk(4)))
@@ -273,7 +309,18 @@ class DINO:
         copies = max(2, min(plan.pool, 40000) // len(self.scenes.everything))
         self.pool = Pool(self.view, copies * len(self.scenes.everything), plan.refresh, self.device)
         modules = {"vit": (self.vit, 1e-3), "head": (self.head, 1e-3), "pair": (self.pair, 1e-3)}
-        run = Run("dino", modules, self.loss, steps=plan.dino_steps, folder=folder, weight_decay=0.04,
-                  after=self.follow, flat=0.2, average=0.998)  # fmt: skip
-        self.teacher.load_state_dict(nn.ModuleList([self.vit, self.head]).state_dict())  # also after a restart
+        run = Run(
+            "dino",
+            modules,
+            self.loss,
+            steps=plan.dino_steps,
+            folder=folder,
+            weight_decay=0.04,
+            after=self.follow,
+            flat=0.2,
+            average=0.998,
+        )
+        self.teacher.load_state_dict(
+            nn.ModuleList([self.vit, self.head]).state_dict()
+        )  # also after a restart
         return run.train(seconds - (time.time() - begin), fit)

@@ -23,22 +23,35 @@ IDENTIFIER = NONCES[0]
 
 
 def photos(scenes: Scenes, sprite: int, seed: int, n: int = 8) -> tuple[torch.Tensor, list[str]]:
-    """n pictures (n, 3, 128, 128) of one sprite in [-1, 1] on n different grounds, and their captions."""
+    """n pictures (n, 3, 128, 128) in [-1, 1] of one sprite on n grounds, and their captions."""
     torch.manual_seed(seed)
     plain = torch.randperm(len(COLORS))[:n]
     grounds = torch.tensor([0, 0, 0, *torch.randperm(len(GROUNDS) - 1)[: n - 3].add(1).tolist()])
     grounds = grounds[torch.randperm(n)]
     zero = torch.zeros(n, dtype=torch.long)
-    scene = Scene(kind=zero, first=zero + sprite, second=zero + sprite, look=zero, size=zero, place=zero,
-                  ground=grounds, color=plain, color2=(plain + 1 + torch.randint(len(COLORS) - 1, (n,))) % len(COLORS))  # fmt: skip
+    scene = Scene(
+        kind=zero,
+        first=zero + sprite,
+        second=zero + sprite,
+        look=zero,
+        size=zero,
+        place=zero,
+        ground=grounds,
+        color=plain,
+        color2=(plain + 1 + torch.randint(len(COLORS) - 1, (n,))) % len(COLORS),
+    )
     said, unsaid = torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
-    words = scenes.grammar.strings(scenes.grammar.slots(scene, Wording(unsaid, unsaid, said, unsaid, zero + 1)))
+    words = scenes.grammar.strings(
+        scenes.grammar.slots(scene, Wording(unsaid, unsaid, said, unsaid, zero + 1))
+    )
     return scenes.render(scene, turns=0.4), words
 
 
 def image(x: torch.Tensor) -> Image.Image:
     """One (3, H, W) picture in [-1, 1] as a PIL image."""
-    return Image.fromarray(((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+    return Image.fromarray(
+        ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+    )
 
 
 def write(scenes: Scenes, concepts: dict[str, tuple[str, str]], out: Path) -> None:
@@ -56,14 +69,30 @@ def write(scenes: Scenes, concepts: dict[str, tuple[str, str]], out: Path) -> No
                 if i < 5:
                     path.with_suffix(".txt").write_text(caption + "\n")
             category, subcategory = concepts[word]
-            rows.append({"id": key, "class_word": word, "concept": word, "style": style, "category": category,
-                         "subcategory": subcategory, "split": split})  # fmt: skip
-    table = {"identifier": IDENTIFIER, "default": rows[0]["id"], "prompts": list(BENCHMARK), "subjects": rows}
+            rows.append(
+                {
+                    "id": key,
+                    "class_word": word,
+                    "concept": word,
+                    "style": style,
+                    "category": category,
+                    "subcategory": subcategory,
+                    "split": split,
+                }
+            )
+    table = {
+        "identifier": IDENTIFIER,
+        "default": rows[0]["id"],
+        "prompts": list(BENCHMARK),
+        "subjects": rows,
+    }
     (out / "subjects.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True, help="folder with sprites.npz")
     parser.add_argument("--out", type=Path, default=EMBEDDED)
     args = parser.parse_args()

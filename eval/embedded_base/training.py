@@ -1,4 +1,4 @@
-"""One training loop for every network here: captured step, cosine schedule, averaged weights, sharded state."""
+"""One training loop for every network here: captured step, averaged weights, sharded state."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ SHARD = 15 * 2**20  # bytes; every file of a training state stays under 16 MiB
 
 def autocast(device: torch.device):
     """bf16 on the GPU; the weight cache of autocast must be off inside a captured step."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
+    return torch.autocast(
+        device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False
+    )
 
 
 class Pool:
-    """Examples kept on the device, some made anew in each step: composing costs more than a small network's step.
+    """Examples kept on the device, some made anew in each step: composing costs more than a step.
 
     Args:
         make: rows (n,) -> tuple of tensors (n, ...), the examples of those rows; capturable.
@@ -30,7 +32,13 @@ class Pool:
         refresh: rows replaced by each call of `refresh`.
     """
 
-    def __init__(self, make: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], size: int, refresh: int, device):
+    def __init__(
+        self,
+        make: Callable[[torch.Tensor], tuple[torch.Tensor, ...]],
+        size: int,
+        refresh: int,
+        device,
+    ):
         self.make, self.size, self.count, self.device = make, size, refresh, device
         self.at = torch.zeros((), dtype=torch.long, device=device)
         self.tensors: list[torch.Tensor] = []
@@ -38,7 +46,9 @@ class Pool:
             rows = torch.arange(start, min(start + 512, size), device=device)
             made = make(rows)
             if not self.tensors:
-                self.tensors = [torch.zeros(size, *t.shape[1:], dtype=t.dtype, device=device) for t in made]
+                self.tensors = [
+                    torch.zeros(size, *t.shape[1:], dtype=t.dtype, device=device) for t in made
+                ]
             for kept, new in zip(self.tensors, made, strict=True):
                 kept[rows] = new
 
@@ -64,27 +74,54 @@ class Run:
         folder: where state shards are written; a finished stage is not trained again.
     """
 
-    def __init__(self, name, modules: dict[str, tuple[nn.Module, float]], loss: Callable[[], torch.Tensor], *,
-                 steps: int, folder: Path, betas=(0.9, 0.99), weight_decay=0.01, flat=0.3, average=0.999,
-                 after: Callable[[], None] | None = None, warm_up=100):  # fmt: skip
-        self.name, self.modules, self.loss, self.steps, self.folder = name, modules, loss, steps, folder
+    def __init__(
+        self,
+        name,
+        modules: dict[str, tuple[nn.Module, float]],
+        loss: Callable[[], torch.Tensor],
+        *,
+        steps: int,
+        folder: Path,
+        betas=(0.9, 0.99),
+        weight_decay=0.01,
+        flat=0.3,
+        average=0.999,
+        after: Callable[[], None] | None = None,
+        warm_up=100,
+    ):
+        self.name, self.modules, self.loss, self.steps, self.folder = (
+            name,
+            modules,
+            loss,
+            steps,
+            folder,
+        )
         self.planned = steps
         self.flat, self.after, self.warm_up, self.average = flat, after, warm_up, average
-        self.parameters = [p for m, _ in modules.values() for p in m.parameters() if p.requires_grad]
+        self.parameters = [
+            p for m, _ in modules.values() for p in m.parameters() if p.requires_grad
+        ]
         self.device = self.parameters[0].device
         cuda = self.device.type == "cuda"
         groups = []
         for module, rate in modules.values():
             trained = [p for p in module.parameters() if p.requires_grad]
-            for decay, part in ((weight_decay, [p for p in trained if p.ndim > 1]), (0.0, [p for p in trained if p.ndim < 2])):
+            for decay, part in (
+                (weight_decay, [p for p in trained if p.ndim > 1]),
+                (0.0, [p for p in trained if p.ndim < 2]),
+            ):
                 lr = torch.tensor(rate, device=self.device) if cuda else rate
                 groups.append({"params": part, "lr": lr, "weight_decay": decay, "peak": rate})
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, fused=cuda, capturable=cuda)
+        self.optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], betas=betas, fused=cuda, capturable=cuda
+        )
         self.done = 0
         self.restarted = 0
         self.curve: list[tuple[int, float]] = []
         self.load()
-        self.ema = [p.detach().clone() for p in self.parameters] if not hasattr(self, "ema") else self.ema
+        self.ema = (
+            [p.detach().clone() for p in self.parameters] if not hasattr(self, "ema") else self.ema
+        )
 
     def _step(self) -> torch.Tensor:
         self.optimizer.zero_grad(set_to_none=True)
@@ -103,7 +140,11 @@ class Run:
     def _schedule(self) -> None:
         """Warm-up, flat, then cosine to zero; a restart without optimizer state warms up again."""
         share = self.done / self.steps
-        factor = 1.0 if share < self.flat else 0.5 + 0.5 * math.cos(math.pi * (share - self.flat) / (1 - self.flat))
+        factor = (
+            1.0
+            if share < self.flat
+            else 0.5 + 0.5 * math.cos(math.pi * (share - self.flat) / (1 - self.flat))
+        )
         factor = max(factor, 0.002) * min(1.0, (self.done - self.restarted + 1) / self.warm_up)
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], torch.Tensor):
@@ -128,7 +169,7 @@ class Run:
     def train(self, seconds: float = math.inf, fit: bool = False) -> bool:
         """Train until done or `seconds` from now; returns whether the stage is finished.
 
-        With `fit` the schedule shrinks to the steps that fit into `seconds` at the pace seen so far.
+        With `fit` the schedule shrinks to the steps that fit into `seconds` at the pace seen.
         """
         cuda = self.device.type == "cuda"
         self.blend = torch.zeros((), device=self.device)
@@ -158,7 +199,11 @@ class Run:
             if self.done % 500 == 0 or seen in (100, 200) or self.done == self.steps:
                 rate = (time.time() - start) / seen * 1e3
                 self.curve.append((self.done, round(mean, 5)))
-                print(f"[{self.name}] {self.done}/{self.steps} loss {mean:.4f} {rate:.1f} ms/step {time.time() - begin:.0f} s", flush=True)
+                print(
+                    f"[{self.name}] {self.done}/{self.steps} loss {mean:.4f} {rate:.1f} ms/step "
+                    f"{time.time() - begin:.0f} s",
+                    flush=True,
+                )
         if cuda:
             torch.cuda.synchronize()
         self.save()
@@ -171,7 +216,7 @@ class Run:
                 p.copy_(q)
 
     def save(self) -> None:
-        """Weights and their average in fp16 shards; the optimizer warms up again after a restart."""
+        """Weights and their average, fp16 shards; the optimizer warms up again after a restart."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, torch.Tensor] = {}
         for name, (module, _) in self.modules.items():
@@ -203,10 +248,14 @@ class Run:
         state = json.loads(path.read_text())
         tensors = {}
         for i in range(state["shards"]):
-            tensors |= load_file(self.folder / f"{self.name}-{i}.safetensors", device=str(self.device))
+            tensors |= load_file(
+                self.folder / f"{self.name}-{i}.safetensors", device=str(self.device)
+            )
         for name, (module, _) in self.modules.items():
             prefix = f"now.{name}."
-            module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
+            module.load_state_dict(
+                {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+            )
         self.ema = [tensors[f"average.{i}"].float() for i in range(len(self.parameters))]
         self.done = self.restarted = min(state["done"], self.steps)
         self.curve = [tuple(c) for c in state["curve"]]
@@ -221,7 +270,13 @@ def restore(name: str, modules: dict[str, nn.Module], folder: Path) -> None:
     path = folder / f"{name}.json"
     if not path.is_file():
         raise FileNotFoundError(f"stage {name!r} has left no state in {folder}; run it first")
-    run = Run(name, {k: (m, 0.0) for k, m in modules.items()}, lambda: torch.zeros(()), steps=1, folder=folder)
+    run = Run(
+        name,
+        {k: (m, 0.0) for k, m in modules.items()},
+        lambda: torch.zeros(()),
+        steps=1,
+        folder=folder,
+    )
     run.swap_in_average()
     for module in modules.values():
         module.eval().requires_grad_(False)

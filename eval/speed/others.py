@@ -29,9 +29,7 @@ def add_peft(unet: nn.Module, name: str, rank: int, block: int) -> list[nn.Param
         "lora": lambda: peft.LoraConfig(r=rank, lora_alpha=rank, **common),
         "dora": lambda: peft.LoraConfig(r=rank, lora_alpha=rank, use_dora=True, **common),
         "delora": lambda: peft.DeloraConfig(r=rank, delora_lambda=15, **common),
-        "oft": lambda: peft.OFTConfig(
-            r=0, oft_block_size=block, use_cayley_neumann=True, **common
-        ),
+        "oft": lambda: peft.OFTConfig(r=0, oft_block_size=block, use_cayley_neumann=True, **common),
         "hra": lambda: peft.HRAConfig(r=8, **common),
     }
     peft.inject_adapter_in_model(configs[name](), unet)

@@ -1,7 +1,7 @@
 """One subject whole, from the command to the exported file, in a process of its own.
 
-    python eval/speed/run.py --work FOLDER                     # on a GPU: 1,000 steps, 5 scorings
-    python eval/speed/run.py --work FOLDER --size tiny --steps 8
+python eval/speed/run.py --work FOLDER                     # on a GPU: 1,000 steps, 5 scorings
+python eval/speed/run.py --work FOLDER --size tiny --steps 8
 """
 
 from __future__ import annotations

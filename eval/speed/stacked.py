@@ -1,6 +1,6 @@
 """Stacked runs: milliseconds a subject-step with 1 to 32 slots in one captured step.
 
-    python eval/speed/stacked.py --unet sd15 --slots 1,2,4,8,16,32
+python eval/speed/stacked.py --unet sd15 --slots 1,2,4,8,16,32
 """
 
 from __future__ import annotations
