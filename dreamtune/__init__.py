@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dreamtune.adapters import METHODS as METHODS
     from dreamtune.adapters import Adapter as Adapter
     from dreamtune.adapters import register as register
+    from dreamtune.config import Config as Config
     from dreamtune.export import export as export
     from dreamtune.inject import InjectedAdapter as InjectedAdapter
     from dreamtune.inject import inject as inject
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "METHODS": "dreamtune.adapters",
     "Adapter": "dreamtune.adapters",
+    "Config": "dreamtune.config",
     "InjectedAdapter": "dreamtune.inject",
     "export": "dreamtune.export",
     "inject": "dreamtune.inject",
@@ -31,7 +33,17 @@ _PUBLIC = {
     "register": "dreamtune.adapters",
     "train": "dreamtune.train",
 }
-__all__ = ["METHODS", "Adapter", "InjectedAdapter", "export", "inject", "load", "register", "train"]
+__all__ = [
+    "METHODS",
+    "Adapter",
+    "Config",
+    "InjectedAdapter",
+    "export",
+    "inject",
+    "load",
+    "register",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

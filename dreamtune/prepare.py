@@ -129,7 +129,8 @@ def resolve(config: Config, base: Base, subject: Subject, run_dir: Path) -> Conf
         from dreamtune import embedded
 
         scorers = ("embedded", "embedded")
-        templates = embedded.prompts()[:8] if not config.validation_prompt else ()
+        # every third, so that all sorts of prompts are among them
+        templates = embedded.prompts()[::3][:8] if not config.validation_prompt else ()
     every = config.validation_steps if config.validation_steps is not None else max(1, steps // 4)
     defaults = {
         "resolution": resolution,

@@ -1,0 +1,175 @@
+"""What training does to subjects of the embedded base, on prompts and photos it was not chosen by.
+
+    python eval/embedded_subjects.py quickstart --work DIR   # the table of the README
+    python eval/embedded_subjects.py tunability --work DIR   # a bar of the embedded base
+
+quickstart: `dreamtune train` with its defaults on each development subject; the best checkpoint and
+the base make the same 32 pictures (8 prompts that did not choose the checkpoint x 4 seeds). Image
+score: mean DINO cosine to the 3 photos held out of training. Prompt score: CLIP-T with the own
+prompt minus the mean of the other prompts'. Intervals: 95%, bootstrap over prompts.
+
+tunability: LoRA of rank 8, 300 steps; of 25 new pictures a subject, how many the image scorer finds
+nearest to the photos of this subject among all held-out ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+import dreamtune
+from dreamtune import embedded
+from dreamtune.base import load_base
+from dreamtune.config import Config
+from dreamtune.metrics import Scorers, without_identifier
+from dreamtune.sample import grid, sample
+from dreamtune.train import train
+
+PROMPTS = embedded.prompts()[1::3][:8]
+SEEDS = range(100, 104)
+SAMPLING: dict[str, Any] = {"steps": 25, "guidance_scale": 4.0, "guidance_rescale": 0.3}
+
+
+def trained(
+    subject: embedded.Subject, folder: Path, **settings: Any
+) -> tuple[Path, dict[str, Any]]:
+    """Folder of the run, its best step and its seconds; a finished run is used again."""
+    log = folder / "finished.json"
+    if not log.is_file():
+        begin, source = time.time(), f"embedded:{subject.id}"
+        result = train(
+            Config(instance_data_dir=source, output_dir=str(folder), device="cpu", **settings)
+        )
+        log.write_text(json.dumps({"step": result.best_step, "seconds": time.time() - begin}))
+    return folder, json.loads(log.read_text())
+
+
+def pictures(
+    pipe: Any, subject: embedded.Subject, adapter: Path | None, prompts, seeds
+) -> list[Image.Image]:
+    """One picture for each prompt and seed, prompt by prompt."""
+    rows, numbers = grid([p.format(subject.name) for p in prompts], list(seeds))
+    loaded = dreamtune.load(pipe, adapter) if adapter else None
+    made = sample(pipe, rows, numbers, **SAMPLING)
+    if loaded is not None:
+        loaded.eject()
+    return made
+
+
+def opened(paths: list[Path]) -> list[Image.Image]:
+    return [Image.open(path).convert("RGB") for path in paths]
+
+
+def bootstrap(rows: torch.Tensor, draws: int = 10_000) -> tuple[float, float, float]:
+    """Mean of rows (prompts, seeds) with a 95% interval, prompts drawn with replacement."""
+    means = rows.mean(1)
+    generator = torch.Generator().manual_seed(0)
+    picked = means[torch.randint(len(means), (draws, len(means)), generator=generator)].mean(1)
+    low, high = picked.quantile(torch.tensor([0.025, 0.975], dtype=picked.dtype)).tolist()
+    return means.mean().item(), low, high
+
+
+def prompt_margin(scorers: Scorers, made: list[Image.Image], subject: embedded.Subject) -> float:
+    """CLIP-T with the own prompt minus the mean with the 7 others."""
+    texts = [without_identifier(p.format(subject.name), subject.identifier) for p in PROMPTS]
+    table = scorers.clip.images(made) @ scorers.clip.texts(texts).T
+    own = torch.arange(len(PROMPTS)).repeat_interleave(len(SEEDS))
+    mine = table[torch.arange(len(made)), own]
+    return (mine - (table.sum(1) - mine) / (len(PROMPTS) - 1)).mean().item()
+
+
+def quickstart(subjects: list[embedded.Subject], work: Path, scorers: Scorers, pipe: Any) -> None:
+    columns = "subject|step|base|best checkpoint|photos|difference (95%)|gap closed|prompt kept"
+    print("| " + columns.replace("|", " | ") + " | seconds |\n" + "|---" * 9 + "|")
+    differences = []
+    for subject in subjects:
+        run, done = trained(subject, work / "quickstart" / subject.id)
+        references = scorers.dino.images(opened(subject.references))
+        photos = (scorers.dino.images(opened(subject.photos)) @ references.T).mean().item()
+        made = [pictures(pipe, subject, a, PROMPTS, SEEDS) for a in (None, run / "best")]
+        similar = [(scorers.dino.images(m) @ references.T).mean(1).double() for m in made]
+        base, ours = (row.view(len(PROMPTS), len(SEEDS)) for row in similar)
+        mean, low, high = bootstrap(ours - base)
+        differences.append(ours - base)
+        margins = [prompt_margin(scorers, m, subject) for m in made]
+        cells = [
+            subject.id,
+            str(done["step"]),
+            *(f"{x:.3f}" for x in (base.mean().item(), ours.mean().item(), photos)),
+            f"{mean:+.3f} ({low:+.3f} to {high:+.3f})",
+            f"{mean / (photos - base.mean().item()):.0%}",
+            f"{margins[1] / margins[0]:.0%}",
+            f"{done['seconds']:.0f}",
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
+        sheet(subject, made, work / "quickstart" / f"{subject.id}.png")
+    mean, low, high = bootstrap(torch.cat(differences))
+    n = f"{len(subjects)} x {len(PROMPTS)} x {len(SEEDS)}"
+    print(f"\nall {len(subjects)}: {mean:+.3f} ({low:+.3f} to {high:+.3f}), n = {n}")
+
+
+def sheet(subject: embedded.Subject, made: list[list[Image.Image]], path: Path) -> None:
+    """Photos, then base and best checkpoint for every prompt, first seed."""
+    photos, gap = opened(subject.photos), 4
+    side = photos[0].width
+    canvas = Image.new("RGB", (len(PROMPTS) * (side + gap), 3 * (side + gap)), "white")
+    rows = [photos, *(m[:: len(SEEDS)] for m in made)]
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            canvas.paste(picture, (x * (side + gap), y * (side + gap)))
+    canvas.save(path)
+
+
+def tunability(subjects: list[embedded.Subject], work: Path, scorers: Scorers, pipe: Any) -> None:
+    everyone = embedded.subjects()
+    known = torch.stack(
+        [scorers.dino.images(opened(s.photos + s.references)).mean(0) for s in everyone]
+    )
+    known = torch.nn.functional.normalize(known, dim=1)
+    totals = [0, 0]
+    print("| subject | base | LoRA rank 8, 300 steps | of pictures |\n|---|---|---|---|")
+    for subject in subjects:
+        run, _ = trained(
+            subject, work / "tunability" / subject.id, method="lora", options={"rank": 8},
+            learning_rate=2e-3, max_train_steps=300, dino="none", clip="none",
+            validation_steps=0, checkpointing_steps=0,
+        )  # fmt: skip
+        me, hits = [s.id for s in everyone].index(subject.id), []
+        prompts = embedded.prompts()
+        for adapter in (None, run):
+            made = pictures(pipe, subject, adapter, prompts, [200])
+            hits.append(((scorers.dino.images(made) @ known.T).argmax(1) == me).sum().item())
+        for i, h in enumerate(hits):
+            totals[i] += h
+        print(f"| {subject.id} | {hits[0]} | {hits[1]} | {len(prompts)} |", flush=True)
+    n = len(subjects) * len(embedded.prompts())
+    shares = ", ".join(
+        f"{name} {t / n:.1%}" for name, t in zip(("base", "tuned"), totals, strict=True)
+    )
+    print(f"retrieved among {len(everyone)}: {shares}, n = {n} (bar 60%)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("measure", choices=("quickstart", "tunability"))
+    parser.add_argument(
+        "--work", type=Path, required=True, help="runs and pictures; finished ones are used again"
+    )
+    parser.add_argument("--split", choices=("dev", "report"), default="dev")
+    args = parser.parse_args()
+    scorers = Scorers.load("embedded", "embedded")
+    with load_base("embedded").sampling() as pipe:
+        measure = quickstart if args.measure == "quickstart" else tunability
+        measure(embedded.subjects(args.split), args.work, scorers, pipe)
+
+
+if __name__ == "__main__":
+    main()
