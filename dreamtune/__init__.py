@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dreamtune.inject import InjectedAdapter as InjectedAdapter
     from dreamtune.inject import inject as inject
     from dreamtune.pipeline import load as load
+    from dreamtune.stacked import train_stacked as train_stacked
     from dreamtune.train import train as train
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ _PUBLIC = {
     "load": "dreamtune.pipeline",
     "register": "dreamtune.adapters",
     "train": "dreamtune.train",
+    "train_stacked": "dreamtune.stacked",
 }
 __all__ = [
     "METHODS",
@@ -43,6 +45,7 @@ __all__ = [
     "load",
     "register",
     "train",
+    "train_stacked",
 ]
 
 

@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 EMBEDDED = "embedded"
+CPU_SLOTS = 4
+# What makes several runs of one command; a run alone has none of it.
+STACKED = ("subjects", "sweep", "slots")
 
 
 def opt(default: Any, help: str, group: str, shown: str = "", choices: tuple[str, ...] = ()) -> Any:
@@ -156,6 +159,9 @@ class Config:
         "scoring",
         "the package's with the embedded base, else ViT-B-32:openai",
     )
+    early_stop: int | None = opt(
+        None, "stop after so many scorings in a row that are not the best so far", "scoring", "off"
+    )
     sampler: str | None = opt(
         None,
         "sampler of the images",
@@ -184,6 +190,23 @@ class Config:
     resume_from_checkpoint: str | None = opt(
         None, "checkpoint folder, or 'latest' of --output_dir", "output", "none"
     )
+    subjects: str | None = opt(
+        None,
+        "folder of photo folders, one a subject, trained at once; prompt.txt in a photo folder "
+        "holds its prompt, and in a second line its class prompt",
+        "stacked",
+        "one run",
+    )
+    sweep: list[str] = opt(
+        [],
+        "NAME=VALUE,VALUE,...: a run for each value, for learning_rate, seed, method and its "
+        "options; several: every combination",
+        "stacked",
+        "one run",
+    )
+    slots: str = opt(
+        "auto", "runs trained at once", "stacked", f"on a GPU what fits, else {CPU_SLOTS}"
+    )
     report_to: str = opt("none", "tracker", "output", choices=("none", "tensorboard"))
 
     def __post_init__(self) -> None:
@@ -204,6 +227,7 @@ class Config:
             "num_inference_steps",
             "sample_batch_size",
             "checkpoints_total_limit",
+            "early_stop",
         ):
             least(self, key, 1)
         for key in (
@@ -247,7 +271,14 @@ class Config:
                 "`class_data_dir` is set but no class image is used: add --with_prior_preservation."
             )
         default_base = self.pretrained_model_name_or_path == EMBEDDED
-        if not (self.instance_data_dir or default_base or self.resume_from_checkpoint):
+        if self.early_stop and "none" in (self.dino, self.clip):
+            raise ValueError("`early_stop` goes by the scores, but `dino` or `clip` is none.")
+        if self.slots != "auto" and not (self.slots.isdecimal() and int(self.slots) > 0):
+            raise ValueError(f"`slots` must be auto or at least 1, got {self.slots!r}.")
+        if self.subjects and self.instance_data_dir:
+            raise ValueError("`subjects` and `instance_data_dir` are both set: leave one out.")
+        photos = self.instance_data_dir or self.subjects
+        if not (photos or default_base or self.resume_from_checkpoint):
             raise ValueError(
                 "`instance_data_dir` is missing: name the folder of the subject's photos."
             )
@@ -306,7 +337,7 @@ def checked(f: dataclasses.Field[Any], value: Any) -> Any:
             return int(value)
         except ValueError:
             raise ValueError(f"`{f.name}` must be a whole number, got {value!r}.") from None
-    if origin is str and isinstance(value, Path):
+    if origin is str and isinstance(value, (Path, int)) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, origin) or (origin is int and isinstance(value, bool)):
         raise ValueError(f"`{f.name}` must be of type {origin.__name__}, got {value!r}.")

@@ -23,6 +23,7 @@ FREE_ON_RESUME = frozenset(
         "class_data_dir",
         "device",
         "capture",
+        "early_stop",
     ]
 )
 

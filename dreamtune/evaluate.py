@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -22,13 +23,18 @@ COLUMNS = 4
 
 class Evaluator:
     """`evaluator(step)` samples, saves samples/<step>.png and returns (images, scores of
-    metrics.jsonl).
+    metrics.jsonl): `sample`, then `judge`. scorers: loaded already, by a stacked run.
 
     prompts: one an image. Without scorers ("none") the record is empty.
     """
 
     def __init__(
-        self, config: Config, base: Base, subject: Subject, photos: Sequence[Image.Image]
+        self,
+        config: Config,
+        base: Base,
+        subject: Subject,
+        photos: Sequence[Image.Image],
+        scorers: Any = None,
     ) -> None:
         from dreamtune.metrics.scorers import without_identifier
 
@@ -41,29 +47,40 @@ class Evaluator:
         self.seeds = [config.validation_seed + i for i in range(len(self.prompts))]
         # the identifier means nothing to a scorer
         self.plain = [without_identifier(p, subject.identifier) for p in self.prompts]
-        self.scorers = load_scorers(config, base)
+        self.scorers = scorers or load_scorers(config, base)
         self.references = self.scorers.references(list(photos)) if self.scorers else None
         self.embeds: Tensor | None = None
         self.folder = Path(config.output_dir or ".") / "samples"
 
     def __call__(self, step: int) -> tuple[list[Image.Image], dict[str, Any]]:
+        images = self.sample()
+        return images, self.judge(step, images)
+
+    def embeddings(self) -> Tensor:
+        """(images, tokens, dim) of the prompts, encoded once."""
         if self.embeds is None:
             self.embeds = self.base.encode_prompts(self.prompts).to(self.base.dtype)
+        return self.embeds
+
+    def sample(self) -> list[Image.Image]:
+        embeds = self.embeddings()
         with self.base.sampling(self.config.sampler or "base") as pipe:
-            images = sample(
+            return sample(
                 pipe,
                 self.prompts,
                 self.seeds,
-                prompt_embeds=self.embeds,
+                prompt_embeds=embeds,
                 batch_size=self.config.sample_batch_size,
                 **sampling_options(self.config),
             )
+
+    def judge(self, step: int, images: list[Image.Image]) -> dict[str, Any]:
+        """Keeps the images and scores them."""
         self.folder.mkdir(parents=True, exist_ok=True)
         save_grid(images, self.folder / f"{step:06d}.png")
-        record = (
-            self.scorers.score(images, self.plain, self.references).record() if self.scorers else {}
-        )
-        return images, record
+        if self.scorers is None:
+            return {}
+        return dict(self.scorers.score(images, self.plain, self.references).record())
 
     def saved(self, step: int) -> list[Image.Image] | None:
         """The images of an earlier scoring, read back from its grid."""
@@ -72,6 +89,42 @@ class Evaluator:
         return (
             read_grid(path, len(self.prompts), self.config.resolution) if path.is_file() else None
         )
+
+
+def sample_slots(
+    base: Base, adapter: Any, slots: Sequence[int], evaluators: Sequence[Evaluator]
+) -> list[list[Image.Image]]:
+    """The images of each evaluator by its slot of the adapter, rows of several slots in a batch.
+
+    Raises ValueError if an image of any is not finite.
+    """
+    c = evaluators[0].config
+    if adapter.slots == 1:
+        return [e.sample() for e in evaluators]
+    embeds = torch.cat([e.embeddings() for e in evaluators])
+    prompts = [p for e in evaluators for p in e.prompts]
+    seeds = [s for e in evaluators for s in e.seeds]
+    counts = torch.tensor([len(e.prompts) for e in evaluators])
+    routes = torch.tensor(slots).repeat_interleave(counts).to(base.device)
+    doubled = 2 if (c.guidance_scale or 0) > 1 else 1  # all rows without the prompt, then with it
+    made: list[Image.Image] = []
+    try:
+        with base.sampling(c.sampler or "base") as pipe:
+            for start in range(0, len(prompts), c.sample_batch_size):
+                rows = slice(start, start + c.sample_batch_size)
+                adapter.route(routes[rows].repeat(doubled))
+                made += sample(
+                    pipe,
+                    prompts[rows],
+                    seeds[rows],
+                    prompt_embeds=embeds[rows],
+                    batch_size=c.sample_batch_size,
+                    **sampling_options(c),
+                )
+    finally:
+        adapter.route(None)
+    images = iter(made)
+    return [[next(images) for _ in e.prompts] for e in evaluators]
 
 
 def load_scorers(config: Config, base: Base) -> Any:

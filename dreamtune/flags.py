@@ -160,7 +160,9 @@ def train_parser() -> Parser:
                 help=argparse.SUPPRESS,
             )
         elif typing.get_origin(hint) is list:
-            group.add_argument(f"--{name}", nargs="+", default=None, metavar="X", help=text)
+            group.add_argument(
+                f"--{name}", nargs="+", action="extend", default=None, metavar="X", help=text
+            )
         else:
             meta = "{" + ",".join(f.metadata["choices"]) + "}" if f.metadata["choices"] else "X"
             group.add_argument(f"--{name}", default=None, metavar=meta, help=text)

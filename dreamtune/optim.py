@@ -102,6 +102,9 @@ class SlotAdamW:
         places = {id(p): pair for b in self.bundles for p, *pair in zip(b.params, b.m_of, b.v_of)}
         self.exp_avg = [places[id(p)][0] for p in self.params]
         self.exp_avg_sq = [places[id(p)][1] for p in self.params]
+        place = {id(p): i for i, p in enumerate(self.params)}
+        # a rate that equals a method's own rate joins two groups: the order is each slot's own
+        self.order = [[place[id(p)] for g in slot for p in g["params"]] for slot in groups]
         self.count = torch.zeros(self.slots, device=device, dtype=dtype)
         self.schedule = torch.ones((), device=device, dtype=dtype)
 
@@ -129,15 +132,18 @@ class SlotAdamW:
             values.mul_(1 - lr * bundle.decay).addcmul_(update, -lr / correct1)
             torch._foreach_copy_(bundle.params, bundle.pieces(values))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        state = {"count": self.count}
-        for i, (m, v) in enumerate(zip(self.exp_avg, self.exp_avg_sq, strict=True)):
-            state |= {f"{i}.exp_avg": m, f"{i}.exp_avg_sq": v}
+    def state_dict(self, slot: int | None = None) -> dict[str, Tensor]:
+        """Views of the state of all slots; of one slot as that slot alone would have them."""
+        first, length = (0, self.slots) if slot is None else (slot, 1)
+        state = {"count": self.count.narrow(0, first, length)}
+        for i, place in enumerate(self.order[first]):
+            for name, tensors in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
+                state[f"{i}.{name}"] = tensors[place].narrow(SLOT_DIM, first, length)
         return state
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor], slot: int | None = None) -> None:
         """Raises ValueError if the state is of other parameters."""
-        mine = self.state_dict()
+        mine = self.state_dict(slot)
         if set(mine) != set(state) or any(mine[k].shape != state[k].shape for k in mine):
             raise ValueError("the optimizer state is of an adapter with other parameters.")
         for key, tensor in mine.items():

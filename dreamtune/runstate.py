@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,21 @@ CONFIG, METRICS, ADAPTER, LORA = (
 OPTIMIZER, STATE, BEST = "optimizer.safetensors", "run_state.json", "best"
 OURS = (CONFIG, METRICS, ADAPTER, LORA, "report.html", "samples", BEST)
 NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """adapter, lora: the files of the best checkpoint (lora None for a method that no LoRA can
+    hold).
+    """
+
+    run_dir: Path
+    adapter: Path
+    lora: Path | None
+    best_step: int
+    scores: dict[str, Any]
+    history: list[dict[str, Any]]
+    reason: str
 
 
 def choose_run_dir(output_dir: str | None, name: str) -> Path:
@@ -127,14 +143,15 @@ def save_checkpoint(
     state: Mapping[str, Tensor],
     info: Mapping[str, Any],
     limit: int | None,
+    slot: int = 0,
 ) -> Path:
     """checkpoint-k: adapter, what else the step changes, the best adapter so far; then the oldest
-    beyond `limit` go.
+    beyond `limit` go. `state` is that of `slot` of the adapter alone.
     """
     from safetensors.torch import save_file
 
     def fill(folder: Path) -> None:
-        adapter.save(folder / ADAPTER, metadata={"step": k})
+        adapter.save(folder / ADAPTER, slot, metadata={"step": k})
         save_file({n: t.detach().cpu().contiguous() for n, t in state.items()}, folder / OPTIMIZER)
         if (run_dir / BEST).is_dir():
             shutil.copytree(run_dir / BEST, folder / BEST)
@@ -157,15 +174,19 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def restore(
-    checkpoint: Path, run_dir: Path, adapter: Any, load_state: Callable[[dict[str, Tensor]], None]
+    checkpoint: Path,
+    run_dir: Path,
+    adapter: Any,
+    load_state: Callable[[dict[str, Tensor], int], None],
+    slot: int = 0,
 ) -> None:
     """Puts adapter, step state, best/ and metrics.jsonl back to where the checkpoint was."""
     from safetensors.torch import load_file
 
     from dreamtune.checkpoint import load_adapter_file
 
-    adapter.load_state_dict(load_adapter_file(checkpoint / ADAPTER).tensors)
-    load_state(load_file(checkpoint / OPTIMIZER))
+    adapter.load_state_dict(load_adapter_file(checkpoint / ADAPTER).tensors, slot)
+    load_state(load_file(checkpoint / OPTIMIZER), slot)
     if (checkpoint / BEST).is_dir():
 
         def fill(folder: Path) -> None:

@@ -217,20 +217,22 @@ class Step:
         self.loss_count.zero_()
         return mean
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything that a step changes, but the adapter."""
+    def state_dict(self, slot: int | None = None) -> dict[str, Tensor]:
+        """Everything that a step changes, but the adapter; of one slot as if it were alone."""
+        first, length = (0, len(self.seeds)) if slot is None else (slot, 1)
         own = {
-            k: getattr(self, k)
+            k: getattr(self, k).narrow(0, first, length)
             for k in ("loss", "loss_sum", "loss_count", "skipped", "skipped_now", "loss_scale")
         }
         return {f"step.{k}": v for k, v in own.items()} | {
-            f"optimizer.{k}": v for k, v in self.optimizer.state_dict().items()
+            f"optimizer.{k}": v for k, v in self.optimizer.state_dict(slot).items()
         }
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor], slot: int | None = None) -> None:
+        mine = self.state_dict(slot)
         for key, tensor in state.items():
             if key.startswith("step."):
-                getattr(self, key[5:]).copy_(tensor)
+                mine[key].copy_(tensor)
         self.optimizer.load_state_dict(
-            {k[10:]: v for k, v in state.items() if k.startswith("optimizer.")}
+            {k[10:]: v for k, v in state.items() if k.startswith("optimizer.")}, slot
         )

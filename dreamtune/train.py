@@ -61,6 +61,8 @@ def train(config: Config) -> TrainResult:
 
     Raises Interrupted on Ctrl-C, after saving.
     """
+    if config.subjects or config.sweep:
+        raise ValueError("`subjects` and `sweep` are several runs: use `train_stacked`.")
     with Interrupts() as interrupts:
         run = Run(config)
         c, k, total = run.config, run.start, run.config.max_train_steps or 0
@@ -68,15 +70,10 @@ def train(config: Config) -> TrainResult:
             while True:
                 if run.scoring_due(k):
                     run.score(k)
-                if (
-                    c.checkpointing_steps
-                    and k % c.checkpointing_steps == 0
-                    and k > run.start
-                    or k == total
-                ):
+                if run.saving_due(k):
                     with interrupts.held():
                         run.save(k)
-                if k >= total:
+                if run.done(k):
                     break
                 with interrupts.held():
                     run.step(k, learning_rate_factor(k, c.lr_scheduler, c.lr_warmup_steps, total))

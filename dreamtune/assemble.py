@@ -1,0 +1,79 @@
+"""Adapter and step of one or several runs on one base: their caches joined, a slot each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dreamtune.base import Base
+from dreamtune.config import Config
+from dreamtune.optim import SlotAdamW
+from dreamtune.step import Cache, Step, StepSettings
+
+if TYPE_CHECKING:
+    from dreamtune.inject import InjectedAdapter
+
+Pools = list[list[Tensor]]  # photos, and class images; the tickets of each slot
+
+
+def build_step(
+    base: Base, configs: Sequence[Config], caches: Sequence[Cache], pools: Sequence[Pools]
+) -> tuple[InjectedAdapter, Step]:
+    """Injects a slot for each config. They differ in seed and learning rate only; what is common
+    is read from the first.
+    """
+    from dreamtune.inject import inject
+
+    c = configs[0]
+    if c.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
+    seeds = [x.seed for x in configs]
+    adapter = inject(
+        base.unet,
+        c.method,
+        slots=len(configs),
+        target_modules=c.target_modules,
+        seed=seeds,
+        **c.options,
+    )
+    base.unet.train()
+    groups = [adapter.parameter_groups(x.learning_rate, x.adam_weight_decay) for x in configs]
+    optimizer = SlotAdamW(groups, (c.adam_beta1, c.adam_beta2), c.adam_epsilon)
+    settings = StepSettings(
+        batch=c.train_batch_size or 1,
+        accumulation=c.gradient_accumulation_steps,
+        prediction=c.prediction_type or "epsilon",
+        snr_gamma=c.snr_gamma,
+        prior_weight=c.prior_loss_weight,
+        max_grad_norm=c.max_grad_norm,
+        loss_scale=2.0**16 if base.dtype == torch.float16 else 1.0,
+    )
+    cache, tickets = join(caches, pools)
+    alpha_bar = base.alpha_bar()
+    return adapter, Step(
+        base.unet, optimizer, cache, tickets, alpha_bar, seeds, settings, base.dtype
+    )
+
+
+def join(caches: Sequence[Cache], pools: Sequence[Pools]) -> tuple[Cache, Pools]:
+    """One cache of several, and pools with the slots of all; a slot draws from its own part."""
+    if len(caches) == 1:
+        return caches[0], pools[0]
+    captions, tickets = [], [[] for _ in pools[0]]  # type: tuple[list[Tensor], Pools]
+    entries = prompts = 0
+    for cache, own in zip(caches, pools, strict=True):
+        captions.append(cache.caption + prompts)
+        for kind, slots in zip(tickets, own, strict=True):
+            kind.extend(t + entries for t in slots)
+        entries, prompts = entries + len(cache.mean), prompts + len(cache.prompts)
+    stds = [c.std for c in caches if c.std is not None]
+    joined = Cache(
+        torch.cat([c.mean for c in caches]),
+        torch.cat(stds) if stds else None,
+        torch.cat(captions),
+        torch.cat([c.prompts for c in caches]),
+    )
+    return joined, tickets
