@@ -14,7 +14,7 @@ from dreamtune.step import Cache, Step, StepSettings, draw, mix
 
 DTYPE = torch.float64
 RATES, SEEDS = [2e-3, 1e-2, 5e-4], [3, 1, 4]
-STEPS = 5
+STEPS = 20
 
 
 def cache(spread: bool = True, device: str = "cpu") -> Cache:
