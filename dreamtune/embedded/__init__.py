@@ -2,7 +2,7 @@
 
     from dreamtune import embedded
     pipe = StableDiffusionPipeline.from_pretrained(embedded.MODEL)
-    embedded.subject("fox").photos          # paths
+    embedded.subject("fox-3d").photos       # paths
 
 Trained on emoji pictures: it shows that the tools work, and its numbers compare with nothing else.
 """
