@@ -185,7 +185,12 @@ class Run:
             f"sampling {len(self.evaluator.prompts)} images{self.score_text()}"
         )
         began = time.perf_counter()
-        images, scores = self.evaluator(k)
+        # Step 0 is the base, also for a method that does not start there.
+        self.adapter.scale = 1.0 if k else 0.0
+        try:
+            images, scores = self.evaluator(k)
+        finally:
+            self.adapter.scale = 1.0
         loss = self._step.take_mean()[0] if k else float("nan")
         record = {
             "step": k,
