@@ -18,6 +18,7 @@ from scorer_folders import write_clip, write_dino
 
 from dreamtune import run as run_module
 from dreamtune import runstate
+from dreamtune.base import Base
 from dreamtune.config import Config
 from dreamtune.evaluate import read_grid
 from dreamtune.run import Run
@@ -142,6 +143,23 @@ def test_three_and_three_resumed_equal_six(
         [{k: v for k, v in r.items() if k not in drop} for r in x.history] for x in (whole, second)
     ]
     assert histories[0] == histories[1]
+
+
+def test_photos_and_prompts_are_encoded_once(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The photos in one call; the training prompts in one, the scored prompts in another."""
+    calls: list[str] = []
+    for name in ("encode_images", "encode_prompts"):
+        original = getattr(Base, name)
+
+        def counted(self: Base, x: Any, name: str = name, original: Any = original) -> Any:
+            calls.append(name)
+            return original(self, x)
+
+        monkeypatch.setattr(Base, name, counted)
+    train(Config(**settings))
+    assert sorted(calls) == ["encode_images", "encode_prompts", "encode_prompts"]
 
 
 def test_resume_refusals(settings: dict[str, Any], photo_dir: Path, tmp_path: Path) -> None:
