@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -92,20 +91,20 @@ def methods(argv: Sequence[str]) -> int:
 
 
 def generate(argv: Sequence[str]) -> int:
-    from dreamtune.flags import Parser
+    from dreamtune.flags import HelpFormatter, Parser
 
     parser = Parser(
         prog="dreamtune generate",
         description=COMMANDS["generate"],
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "adapter", help="adapter or LoRA file, or the folder of a run (its best is taken)"
     )
     parser.add_argument("--prompt", required=True, nargs="+", help="one or more prompts")
     parser.add_argument(
-        "--pretrained_model_name_or_path", help="the base; None: the one of the run"
+        "--pretrained_model_name_or_path", help="the base [default: the one of the run]"
     )
     parser.add_argument("--num_images", type=int, default=4, help="images a prompt")
     parser.add_argument(
@@ -114,19 +113,17 @@ def generate(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the first image; the next ones count up"
     )
-    parser.add_argument("--resolution", type=int, help="side in pixels; None: the base's own")
+    parser.add_argument("--resolution", type=int, help="side in pixels [default: the run's]")
     parser.add_argument(
-        "--num_inference_steps", type=int, help="sampling steps; None: those of the run, else 25"
+        "--num_inference_steps", type=int, help="sampling steps [default: the run's, else 25]"
     )
     parser.add_argument(
-        "--guidance_scale", type=float, help="None: that of the run, else 4 up to 256 px, else 7.5"
+        "--guidance_scale", type=float, help="[default: the run's, else 4 up to 256 px, else 7.5]"
     )
     parser.add_argument(
         "--output_dir", default="generated", help="folder of the images; never overwritten"
     )
     a = parser.parse_args(argv)
-    if a.num_images < 1:
-        raise ValueError(f"`num_images` must be at least 1, got {a.num_images}.")
     quieten()
     from dreamtune.generate import generate as run
 
@@ -147,13 +144,13 @@ def generate(argv: Sequence[str]) -> int:
 
 
 def export(argv: Sequence[str]) -> int:
-    from dreamtune.flags import Parser
+    from dreamtune.flags import HelpFormatter, Parser
 
     parser = Parser(
         prog="dreamtune export",
         description=COMMANDS["export"],
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "adapter", help="adapter.safetensors, or the folder of a run (its best is taken)"
@@ -163,7 +160,7 @@ def export(argv: Sequence[str]) -> int:
         "--format", default="diffusers", help="diffusers, or kohya (ComfyUI, A1111)"
     )
     parser.add_argument(
-        "--pretrained_model_name_or_path", help="the base; None: the one of the run"
+        "--pretrained_model_name_or_path", help="the base [default: the one of the run]"
     )
     parser.add_argument(
         "--dtype", default="float32", choices=("float32", "float16"), help="of the file's tensors"

@@ -17,6 +17,16 @@ EMBEDDED = "embedded"
 CPU_SLOTS = 4
 # What makes several runs of one command; a run alone has none of it.
 STACKED = ("subjects", "sweep", "slots")
+AT_LEAST_1 = (
+    "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_class_images",
+    "resolution", "crops", "num_validation_images", "num_inference_steps", "sample_batch_size",
+    "checkpoints_total_limit", "early_stop",
+)  # fmt: skip
+AT_LEAST_0 = (
+    "lr_warmup_steps", "validation_steps", "checkpointing_steps", "prior_loss_weight", "seed",
+    "validation_seed", "adam_weight_decay", "guidance_rescale",
+)  # fmt: skip
+ABOVE_0 = ("learning_rate", "max_grad_norm", "snr_gamma", "adam_epsilon", "guidance_scale")
 
 
 def opt(default: Any, help: str, group: str, shown: str = "", choices: tuple[str, ...] = ()) -> Any:
@@ -216,38 +226,11 @@ class Config:
 
     def check_values(self) -> None:
         """Raises ValueError for a value or a combination that cannot be trained."""
-        for key in (
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "max_train_steps",
-            "num_class_images",
-            "resolution",
-            "crops",
-            "num_validation_images",
-            "num_inference_steps",
-            "sample_batch_size",
-            "checkpoints_total_limit",
-            "early_stop",
-        ):
+        for key in AT_LEAST_1:
             least(self, key, 1)
-        for key in (
-            "lr_warmup_steps",
-            "validation_steps",
-            "checkpointing_steps",
-            "prior_loss_weight",
-            "seed",
-            "validation_seed",
-            "adam_weight_decay",
-            "guidance_rescale",
-        ):
+        for key in AT_LEAST_0:
             least(self, key, 0)
-        for key in (
-            "learning_rate",
-            "max_grad_norm",
-            "snr_gamma",
-            "adam_epsilon",
-            "guidance_scale",
-        ):
+        for key in ABOVE_0:
             value = getattr(self, key)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"`{key}` must be above 0 and finite, got {value}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,16 @@ class Evaluator:
         return (
             read_grid(path, len(self.prompts), self.config.resolution) if path.is_file() else None
         )
+
+
+@contextlib.contextmanager
+def at_step(adapter: Any, k: int) -> Iterator[None]:
+    """Step 0 is the base, also for a method that does not start there."""
+    adapter.scale = 1.0 if k else 0.0
+    try:
+        yield
+    finally:
+        adapter.scale = 1.0
 
 
 def sample_slots(

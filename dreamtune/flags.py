@@ -62,6 +62,24 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise FlagError(message)
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, extra = self.parse_known_args(args, namespace)
+        if extra:
+            name = extra[0].lstrip("-").partition("=")[0]
+            flags = [s[2:] for a in self._actions for s in a.option_strings if s[:2] == "--"]
+            raise FlagError(f"unknown argument {extra[0]}.{nearest(name, flags)}")
+        return known
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """`[default: ...]`, but for a default of None, which the help itself explains."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        nothing = action.default is None or action.nargs == 0  # no value, or a switch
+        if nothing or not action.option_strings:
+            return action.help
+        return f"{action.help} [default: %(default)s]"
+
 
 def options_of_methods() -> dict[str, dict[str, Any]]:
     """method -> option -> default, read from the signatures in adapters/*.py.

@@ -58,8 +58,15 @@ def generate(
     output_dir: Path = Path("generated"),
 ) -> list[Path]:
     """`num_images` PNG files a prompt, with the run's sampling settings unless others are given.
-    Returns the paths.
+    Returns the paths. Raises ValueError, before anything is loaded, for a number out of range.
     """
+    for key, value in (("num_images", num_images), ("num_inference_steps", steps)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{key}` must be at least 1, got {value}.")
+    if seed < 0:
+        raise ValueError(f"`seed` must be at least 0, got {seed}.")
+    if resolution is not None and (resolution < 8 or resolution % 8):
+        raise ValueError(f"`resolution` must be a multiple of 8, got {resolution}.")
     from dreamtune.config import Config
     from dreamtune.pipeline import load
     from dreamtune.prepare import SMALL, device_and_dtype
@@ -76,18 +83,21 @@ def generate(
         device=device,
     )
     size = resolution or settings.get("resolution") or model.resolution
+    if steps is None:
+        steps = settings.get("num_inference_steps") or 25
+    if guidance_scale is None:
+        guidance_scale = settings.get("guidance_scale") or (4.0 if size <= SMALL else 7.5)
     names, seeds = grid(prompts, range(seed, seed + num_images))
     sampler = settings.get("sampler") or ("base" if model.zero_snr else "dpm++")
-    guidance = guidance_scale or settings.get("guidance_scale") or (4.0 if size <= SMALL else 7.5)
     with model.sampling(sampler) as pipe:
         load(pipe, file, scale=scale)
         images = sample(
             pipe,
             names,
             seeds,
-            steps=steps or settings.get("num_inference_steps") or 25,
+            steps=steps,
             size=size,
-            guidance_scale=guidance,
+            guidance_scale=guidance_scale,
             guidance_rescale=settings.get("guidance_rescale") or 0.0,
         )
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from dreamtune.capture import CapturedStep, choose, reason_against
 from dreamtune.config import Config
 from dreamtune.configfile import continued
 from dreamtune.data import read_folder
-from dreamtune.evaluate import Evaluator, Tracker
+from dreamtune.evaluate import Evaluator, Tracker, at_step
 from dreamtune.prepare import (
     build_cache,
     class_images,
@@ -187,7 +187,8 @@ class Run:
             f"sampling {len(self.evaluator.prompts)} images{self.score_text()}"
         )
         began = time.perf_counter()
-        images = self.evaluator.sample()
+        with at_step(self.adapter, k):
+            images = self.evaluator.sample()
         self.record(k, images, self._step.take_mean()[0], began)
         self.bar.set_postfix_str(self.score_text().lstrip(" |"))
 

@@ -20,7 +20,7 @@ from dreamtune.assemble import build_step
 from dreamtune.base import Base
 from dreamtune.capture import CapturedStep
 from dreamtune.config import CPU_SLOTS, Config
-from dreamtune.evaluate import sample_slots
+from dreamtune.evaluate import at_step, sample_slots
 from dreamtune.optim import learning_rate_factor
 from dreamtune.run import SYNC_EVERY, Run, TrainResult, base_of
 from dreamtune.show import progress_bar, table
@@ -93,7 +93,8 @@ class Wave:
             return
         began = time.perf_counter()
         self.bar.set_postfix_str(f"sampling for {len(due)} runs")
-        images = self.sample(due)
+        with at_step(self.adapter, k):
+            images = self.sample(due)
         losses = self.step.take_mean()
         for label, pictures in images.items():
             due[label].record(k, pictures, losses[due[label].slot], began)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dreamtune import base as base_module
+from dreamtune import model_folder
 from dreamtune.base import load_base
 from dreamtune.single_file import CONFIGS, clip_tokenizer, family_of
 
@@ -126,7 +126,7 @@ def test_refusals(tmp_path: Path, tiny_pipeline_dir: Path, monkeypatch: pytest.M
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     with pytest.raises(ValueError, match="is a FluxPipeline; a Stable Diffusion 1.x/2.x"):
         load_base(str(tmp_path))
-    monkeypatch.setattr(base_module, "hub_answers", lambda: False)
+    monkeypatch.setattr(model_folder, "hub_answers", lambda: False)
     with pytest.raises(ValueError, match="hf download nobody/nothing --local-dir FOLDER"):
         load_base("nobody/nothing")
 

@@ -109,6 +109,29 @@ def test_refusals(flags: list[str], message: str, capsys: pytest.CaptureFixture[
     assert message in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "run", "--prompt", "a", "--resolutoin", "8"], "Did you mean `resolution`"),
+        (["generate", "run"], "the following arguments are required: --prompt"),
+        (["generate", "run", "--prompt", "a", "--num_inference_steps", "0"], "at least 1, got 0"),
+        (["generate", "run", "--prompt", "a", "--num_images", "0"], "`num_images` must be at"),
+        (["generate", "run", "--prompt", "a", "--resolution", "100"], "a multiple of 8, got 100"),
+        (["generate", "run", "--prompt", "a", "--seed", "-1"], "`seed` must be at least 0, got -1"),
+        (["generate", "run", "--prompt", "a"], "no adapter at `run`"),
+        (["export", "run", "out", "--formt", "kohya"], "Did you mean `format`"),
+        (["methods", "--verbose"], "unknown argument --verbose."),
+    ],
+)
+def test_refusals_of_the_other_commands(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"dreamtune {arguments[0]}: ")
+    assert message in error
+
+
 def test_yaml_refusals(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     for text, message in (

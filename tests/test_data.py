@@ -132,10 +132,9 @@ def test_empty_and_missing_folders(tmp_path: Path) -> None:
 
 
 def test_captions_and_kohya_folders(tmp_path: Path) -> None:
-    for name, repeats in (("10_sks dog", 10), ("5_sks cat", 5)):
+    for name in ("10_sks dog", "5_sks cat"):
         (tmp_path / name).mkdir()
         halves().save(tmp_path / name / "a.png")
-        assert repeats
     (tmp_path / "5_sks cat" / "a.txt").write_text("a sks cat\n on a sofa ")
     photos = read_folder(tmp_path).photos
     assert [p.repeats for p in photos] == [10, 5]

@@ -310,3 +310,67 @@ def test_cli(
     out = capsys.readouterr().out
     assert "Training 6 of 12 runs at once" in out and "prompt.txt" not in out
     assert "fox,seed=1,lambda_init=4" in out.splitlines()[-1]
+
+
+def test_refusals_come_before_any_model(
+    common: dict[str, Any], subjects: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: Any, **options: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(run_module, "load_base", never)
+    photos = photos_of(subjects / "fox")
+    for changes, message in (
+        ({"sweep": ["seed"]}, "must be NAME=VALUE,VALUE,..., got 'seed'"),
+        ({"sweep": ["seed=1,1"]}, "has a value twice"),
+        ({"sweep": ["seed=1", "seed=2"]}, "names `seed` twice"),
+        ({"sweep": ["learning_rat=1"]}, "cannot be swept. Did you mean `learning_rate`"),
+        ({"sweep": ["resolution=16,32"]}, "`resolution` cannot be swept.*lambda_init"),
+        ({"sweep": ["method=lora,delora", "alpha=1,2"]}, "`alpha` cannot be swept"),
+        ({"sweep": ["seed=0,x"]}, "`seed` must be"),
+        ({"sweep": ["learning_rate=1,-1"]}, "`learning_rate` must be above 0"),
+        ({"subjects": str(tmp_path / "none")}, "is not a folder"),
+        ({"subjects": str(subjects / "fox")}, "holds no folder"),
+        ({"subjects": str(subjects), **photos}, "are both set"),
+        ({"slots": "0"}, "`slots` must be auto or at least 1, got '0'"),
+    ):
+        own = photos if "sweep" in changes else {}
+        with pytest.raises(ValueError, match=message):
+            train_stacked(Config(**{**common, **own, **changes}))
+    with pytest.raises(ValueError, match="use `train_stacked`"):
+        train(Config(**common, subjects=str(subjects)))
+    (subjects / "cat" / "prompt.txt").write_text("a cat")
+    with pytest.raises(ValueError, match="`cat`: the identifier `sks` is not in the prompt"):
+        train_stacked(Config(**common, subjects=str(subjects)))
+    (subjects / "cat" / "prompt.txt").write_text("a\nb\nc")
+    with pytest.raises(ValueError, match="must have one line.*it has 3"):
+        train_stacked(Config(**common, subjects=str(subjects)))
+    (subjects / "dog" / "config.yaml").write_text("rsolution: 3")
+    (subjects / "cat" / "prompt.txt").unlink()
+    with pytest.raises(ValueError, match="`rsolution` in .* cannot be a subject's own"):
+        train_stacked(Config(**common, subjects=str(subjects)))
+
+
+def test_the_largest_wave_that_fits(
+    common: dict[str, Any], photo_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With made-up memory: sampling 8, one slot 30, two 35, so 0.9 * 100 - 8 - 30 leaves ten."""
+    from dreamtune import fit
+    from dreamtune.stacked import get_ready
+
+    common |= photos_of(photo_dir)
+    _, runs, base = get_ready(Config(**common, sweep=[f"seed={','.join(map(str, range(16)))}"]))
+    needs, weights = iter([8.0, 30.0, 35.0]), base.unet.state_dict()
+    before = {k: v.clone() for k, v in weights.items()}
+
+    def peak(base: Any, work: Any) -> float:
+        work()
+        return next(needs)
+
+    monkeypatch.setattr(fit, "peak", peak)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 100))
+    assert fit.largest_wave(base, list(runs.values())) == 11
+    after = base.unet.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    assert [fit.wave_size(50, 60, 61, 9), fit.wave_size(50, 10, 10, 9)] == [1, 9]

@@ -18,9 +18,11 @@ from scorer_folders import write_clip, write_dino
 
 from dreamtune import run as run_module
 from dreamtune import runstate
+from dreamtune.base import Base
 from dreamtune.config import Config
 from dreamtune.evaluate import read_grid
 from dreamtune.run import Run
+from dreamtune.selection import choose_best
 from dreamtune.train import Interrupted, train
 
 
@@ -68,7 +70,7 @@ def test_end_to_end_with_scores(
     assert [r["step"] for r in lines] == [0, 3, 6]
     assert all(-1 <= r[k] <= 1 for r in lines for k in ("dino", "clip_i", "clip_t"))
     assert lines[0]["loss"] is None and lines[1]["loss"] > 0 and lines[1]["skipped_steps"] == 0
-    assert result.best_step in (0, 3, 6) and result.scores["step"] == result.best_step
+    assert result.best_step == lines[choose_best(lines)[0]]["step"] == result.scores["step"]
     assert result.adapter == run_dir / "best" / "adapter.safetensors"
     assert result.lora is not None and result.lora.is_file()
     names = {p.name for p in run_dir.iterdir()}
@@ -83,13 +85,23 @@ def test_end_to_end_with_scores(
     assert len(read_grid(run_dir / "samples" / "000003.png", 2, 16)) == 2
 
 
-def test_step_0_is_the_base(settings: dict[str, Any], scorer_names: dict[str, str]) -> None:
-    run = Run(Config(**{**settings, **scorer_names}))
-    before, _ = run.evaluator(0)
+@pytest.mark.parametrize("method", ["delora", "ether"])
+def test_step_0_is_the_base(
+    settings: dict[str, Any], scorer_names: dict[str, str], method: str
+) -> None:
+    """Also for ETHER, whose adapter is elsewhere at its start."""
+    options = {"method": method, "options": {}}
+    run = Run(Config(**{**settings, **scorer_names, **options}))
+    run.score(0)
+    before = run.evaluator.saved(0)
+    started, _ = run.evaluator(1)
     run.adapter.eject()
-    after, _ = run.evaluator(0)
+    base, _ = run.evaluator(2)
     run.close()
-    assert [i.tobytes() for i in before] == [i.tobytes() for i in after]
+    assert before is not None
+    assert [i.tobytes() for i in before] == [i.tobytes() for i in base]
+    same_start = [i.tobytes() for i in started] == [i.tobytes() for i in base]
+    assert same_start == (method == "delora")
 
 
 @pytest.mark.parametrize("method", ["delora", "ether+"])
@@ -131,6 +143,23 @@ def test_three_and_three_resumed_equal_six(
         [{k: v for k, v in r.items() if k not in drop} for r in x.history] for x in (whole, second)
     ]
     assert histories[0] == histories[1]
+
+
+def test_photos_and_prompts_are_encoded_once(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The photos in one call; the training prompts in one, the scored prompts in another."""
+    calls: list[str] = []
+    for name in ("encode_images", "encode_prompts"):
+        original = getattr(Base, name)
+
+        def counted(self: Base, x: Any, name: str = name, original: Any = original) -> Any:
+            calls.append(name)
+            return original(self, x)
+
+        monkeypatch.setattr(Base, name, counted)
+    train(Config(**settings))
+    assert sorted(calls) == ["encode_images", "encode_prompts", "encode_prompts"]
 
 
 def test_resume_refusals(settings: dict[str, Any], photo_dir: Path, tmp_path: Path) -> None:
@@ -243,7 +272,6 @@ def test_low_precision_base_keeps_float32_adapters(
 ) -> None:
     result = train(Config(**settings, mixed_precision=precision))
     assert {t.dtype for t in tensors(result.adapter).values()} == {torch.float32}
-    assert result.history[-1]["skipped_steps"] <= 6
     moved = tensors(result.run_dir / "adapter.safetensors")
     start = tensors(result.run_dir / "checkpoint-3" / "adapter.safetensors")
     assert any(not torch.equal(moved[k], start[k]) for k in moved)

@@ -2,7 +2,7 @@
 
     from dreamtune import embedded
     pipe = StableDiffusionPipeline.from_pretrained(embedded.MODEL)
-    embedded.subject("fox").photos          # paths
+    embedded.subject("fox-3d").photos       # paths
 
 Trained on emoji pictures: it shows that the tools work, and its numbers compare with nothing else.
 """
@@ -78,8 +78,9 @@ def subject(id: str | None = None) -> Subject:
     known = {entry.id: entry for entry in subjects()}
     id = _registry()["default"] if id is None else id
     if id not in known:
-        near = difflib.get_close_matches(id, known, 3) or list(known)[:5]
-        raise ValueError(f"no embedded subject `{id}`; {len(known)} there are, {', '.join(near)}")
+        near = ", ".join(f"`{name}`" for name in difflib.get_close_matches(id, known, 3))
+        hint = f"Did you mean {near}?" if near else f"There are {', '.join(known)}."
+        raise ValueError(f"no embedded subject `{id}`. {hint}")
     return known[id]
 
 

@@ -62,7 +62,7 @@ def cache_if_unreachable(name: str) -> Iterator[None]:
     """
     import huggingface_hub.constants
 
-    from ..base import hub_answers
+    from ..model_folder import hub_answers
 
     local = name.startswith("local-dir:") or Path(name).exists()
     before = huggingface_hub.constants.HF_HUB_OFFLINE

@@ -152,7 +152,8 @@ def write_pipeline(
     """A folder that `StableDiffusionPipeline.from_pretrained` loads, fp16, no file over 16 MiB.
 
     The text encoder keeps the `text_model.` prefix: transformers 5 drops it at save, and
-    transformers 4 would then start from random weights.
+    transformers 4 would then start from random weights. Its config asks for float32: transformers 5
+    goes by it, or by the weights, where diffusers loads the other parts in float32.
     """
     from safetensors.torch import save_file
 
@@ -178,6 +179,9 @@ def write_pipeline(
         save_file(
             half(module), folder / name / "diffusion_pytorch_model.safetensors", {"format": "pt"}
         )
+    settings = json.loads((folder / "vae" / "config.json").read_text())
+    settings.pop("block_out_channels")  # AutoencoderTiny derives it, and warns of it in a file
+    (folder / "vae" / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     weights = half(text)
     weights = {
         k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in weights.items()
@@ -185,7 +189,7 @@ def write_pipeline(
     weights.pop("text_model.embeddings.position_ids", None)
     (folder / "text_encoder").mkdir(exist_ok=True)
     text.config.architectures = ["CLIPTextModel"]
-    config = text.config.to_diff_dict() | {"torch_dtype": "float16"}
+    config = text.config.to_diff_dict() | {"torch_dtype": "float32"}
     config.pop("dtype", None)
     (folder / "text_encoder" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(weights, folder / "text_encoder" / "model.safetensors", {"format": "pt"})
@@ -207,7 +211,7 @@ def write_dino(folder: Path, model: nn.Module) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     model.config.architectures = ["ViTModel"]
-    config = model.config.to_diff_dict() | {"torch_dtype": "float16"}
+    config = model.config.to_diff_dict() | {"torch_dtype": "float32"}
     config.pop("dtype", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     size = {"height": RESOLUTION, "width": RESOLUTION}
