@@ -215,11 +215,16 @@ class Run:
 
     def choose(self) -> None:
         """The best scoring so far; without scorers the last."""
+        from dreamtune.adapters import find_method
         from dreamtune.selection import choose_best
 
         if self.history and self.history[-1].get("dino") is not None:
             index, self.reason = choose_best(self.history)
             self.best_step = self.history[index]["step"]
+            method = find_method(self.config.method)
+            if self.best_step == 0 and len(self.history) > 1 and not method.identity_at_start:
+                self.best_step = self.history[-1]["step"]
+                self.reason += f" No {method.name} file holds the base, so best/ has the last step."
         elif self.history:
             self.best_step, self.reason = self.history[-1]["step"], "No scorers: the last step."
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from dreamtune.flags import options_of_methods, train_config, train_parser
 PHOTOS = ["--instance_data_dir", "photos", "--instance_prompt", "a sks dog"]
 
 
-def test_help_is_quick_and_imports_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from dreamtune.cli import main\n"
         "try: main(['train', '--help'])\n"
@@ -26,13 +25,8 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         "bad = {'torch', 'diffusers', 'transformers', 'numpy', 'PIL'} & set(sys.modules)\n"
         "assert not bad, bad"
     )
-    taken = []
-    for _ in range(3):  # the quickest of three: other tests run beside this one
-        began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        taken.append(time.perf_counter() - began)
-        assert done.returncode == 0, done.stderr
-    assert min(taken) < 1.0
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert "--pretrained_model_name_or_path" in done.stdout
 
 

@@ -104,6 +104,23 @@ def test_step_0_is_the_base(
     assert same_start == (method == "delora")
 
 
+@pytest.mark.parametrize("method, best", [("delora", 0), ("ether", 4)])
+def test_best_when_nothing_improved(
+    settings: dict[str, Any], scorer_names: dict[str, str], method: str, best: int
+) -> None:
+    """The base, if the adapter's start is the base; else the last step, not a start that nobody
+    scored."""
+    run = Run(Config(**{**settings, **scorer_names, "method": method, "options": {}}))
+    levels = {"clip_t": 0.3, "clip_t_shuffled": 0.1, "dino_photos": 0.9, "clip_i_photos": 0.9}
+    for step in (0, 2, 4):
+        worse = 0.5 - step / 100
+        run.history.append({"step": step, "dino": worse, "clip_i": worse, **levels})
+        run.choose()
+    run.close()
+    assert run.best_step == best
+    assert ("last step" in run.reason) == (method == "ether")
+
+
 @pytest.mark.parametrize("method", ["delora", "ether+"])
 def test_three_and_three_resumed_equal_six(
     settings: dict[str, Any], scorer_names: dict[str, str], tmp_path: Path, method: str
