@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ Pools = list[list[Tensor]]  # photos, and class images; the tickets of each slot
 def build_step(
     base: Base, configs: Sequence[Config], caches: Sequence[Cache], pools: Sequence[Pools]
 ) -> tuple[InjectedAdapter, Step]:
-    """Injects a slot for each config. They differ in seed and learning rate only; what is common
-    is read from the first.
+    """Injects a slot for each config. They differ in seed, learning rate and the method's
+    `per_slot` options only; what is common is read from the first.
     """
     from dreamtune.inject import inject
 
@@ -37,7 +37,7 @@ def build_step(
         slots=len(configs),
         target_modules=c.target_modules,
         seed=seeds,
-        **c.options,
+        **stacked_options(c.method, [x.options for x in configs]),
     )
     base.unet.train()
     groups = [adapter.parameter_groups(x.learning_rate, x.adam_weight_decay) for x in configs]
@@ -56,6 +56,18 @@ def build_step(
     return adapter, Step(
         base.unet, optimizer, cache, tickets, alpha_bar, seeds, settings, base.dtype
     )
+
+
+def stacked_options(method: str, options: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The options of all slots, a list where they differ."""
+    from dreamtune.adapters import find_method
+
+    merged = dict(options[0])
+    for name in find_method(method).per_slot:
+        values = [own[name] for own in options]
+        if any(v != values[0] for v in values):
+            merged[name] = values
+    return merged
 
 
 def join(caches: Sequence[Cache], pools: Sequence[Pools]) -> tuple[Cache, Pools]:

@@ -61,7 +61,7 @@ def save_adapter(
         "format_version": FORMAT_VERSION,
         "dreamtune_version": dreamtune.__version__,
         "method": adapter.method,
-        "options": adapter.options,
+        "options": adapter.groups[0].adapter.options_of(slot),
         "target_modules": list(adapter.target_modules),
         "shapes": {n: list(g.weight.shape[-2:]) for g in adapter.groups for n in g.names},
         "fingerprint": fingerprint(base_weights(adapter)),

@@ -238,10 +238,16 @@ def get_ready(config: Config) -> tuple[Path, dict[str, Run], Base]:
 
 
 def waves(config: Config, base: Base, runs: dict[str, Run]) -> Iterator[dict[str, Run]]:
-    """Runs of one method, one set of options and one step to start from, at most `slots` each."""
+    """Runs of one method, one step to start from and, but for its `per_slot` options, one set of
+    options; at most `slots` each.
+    """
+    from dreamtune.adapters import find_method
+
     alike: dict[str, list[str]] = {}
     for label, run in runs.items():
-        key = repr((run.start, run.config.method, sorted(run.config.options.items())))
+        c, free = run.config, find_method(run.config.method).per_slot
+        fixed = sorted((k, v) for k, v in c.options.items() if k not in free)
+        key = repr((run.start, c.method, fixed))
         alike.setdefault(key, []).append(label)
     for labels in alike.values():
         group = {n: runs[n] for n in labels}

@@ -16,6 +16,7 @@ from scorer_folders import write_clip, write_dino
 
 from dreamtune import METHODS
 from dreamtune import run as run_module
+from dreamtune.checkpoint import load_adapter_file
 from dreamtune.config import Config
 from dreamtune.run import Run
 from dreamtune.stacked import Wave, train_stacked
@@ -177,6 +178,30 @@ def test_sweep_in_waves(common: dict[str, Any], photo_dir: Path, tmp_path: Path)
     assert_same_run(result.results[label].run_dir, train(Config(**{**common, **own})).run_dir)
 
 
+@pytest.mark.parametrize(
+    ("method", "sweep"), [("delora", "lambda_init=2,4,8"), ("lora", "alpha=4,16,32")]
+)
+def test_options_of_equal_shape_share_a_wave(
+    common: dict[str, Any],
+    photo_dir: Path,
+    tmp_path: Path,
+    method: str,
+    sweep: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    common |= {**photos_of(photo_dir), "method": method}
+    result = train_stacked(Config(**common, sweep=[sweep]))
+    name, values = sweep.split("=")
+    assert "Training 3 of 3 runs at once" in capsys.readouterr().out
+    for value in values.split(","):
+        own = {"options": {name: int(value)}, "output_dir": str(tmp_path / value)}
+        alone = train(Config(**{**common, **own}))
+        ours = result.results[f"{name}={value}"]
+        assert_same_run(ours.run_dir, alone.run_dir)
+        heads = [load_adapter_file(r.adapter).options for r in (ours, alone)]
+        assert heads[0] == heads[1] and heads[0][name] == float(value)
+
+
 def test_a_rate_that_equals_a_method_s_own(
     common: dict[str, Any], photo_dir: Path, tmp_path: Path
 ) -> None:
@@ -308,7 +333,7 @@ def test_cli(
     names = {p.name for p in (tmp_path / "all").iterdir()}
     assert len(names) == 12 and "cat,seed=0,lambda_init=2" in names
     out = capsys.readouterr().out
-    assert "Training 6 of 12 runs at once" in out and "prompt.txt" not in out
+    assert "Training 8 of 12 runs at once" in out and "prompt.txt" not in out
     assert "fox,seed=1,lambda_init=4" in out.splitlines()[-1]
 
 

@@ -45,6 +45,7 @@ class Adapter(nn.Module):
     learning_rate: ClassVar[float]  # recommended, for AdamW
     own_learning_rates: ClassVar[Mapping[str, float]] = {}  # parameters with an absolute rate
     no_decay: ClassVar[frozenset[str]] = frozenset()
+    per_slot: ClassVar[frozenset[str]] = frozenset()  # options that may be a list, one a slot
 
     def __init__(
         self, weight: Tensor, slots: int, generator: Generators, options: dict[str, Any]
@@ -57,8 +58,19 @@ class Adapter(nn.Module):
         if isinstance(generator, Sequence) and len(generator) != slots:
             raise ValueError(f"`generator` must hold one a slot, got {len(generator)} for {slots}")
         self.leading = tuple(weight.shape[:-2])
+        for name in self.per_slot:
+            if isinstance(options[name], list) and len(options[name]) != slots:
+                given = len(options[name])
+                raise ValueError(f"`{name}` must hold one a slot, got {given} for {slots}")
         self.slots = slots
         self.options = options
+
+    def options_of(self, slot: int) -> dict[str, Any]:
+        """The options that the slot would have alone."""
+        return {
+            name: value[slot] if name in self.per_slot and isinstance(value, list) else value
+            for name, value in self.options.items()
+        }
 
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """`(up, down)`, (*L, S, out, R) and (*L, S, R, in), in the dtype of the parameters."""
@@ -84,10 +96,15 @@ class Adapter(nn.Module):
         ]
         return torch.stack(drawn, dim=len(self.leading)).to(weight.device, dtype)
 
-    def constant(self, weight: Tensor, shape: tuple[int, ...], value: float) -> Tensor:
-        """A filled tensor (*L, S, *shape)."""
+    def constant(
+        self, weight: Tensor, shape: tuple[int, ...], value: float | list[float]
+    ) -> Tensor:
+        """A filled tensor (*L, S, *shape); the value may be one a slot."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
         full = (*self.leading, self.slots, *shape)
+        if isinstance(value, list):
+            values = torch.tensor(value, dtype=dtype, device=weight.device)
+            return values.view(-1, *(1 for _ in shape)).expand(full).clone()
         return torch.full(full, value, dtype=dtype, device=weight.device)
 
 

@@ -41,6 +41,7 @@ class DeLoRA(Adapter):
     learning_rate = 1e-2
     own_learning_rates = {"lambda_": 1e-3}
     no_decay = frozenset({"lambda_"})
+    per_slot = frozenset({"lambda_init"})
     A0: Tensor
     B0: Tensor
 
@@ -51,14 +52,18 @@ class DeLoRA(Adapter):
         slots: int = 1,
         generator: Generators = None,
         rank: int = 16,
-        lambda_init: float = 4.0,
+        lambda_init: float | list[float] = 4.0,
         start: str = "residual",
     ) -> None:
         if rank < 1:
             raise ValueError(f"`rank` must be at least 1, got {rank}")
         if start not in ("residual", "peft"):
             raise ValueError(f'`start` must be "residual" or "peft", got {start!r}')
-        options = {"rank": rank, "lambda_init": float(lambda_init), "start": start}
+        if isinstance(lambda_init, list):
+            lambda_init = [float(x) for x in lambda_init]
+        else:
+            lambda_init = float(lambda_init)
+        options = {"rank": rank, "lambda_init": lambda_init, "start": start}
         super().__init__(weight, slots, generator, options)
         out, width = weight.shape[-2:]
         self.A = nn.Parameter(self.uniform(weight, generator, (rank, width), 1 / math.sqrt(width)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from dreamtune.adapters.base import Adapter, Generators, register
@@ -25,6 +26,8 @@ class LoRA(Adapter):
     identity_at_start = True
     depends_on_weight = False
     learning_rate = 6e-4
+    per_slot = frozenset({"alpha"})
+    strengths: Tensor | None
 
     def __init__(
         self,
@@ -33,18 +36,27 @@ class LoRA(Adapter):
         slots: int = 1,
         generator: Generators = None,
         rank: int = 16,
-        alpha: float | None = None,
+        alpha: float | list[float | None] | None = None,
     ) -> None:
         if rank < 1:
             raise ValueError(f"`rank` must be at least 1, got {rank}")
-        alpha = float(rank if alpha is None else alpha)
-        super().__init__(weight, slots, generator, {"rank": rank, "alpha": alpha})
+        given = alpha if isinstance(alpha, list) else [alpha]
+        alphas = [float(rank if a is None else a) for a in given]
+        own = alphas if isinstance(alpha, list) else alphas[0]
+        super().__init__(weight, slots, generator, {"rank": rank, "alpha": own})
         out, width = weight.shape[-2:]
         # kaiming_uniform(a=sqrt 5) of an (r, in) matrix is uniform in ±1/sqrt(in).
         self.A = nn.Parameter(self.uniform(weight, generator, (rank, width), 1 / math.sqrt(width)))
         self.B = nn.Parameter(self.constant(weight, (out, rank), 0.0))
-        self.strength = alpha / rank
+        self.strength = alphas[0] / rank
+        each = None
+        if isinstance(alpha, list):
+            each = torch.tensor(alphas, dtype=self.B.dtype, device=weight.device) / rank
+            each = each.view(-1, 1, 1)
+        self.register_buffer("strengths", each, persistent=False)
 
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if self.strengths is not None:
+            return self.strengths * self.B, self.A
         up = self.B if self.strength == 1 else self.strength * self.B
         return up, self.A
