@@ -126,19 +126,30 @@ def sheet(subject: embedded.Subject, made: list[list[Image.Image]], path: Path) 
     canvas.save(path)
 
 
-def tunability(subjects: list[embedded.Subject], work: Path, scorers: Scorers, pipe: Any) -> None:
+def tunability(
+    subjects: list[embedded.Subject],
+    work: Path,
+    scorers: Scorers,
+    pipe: Any,
+    base: str = "embedded",
+    steps: int = 300,
+) -> None:
+    """Prints, for each subject, how many of its new pictures the image scorer takes for it.
+
+    pipe: of `base`, which is what is trained on: a rebuild that is not in the package yet, say.
+    """
     everyone = embedded.subjects()
     known = torch.stack(
         [scorers.dino.images(opened(s.photos + s.references)).mean(0) for s in everyone]
     )
     known = torch.nn.functional.normalize(known, dim=1)
     totals = [0, 0]
-    print("| subject | base | LoRA rank 8, 300 steps | of pictures |\n|---|---|---|---|")
+    print(f"| subject | base | LoRA rank 8, {steps} steps | of pictures |\n|---|---|---|---|")
     for subject in subjects:
         run, _ = trained(
-            subject, work / "tunability" / subject.id, method="lora", options={"rank": 8},
-            learning_rate=2e-3, max_train_steps=300, dino="none", clip="none",
-            validation_steps=0, checkpointing_steps=0,
+            subject, work / "tunability" / subject.id, pretrained_model_name_or_path=base,
+            method="lora", options={"rank": 8}, learning_rate=2e-3, max_train_steps=steps,
+            dino="none", clip="none", validation_steps=0, checkpointing_steps=0,
         )  # fmt: skip
         me, hits = [s.id for s in everyone].index(subject.id), []
         prompts = embedded.prompts()

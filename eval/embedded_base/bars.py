@@ -189,8 +189,12 @@ def cpu_times(out: Path) -> dict[str, float]:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Print every bar but tunability, which `tunability.py` measures with the trainer."""
+    """Print every bar; tunability, which trains five adapters, last."""
     from diffusers import StableDiffusionPipeline
+    from embedded_subjects import tunability
+
+    from dreamtune.base import load_base
+    from dreamtune.embedded import subjects
 
     scenes = stages.scenes_for(args.work / "sprites.npz", args.work / "tokenizer", "cpu")
     scorers, out = Scorers(args.out, "cpu"), args.out
@@ -207,4 +211,7 @@ def measure(args: argparse.Namespace) -> None:
     for name, seconds in cpu_times(out).items():
         print(f"CPU, 2 threads, {name}: {seconds:.3f} s")
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
-    print(f"size: {size / 1e6:.2f} MB (bar 34)")
+    print(f"size: {size / 1e6:.2f} MB (bar 34)", flush=True)
+    base = str(out / "model")
+    with load_base(base).sampling() as sampled:
+        tunability(subjects("dev"), args.work, scorers.product, sampled, base)
