@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 340, 216
@@ -34,65 +35,86 @@ def curve(
     if not points:
         return ""
     low, high, ticks = _scale(min(shown), max(shown))
-    last = max(max(steps), 1)
-
-    def x(step: float) -> float:
-        return LEFT + step / last * (WIDTH - LEFT - RIGHT)
-
-    def y(value: float) -> float:
-        return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
-    unit = ticks[1] - ticks[0]
-    digits = next((d for d in range(7) if abs(round(unit, d) - unit) < 1e-3 * unit), 7)
-    parts = [
-        f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
-        f'<text class="tick" x="{LEFT - 7}" y="{y(t) + 3.5:.1f}" text-anchor="end">'
-        f"{t:.{digits}f}</text>"
-        for t in ticks
-    ]
-    for step in _step_ticks(last):
-        anchor = "end" if step == last else "middle"
-        parts.append(
-            f'<text class="tick" x="{x(step):.1f}" y="{HEIGHT - 10}" text-anchor="{anchor}">'
-            f"{step}</text>"
-        )
+    plane = _Plane(low, high, max(max(steps), 1))
+    parts = plane.grid(ticks)
     if reference is not None:
-        parts.append(
-            f'<line class="reference" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(reference):.1f}" '
-            f'y2="{y(reference):.1f}"/>'
-        )
-        parts.append(_label(WIDTH - RIGHT, y(reference) - 5, reference_name, "end"))
+        level = plane.y(reference)
+        parts.append(_rule("reference", level))
+        parts.append(_label(WIDTH - RIGHT, level - 5, reference_name, "end"))
     if others:
-        path = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in others)
-        parts.append(f'<polyline class="other" points="{path}"/>')
-        parts.append(_label(x(others[-1][0]), y(others[-1][1]) - 6, other_name, "end"))
-    path = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in points)
-    parts.append(f'<polyline class="line" points="{path}"/>')
-    parts += [f'<circle class="dot" cx="{x(s):.1f}" cy="{y(v):.1f}" r="2.6"/>' for s, v in points]
+        parts.append(f'<polyline class="other" points="{plane.path(others)}"/>')
+        x, y = plane.x(others[-1][0]), plane.y(others[-1][1])
+        parts.append(_label(x, y - 6, other_name, "end"))
+    parts.append(f'<polyline class="line" points="{plane.path(points)}"/>')
+    parts += [
+        f'<circle class="dot" cx="{plane.x(s):.1f}" cy="{plane.y(v):.1f}" r="2.6"/>'
+        for s, v in points
+    ]
     chosen = values[best]
     summary = f"{title} against training steps, from {points[0][1]:.3f} to {points[-1][1]:.3f}"
     if chosen is not None and math.isfinite(chosen):
-        cx, cy = x(steps[best]), y(chosen)
-        side = ("start", 9.0) if cx < WIDTH * 0.6 else ("end", -9.0)
-        # Below the point if the label above would touch the top or the reference's own label.
-        near = reference is not None and 0 < cy - y(reference) < 34
-        dy = 18 if near or cy < TOP + 18 else -9
+        line, dot = plane.mark(steps[best], chosen, reference)
         # First, so that every label stands on top of it.
-        parts.insert(
-            0,
-            f'<line class="best" x1="{cx:.1f}" x2="{cx:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>',
-        )
-        parts.append(
-            f'<circle class="best-dot" cx="{cx:.1f}" cy="{cy:.1f}" r="5"/>'
-            f'<text class="value" x="{cx + side[1]:.1f}" y="{cy + dy:.1f}" '
-            f'text-anchor="{side[0]}">{chosen:.3f}</text>'
-        )
+        parts = [line, *parts, dot]
         summary += f"; {chosen:.3f} at the best step, {steps[best]}"
     return (
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(summary)}">'
         f"{''.join(parts)}</svg></figure>"
     )
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """Steps 0 to `last` and values `low` to `high` on the chart's pixels."""
+
+    low: float
+    high: float
+    last: int
+
+    def x(self, step: float) -> float:
+        return LEFT + step / self.last * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        return TOP + (self.high - value) / (self.high - self.low) * (HEIGHT - TOP - BOTTOM)
+
+    def path(self, points: Sequence[tuple[int, float]]) -> str:
+        return " ".join(f"{self.x(s):.1f},{self.y(v):.1f}" for s, v in points)
+
+    def grid(self, ticks: Sequence[float]) -> list[str]:
+        unit = ticks[1] - ticks[0]
+        digits = next((d for d in range(7) if abs(round(unit, d) - unit) < 1e-3 * unit), 7)
+        parts = [
+            _rule("rule", self.y(t))
+            + f'<text class="tick" x="{LEFT - 7}" y="{self.y(t) + 3.5:.1f}" text-anchor="end">'
+            f"{t:.{digits}f}</text>"
+            for t in ticks
+        ]
+        for step in _step_ticks(self.last):
+            anchor = "end" if step == self.last else "middle"
+            parts.append(
+                f'<text class="tick" x="{self.x(step):.1f}" y="{HEIGHT - 10}" '
+                f'text-anchor="{anchor}">{step}</text>'
+            )
+        return parts
+
+    def mark(self, step: int, value: float, reference: float | None) -> tuple[str, str]:
+        """The best step: a line through the chart, and the point with its value."""
+        x, y = self.x(step), self.y(value)
+        anchor, dx = ("start", 9.0) if x < WIDTH * 0.6 else ("end", -9.0)
+        # Below the point if the label above would touch the top or the reference's own label.
+        near = reference is not None and 0 < y - self.y(reference) < 34
+        dy = 18 if near or y < TOP + 18 else -9
+        line = f'<line class="best" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+        return line, (
+            f'<circle class="best-dot" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
+            f'<text class="value" x="{x + dx:.1f}" y="{y + dy:.1f}" '
+            f'text-anchor="{anchor}">{value:.3f}</text>'
+        )
+
+
+def _rule(kind: str, y: float) -> str:
+    return f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
 
 
 def _finite(steps: Sequence[int], values: Sequence[float | None]) -> list[tuple[int, float]]:
