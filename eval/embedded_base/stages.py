@@ -24,7 +24,7 @@ from .training import Pool, Run, autocast, restore
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps and batches of every stage; the defaults fit one H100 in about 20 minutes."""
+    """Steps and batches of every stage; the defaults take one H100 about half an hour."""
 
     autoencoder_steps: int = 4000
     autoencoder_batch: int = 64
