@@ -83,7 +83,9 @@ def test_a_cast_base_is_the_same_base(dtype, tmp_path):
     path = adapter.save(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        dreamtune.load(tiny_unet(dtype), path)
+        loaded = dreamtune.load(tiny_unet(dtype), path)
+    own = adapter.state_dict()
+    assert all(torch.equal(own[k], v) for k, v in loaded.state_dict().items())
 
 
 def test_other_architecture(tmp_path):

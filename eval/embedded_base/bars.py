@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from . import networks, stages
-from .captions import Scene, Wording
+from .captions import GROUNDS, Scene, Wording
 from .prompts import test_prompts
 from .scenes import Scenes
 from .subjects import image
@@ -151,7 +151,8 @@ def triples(
     s.first = torch.tensor(rows, device=scenes.device)
     s.kind, s.look, s.size, s.place = (torch.zeros_like(s.kind) for _ in range(4))
     column = torch.arange(len(rows), device=scenes.device) % 4
-    s.ground = torch.where(column == 1, (s.ground + 1) % 10, s.ground)
+    anchor = s.ground[::4].repeat_interleave(4)
+    s.ground = (anchor + column) % len(GROUNDS)  # four different grounds
     pictures = torch.cat([scenes.render(s[i : i + 256]) for i in range(0, len(rows), 256)])
     f = scorers.images([image(x) for x in pictures], "dino").unflatten(0, (-1, 4))
     same, style, kin = (F.cosine_similarity(f[:, 0], f[:, i]) for i in (1, 2, 3))

@@ -82,7 +82,7 @@ def scheduler():
     )
 
 
-def dino_vit(grad_checkpoint: bool = False) -> nn.Module:
+def dino_vit() -> nn.Module:
     from transformers import ViTConfig, ViTModel
 
     config = ViTConfig(

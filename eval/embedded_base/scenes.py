@@ -67,12 +67,16 @@ class Scenes:
             for n in subjects[split]
             if n.split(" ", 1)[1] in self.words
         ]
-        self.subjects = {name: subject_sprite(name, self.words) for name in names}
-        held = set(self.subjects.values())
+        self.held = {subject_sprite(name, self.words) for name in names}
+        self.subjects = {
+            name: subject_sprite(name, self.words)
+            for name in names
+            if name not in subjects["withdrawn"]
+        }
         known = len(self.words) * len(STYLES)
-        self.allowed = torch.tensor([i for i in range(known) if i not in held], device=device)
+        self.allowed = torch.tensor([i for i in range(known) if i not in self.held], device=device)
         self.everything = torch.tensor(
-            [i for i in range(len(atlas)) if i not in held], device=device
+            [i for i in range(len(atlas)) if i not in self.held], device=device
         )
         self.rgb = torch.tensor(list(COLORS.values()), device=device).float() / 255
         self._colors: dict[tuple[float, float, float], torch.Tensor] = {}

@@ -55,12 +55,15 @@ def image(x: torch.Tensor) -> Image.Image:
 
 
 def write(scenes: Scenes, concepts: dict[str, tuple[str, str]], out: Path) -> None:
-    rows = []
+    rows, seed, listed = [], 1000, vocabulary()["subjects"]
     for split in ("dev", "report"):
-        for name in vocabulary()["subjects"][split]:
+        for name in listed[split]:
+            seed += 1
+            if name in listed["withdrawn"]:
+                continue
             style, word = name.split(" ", 1)
             key = f"{word} {style}".replace(" ", "-")
-            pictures, words = photos(scenes, scenes.subjects[name], seed=1000 + len(rows))
+            pictures, words = photos(scenes, scenes.subjects[name], seed=seed - 1)
             folder = out / "subjects" / key
             (folder / "reference").mkdir(parents=True, exist_ok=True)
             for i, (picture, caption) in enumerate(zip(pictures, words, strict=True)):
