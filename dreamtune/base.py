@@ -36,6 +36,9 @@ class Base:
     embedded: bool
     device: torch.device
     dtype: torch.dtype
+    unconditional: Tensor | None = None  # what `encode_prompts([""])` gave
+    fused: bool = False
+    compiled: bool = False
 
     @property
     def latent_scale(self) -> int:
@@ -63,6 +66,18 @@ class Base:
         return (
             DDPMScheduler.from_config(self.scheduler.config).alphas_cumprod.float().to(self.device)
         )
+
+    def speed_up(self, fused: bool, compiled: bool) -> None:
+        """The UNet's forward through fused kernels, its transformer blocks compiled; once."""
+        from dreamtune import fast_unet
+
+        if fused and not self.fused:
+            with quiet_diffusers():
+                fast_unet.fuse(self.unet)
+            self.fused = True
+        if compiled and not self.compiled:
+            fast_unet.compile_blocks(self.unet)
+            self.compiled = True
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor, batch: int = 4) -> tuple[Tensor, Tensor | None]:
@@ -111,31 +126,59 @@ class Base:
 
     @contextlib.contextmanager
     def on_device(self, dtype: torch.dtype, *modules: Any) -> Iterator[None]:
-        """The modules on the training device in `dtype`; back on the CPU afterwards."""
-        before = [next(m.parameters()).dtype for m in modules]
-        for m in modules:
-            move(m, self.device, dtype)
+        """Copies of the modules' weights on the training device in `dtype`, dropped afterwards: the
+        GPU is free while training, and the weights that wait on the CPU are never rounded.
+        """
+        if self.device.type == "cpu":  # no copies: there they are
+            before = [next(m.parameters()).dtype for m in modules]
+            for m in modules:
+                move(m, self.device, dtype)
+            try:
+                yield
+            finally:
+                for m, old in zip(modules, before, strict=True):
+                    move(m, self.device, old)
+            return
+        kept = [(t, t.data) for m in modules for t in (*m.parameters(), *m.buffers())]
         try:
+            for t, here in kept:
+                there = here.to(self.device, non_blocking=True)
+                t.data = there.to(dtype) if there.is_floating_point() else there
             yield
         finally:
-            # the CPU copy frees the GPU while training; on the CPU this moves nothing
-            for m, old in zip(modules, before, strict=True):
-                move(m, torch.device("cpu"), old)
+            for t, here in kept:
+                t.data = here
 
     @contextlib.contextmanager
-    def sampling(self, sampler: str = "base") -> Iterator[Any]:
-        """The pipeline, everything on the device for as long as the block runs."""
-        with self.on_device(self.dtype, self.vae, self.text_encoder):
+    def sampling(self, sampler: str = "base", prompts: bool = True) -> Iterator[Any]:
+        """The pipeline, everything on the device for as long as the block runs. Without `prompts`
+        it has no text encoder and takes embeddings, with `empty_prompt` as the negative ones.
+        """
+        parts = (self.vae, self.text_encoder) if prompts else (self.vae,)
+        with self.on_device(self.dtype, *parts):
             training = self.unet.training
             self.unet.eval()
             try:
-                yield self.pipeline(sampler)
+                with self.uncompiled():
+                    yield self.pipeline(sampler, prompts)
             finally:
                 self.unet.train(training)
 
-    def pipeline(self, sampler: str = "base") -> Any:
-        """A StableDiffusionPipeline of these very modules, without a safety checker. sampler:
-        "base" or "dpm++".
+    def uncompiled(self) -> contextlib.AbstractContextManager[Any]:
+        """A batch of samples has another shape than a step: not worth compiling for."""
+        if not self.compiled:
+            return contextlib.nullcontext()
+        return torch.compiler.set_stance("force_eager")
+
+    def empty_prompt(self) -> Tensor:
+        """(1, tokens, dim): the embedding of no prompt, encoded once."""
+        if self.unconditional is None:
+            self.unconditional = self.encode_prompts([""]).to(self.dtype)
+        return self.unconditional
+
+    def pipeline(self, sampler: str = "base", prompts: bool = True) -> Any:
+        """A StableDiffusionPipeline of these very modules, without a safety checker, and without
+        `prompts` without a text encoder. sampler: "base" or "dpm++".
         """
         from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
@@ -145,7 +188,7 @@ class Base:
         with quiet_diffusers():
             pipe: Any = StableDiffusionPipeline(
                 vae=self.vae,
-                text_encoder=self.text_encoder,
+                text_encoder=self.text_encoder if prompts else None,
                 tokenizer=self.tokenizer,
                 unet=self.unet,
                 scheduler=scheduler,

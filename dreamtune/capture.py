@@ -31,11 +31,11 @@ def reason_against(
     return None
 
 
-def choose(capture: str, against: str | None) -> bool:
-    """Whether to capture, of `capture` auto, on or off. ValueError for "on" where it cannot be."""
-    if capture == "on" and against is not None:
-        raise ValueError(f"`capture` is on, but {against}. Use auto or off.")
-    return capture != "off" and against is None
+def choose(option: str, value: str, against: str | None) -> bool:
+    """Whether to, of `value` auto, on or off. ValueError for "on" where it cannot be."""
+    if value == "on" and against is not None:
+        raise ValueError(f"`{option}` is on, but {against}. Use auto or off.")
+    return value != "off" and against is None
 
 
 class CapturedStep:
@@ -95,7 +95,6 @@ class CapturedStep:
                         t.copy_(old)
             torch.cuda.current_stream(device).wait_stream(stream)
             torch.cuda.synchronize(device)
-            step.clear_gradients()
             del before
             return self._record(stream, k, factor)
 

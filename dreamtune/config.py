@@ -139,6 +139,19 @@ class Config:
         "training",
         choices=("auto", "on", "off"),
     )
+    fused: str = opt(
+        "auto",
+        "run the frozen UNet's norms, activations and sums as fused kernels; auto: on a GPU with "
+        "triton, without --gradient_checkpointing",
+        "training",
+        choices=("auto", "on", "off"),
+    )
+    compile: bool = opt(
+        False,
+        "also compile the transformer blocks: worth it from a few thousand steps on; the result is "
+        "kept for the next run",
+        "training",
+    )
     device: str | None = opt(
         None, "cpu, cuda or cuda:N", "training", "cuda if there is one, LOCAL_RANK honoured"
     )

@@ -53,13 +53,9 @@ class Bundle:
             for part, shape in zip(flat.split(self.sizes, 1), self.shapes)
         ]
 
-    def gather(self, tensors: Sequence[Tensor | None]) -> Tensor:
+    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """A new (S, values)."""
-        rows = []
-        for tensor in tensors:
-            assert tensor is not None
-            rows.append(tensor.detach().movedim(SLOT_DIM, 0).flatten(1))
-        return torch.cat(rows, 1)
+        return torch.cat([t.detach().movedim(SLOT_DIM, 0).flatten(1) for t in tensors], 1)
 
 
 class SlotAdamW:
@@ -109,9 +105,9 @@ class SlotAdamW:
         self.schedule = torch.ones((), device=device, dtype=dtype)
 
     @torch.no_grad()
-    def step(self, scale: Tensor, ok: Tensor) -> None:
-        """One step with gradients times `scale` (S,); slots where `ok` (S,) is false keep
-        parameters and state.
+    def step(self, gradients: Sequence[Tensor], scale: Tensor, ok: Tensor) -> None:
+        """One step with `gradients`, in the order of `params`, times `scale` (S,); slots where `ok`
+        (S,) is false keep parameters and state.
         """
         b1, b2 = self.betas
         go = ok[:, None]
@@ -120,8 +116,9 @@ class SlotAdamW:
         correct1 = (1 - b1**self.count)[:, None].masked_fill(~go, 1.0)
         correct2 = (1 - b2**self.count)[:, None].masked_fill(~go, 1.0).sqrt()
         moved = go.to(self.count.dtype)
+        by_id = {id(p): g for p, g in zip(self.params, gradients, strict=True)}
         for bundle in self.bundles:
-            grad = bundle.gather([p.grad for p in bundle.params])
+            grad = bundle.gather([by_id[id(p)] for p in bundle.params])
             grad.mul_(scale[:, None]).masked_fill_(~go, 0.0)
             lr = bundle.rate * self.schedule * moved
             bundle.m.lerp_(grad, moved * (1 - b1))

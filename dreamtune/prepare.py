@@ -276,7 +276,8 @@ def class_images(config: Config, base: Base) -> list[Photo]:
         print(f"Making {len(missing)} class images of `{config.class_prompt}` in {folder}")
         note.write_text(json.dumps(origin))
         embeds = base.encode_prompts([config.class_prompt]).to(base.dtype)
-        with base.sampling(config.sampler or "base") as pipe:
+        nothing = base.empty_prompt()
+        with base.sampling(config.sampler or "base", prompts=False) as pipe:
             for start in range(0, len(missing), config.sample_batch_size):
                 part = missing[start : start + config.sample_batch_size]
                 images = sample(
@@ -284,6 +285,7 @@ def class_images(config: Config, base: Base) -> list[Photo]:
                     [config.class_prompt] * len(part),
                     [mix(config.seed, i) for i in part],
                     prompt_embeds=embeds.expand(len(part), -1, -1),
+                    negative_prompt_embeds=nothing,
                     batch_size=len(part),
                     **sampling_options(config),
                 )

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreamtune import runstate
+from dreamtune import fused_ops, runstate
 from dreamtune.assemble import build_step
 from dreamtune.base import Base, load_base
 from dreamtune.capture import CapturedStep, choose, reason_against
@@ -59,8 +59,11 @@ class Run:
         self.config, photo_dir = with_subject(config)
         folder = read_folder(photo_dir)
         self.subject = subject_of(self.config, folder.photos)
-        self.against = reason_against(device_and_dtype(config)[0], config.gradient_checkpointing)
-        self.capturing = choose(config.capture, self.against)
+        device = device_and_dtype(config)[0]
+        self.against = reason_against(device, config.gradient_checkpointing)
+        self.capturing = choose("capture", config.capture, self.against)
+        without = fused_ops.reason_against(device, config.gradient_checkpointing)
+        self.fusing = choose("fused", config.fused, without)
         name = config.name or f"{photo_dir.resolve().name}-{config.method}".replace(" ", "-")
         self.dir = (
             self.checkpoint.parent
@@ -89,6 +92,7 @@ class Run:
     def open(self, base: Base, scorers: Any = None) -> None:
         """What needs the base: the rest of the settings, and what scores."""
         self.base, self.info["base"] = base, base.id
+        base.speed_up(self.fusing, self.config.compile)
         self.config = resolve(self.config, base, self.subject, self.dir)
         self.evaluator = Evaluator(self.config, base, self.subject, self.images, scorers)
         self.tracker = Tracker(self.config.report_to, self.dir)

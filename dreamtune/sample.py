@@ -22,6 +22,7 @@ def sample_tensor(
     size: int | tuple[int, int] | None = None,
     batch_size: int = 8,
     prompt_embeds: torch.Tensor | None = None,
+    negative_prompt_embeds: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Images of `sample` as one CPU tensor (N, 3, height, width), float32 in [0, 1].
 
@@ -31,6 +32,7 @@ def sample_tensor(
         size: pixels, a side or (height, width); by default what the UNet was made for.
         batch_size: images a batch; guidance doubles the rows the UNet sees.
         prompt_embeds: (N, tokens, dim), used instead of encoding `prompts` again.
+        negative_prompt_embeds: (1, tokens, dim), used with them instead of encoding "".
 
     Raises:
         ValueError: lengths differ, `batch_size` < 1, or an image has pixels that are not finite.
@@ -52,6 +54,9 @@ def sample_tensor(
             text: dict[str, Any] = {"prompt": list(prompts[rows])}
             if prompt_embeds is not None:
                 text = {"prompt_embeds": prompt_embeds[rows]}
+                if negative_prompt_embeds is not None:
+                    nothing = negative_prompt_embeds.expand_as(prompt_embeds[rows])
+                    text["negative_prompt_embeds"] = nothing
             output = pipe(
                 **text,
                 height=height,

@@ -161,22 +161,22 @@ class Step:
     def body(self) -> None:
         """The part on the device, the same work every time."""
         settings, params = self.settings, self.optimizer.params
-        self.clear_gradients()
         loss = torch.zeros_like(self.loss)
+        gradients: list[Tensor] = []
         for _ in range(settings.accumulation):
             part = self.losses(
                 draw(self.cache, self.pools, self.generators, settings.batch, len(self.alpha_bar))
             )
-            (part * self.loss_scale / settings.accumulation).sum().backward()
+            new = torch.autograd.grad(
+                (part * self.loss_scale / settings.accumulation).sum(), params
+            )
+            gradients = [a.add_(b) for a, b in zip(gradients, new)] if gradients else list(new)
             loss += part.detach() / settings.accumulation
-        norms = slot_norms([p.grad for p in params if p.grad is not None]) / self.loss_scale
+        norms = slot_norms(gradients) / self.loss_scale
         ok = norms.isfinite() & loss.isfinite()
-        self.optimizer.step(clip_factors(norms, settings.max_grad_norm) / self.loss_scale, ok)
+        scale = clip_factors(norms, settings.max_grad_norm) / self.loss_scale
+        self.optimizer.step(gradients, scale, ok)
         self.account(loss, ok)
-
-    def clear_gradients(self) -> None:
-        for p in self.optimizer.params:
-            p.grad = None
 
     def losses(self, drawn: Draw) -> Tensor:
         """(S,) for one batch."""

@@ -126,9 +126,10 @@ def test_what_cannot_be_captured_says_why() -> None:
     if torch.backends.cuda.is_built():
         assert reason_against(gpu) is None
     assert "checkpointing" in (reason_against(gpu, gradient_checkpointing=True) or "")
-    assert choose("auto", None) and not choose("auto", "why") and not choose("off", None)
+    assert choose("capture", "auto", None) and not choose("capture", "off", None)
+    assert not choose("capture", "auto", "why")
     with pytest.raises(ValueError, match="`capture` is on, but CUDA graphs need a CUDA device"):
-        choose("on", reason_against(cpu))
+        choose("capture", "on", reason_against(cpu))
 
 
 def test_capture_is_refused_before_any_work(
@@ -191,5 +192,5 @@ def test_the_optimizer_takes_few_kernels() -> None:
     step(0, 1.0)
     ok = step.loss.isfinite()
     with Calls() as calls:
-        step.optimizer.step(step.loss * 0 + 1, ok)
+        step.optimizer.step(step.optimizer.params, step.loss * 0 + 1, ok)
     assert calls.count < 250  # views included

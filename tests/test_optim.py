@@ -34,19 +34,21 @@ def test_equals_torch_adamw_slot_by_slot(rates: list[float]) -> None:
     generator = torch.Generator().manual_seed(1)
     for k in range(12):
         factor = learning_rate_factor(k, "cosine", 3, 12)
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype) * 10 ** (k % 3 - 1)
-        norms = slot_norms([p.grad for p in params])
+        grads = [
+            torch.randn(p.shape, generator=generator, dtype=p.dtype) * 10 ** (k % 3 - 1)
+            for p in params
+        ]
+        norms = slot_norms(grads)
         for s, (copies, optimizer) in enumerate(zip(alone, theirs)):
-            for mine, p in zip(copies, params):
-                mine.grad = p.grad[:, s].clone()
+            for mine, grad in zip(copies, grads):
+                mine.grad = grad[:, s].clone()
             norm = torch.nn.utils.clip_grad_norm_(copies, 1.0)
             assert norms[s].item() == pytest.approx(norm.item(), rel=1e-12)
             for group, peak in zip(optimizer.param_groups, peaks[s]):
                 group["lr"] = peak * factor
             optimizer.step()
         ours.schedule.fill_(factor)
-        ours.step(clip_factors(norms, 1.0), torch.isfinite(norms))
+        ours.step(grads, clip_factors(norms, 1.0), torch.isfinite(norms))
         for s, copies in enumerate(alone):
             for mine, p in zip(copies, params):
                 assert (p.detach()[:, s] - mine).abs().max().item() < 1e-13
@@ -62,11 +64,11 @@ def test_a_bad_slot_keeps_parameters_and_state_and_others_go_on() -> None:
     params = stacked(2)
     optimizer = SlotAdamW([groups(params, 1e-2)] * 2)
     before = [p.detach().clone() for p in params]
-    for p in params:
-        p.grad = torch.ones_like(p)
-        p.grad[:, 0] = float("nan")
-    norms = slot_norms([p.grad for p in params])
-    optimizer.step(clip_factors(norms, 1.0), norms.isfinite())
+    grads = [torch.ones_like(p) for p in params]
+    for grad in grads:
+        grad[:, 0] = float("nan")
+    norms = slot_norms(grads)
+    optimizer.step(grads, clip_factors(norms, 1.0), norms.isfinite())
     for p, old, m in zip(params, before, optimizer.exp_avg):
         assert torch.equal(p.detach()[:, 0], old[:, 0])
         assert not m[:, 0].any()
@@ -77,9 +79,8 @@ def test_a_bad_slot_keeps_parameters_and_state_and_others_go_on() -> None:
 def test_state_round_trip_and_refusal() -> None:
     params = stacked(1, torch.float32)
     optimizer = SlotAdamW([groups(params, 1e-2)])
-    for p in params:
-        p.grad = torch.randn_like(p)
-    optimizer.step(torch.ones(1), torch.ones(1, dtype=torch.bool))
+    grads = [torch.randn_like(p) for p in params]
+    optimizer.step(grads, torch.ones(1), torch.ones(1, dtype=torch.bool))
     other = SlotAdamW([groups(stacked(1, torch.float32), 1e-2)])
     other.load_state_dict(optimizer.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(other.exp_avg_sq, optimizer.exp_avg_sq))
