@@ -59,7 +59,8 @@ class Evaluator:
     def embeddings(self) -> Tensor:
         """(images, tokens, dim) of the prompts, encoded once."""
         if self.embeds is None:
-            self.embeds = self.base.encode_prompts(self.prompts).to(self.base.dtype)
+            encoded = self.base.encode_prompts(["", *self.prompts]).to(self.base.dtype)
+            self.base.unconditional, self.embeds = encoded[:1], encoded[1:]
         return self.embeds
 
     def sample(self) -> list[Image.Image]:

@@ -93,15 +93,15 @@ class _GroupNorm(torch.autograd.Function):
         grid = Grid(x, groups)
         part, stat, y = grid.buffer(x, grid.parts), grid.buffer(x, 1), torch.empty_like(x)
         given = x if add is None else add.contiguous()
-        here = {"ADD": add is not None, **grid.kinds}
-        k.group_sums[grid.programs](x, given, part, *grid.cut, **here)
+        flags = int(add is not None), int(silu)
+        k.group_sums[grid.programs](x, given, part, *grid.cut, flags[0], **grid.kinds)
         k.group_apply[grid.programs](
-            x, given, weight, bias, part, stat, y, *grid.cut, grid.parts, eps,
-            SILU=silu, PARTS=PARTS, **here,
+            x, given, weight, bias, part, stat, y, *grid.cut, grid.parts, eps, *flags,
+            PARTS=PARTS, **grid.kinds,
         )  # fmt: skip
         ctx.save_for_backward(x, given, weight, bias, stat)
         ctx.set_materialize_grads(False)
-        ctx.groups, ctx.here, ctx.silu = groups, here, silu
+        ctx.groups, ctx.flags = groups, flags
         return y, x
 
     @staticmethod
@@ -113,11 +113,12 @@ class _GroupNorm(torch.autograd.Function):
         grid = Grid(x, ctx.groups)
         part, dx = grid.buffer(x, grid.parts), torch.empty_like(x)
         around = dy if skip is None else channels_last(skip)
-        here = {"SILU": ctx.silu, **ctx.here}
-        k.group_sums_back[grid.programs](x, given, weight, bias, stat, dy, part, *grid.cut, **here)
+        k.group_sums_back[grid.programs](
+            x, given, weight, bias, stat, dy, part, *grid.cut, *ctx.flags, **grid.kinds
+        )
         k.group_apply_back[grid.programs](
-            x, given, weight, bias, stat, dy, around, part, dx, *grid.cut, grid.parts,
-            SKIP=skip is not None, PARTS=PARTS, **here,
+            x, given, weight, bias, stat, dy, around, part, dx, *grid.cut, grid.parts, *ctx.flags,
+            int(skip is not None), PARTS=PARTS, **grid.kinds,
         )  # fmt: skip
         return dx, *[None] * 6
 
@@ -149,7 +150,7 @@ class _LayerNorm(torch.autograd.Function):
         y = torch.empty_like(x)
         kernels().layer_norm[(-(-rows // step),)](
             x, x if more is None else more.contiguous(), weight, bias, total, stat, y, rows, width,
-            eps, MORE=more is not None, **kinds,
+            eps, int(more is not None), **kinds,
         )  # fmt: skip
         ctx.save_for_backward(total, weight, stat)
         ctx.set_materialize_grads(False)
@@ -166,7 +167,7 @@ class _LayerNorm(torch.autograd.Function):
             dx = torch.empty_like(x)
             kernels().layer_norm_back[(-(-rows // ctx.kinds["ROWS"]),)](
                 x, weight, stat, dy, dy if skip is None else skip.contiguous(), dx, rows, width,
-                SKIP=skip is not None, **ctx.kinds,
+                int(skip is not None), **ctx.kinds,
             )  # fmt: skip
         return dx, dx if ctx.more else None, None, None, None
 

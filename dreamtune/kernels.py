@@ -5,7 +5,8 @@ nothing is transposed between a convolution and a norm. Sums are in ACC, float32
 float64), in an order that does not change.
 
 A group norm is two kernels, each way: sums by group over parts of the rows, then the values. A
-program looks at `span` channels, which are whole groups.
+program looks at `span` channels, which are whole groups. Flags are arguments, not constants: each
+variant would be compiled, at a second or so apiece, the first time on a machine.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -46,10 +47,10 @@ def _store_part(
     tl.store(at + GROUPS, _by_group(second, which))
 
 
-@triton.jit(do_not_specialize=["rows", "span", "per_group", "rows_each"])
+@triton.jit(do_not_specialize=["rows", "span", "per_group", "rows_each", "add"])
 def group_sums(
-    x_ptr, add_ptr, part_ptr, rows, width, span, per_group, rows_each,
-    ADD: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    x_ptr, add_ptr, part_ptr, rows, width, span, per_group, rows_each, add,
+    GROUPS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Sum and sum of squares of x + add, by group, over a part of the rows."""
@@ -59,8 +60,7 @@ def group_sums(
     c = block * span + lane
     first = tl.zeros([LANES], ACC)
     second = tl.zeros([LANES], ACC)
-    if ADD:
-        add = tl.load(add_ptr + n * width + c, mask=inside, other=0.0).to(ACC)
+    more = tl.load(add_ptr + n * width + c, mask=inside & (add > 0), other=0.0).to(ACC)
     begin = part * rows_each
     end = tl.minimum(begin + rows_each, rows)
     base = x_ptr + n.to(tl.int64) * rows * width
@@ -68,8 +68,7 @@ def group_sums(
         r = row + tl.arange(0, ROWS)
         mask = (r < end)[:, None] & inside[None, :]
         x = tl.load(base + r[:, None] * width + c[None, :], mask=mask, other=0.0).to(ACC)
-        if ADD:
-            x = tl.where(mask, x + add[None, :], 0.0)
+        x = tl.where(mask, x + more[None, :], 0.0)
         first += tl.sum(x, 0)
         second += tl.sum(x * x, 0)
     group = tl.arange(0, GROUPS)
@@ -80,11 +79,13 @@ def group_sums(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows", "span", "per_group", "rows_each", "parts", "eps"])
+@triton.jit(
+    do_not_specialize=["rows", "span", "per_group", "rows_each", "parts", "eps", "add", "silu"]
+)
 def group_apply(
     x_ptr, add_ptr, weight_ptr, bias_ptr, part_ptr, stat_ptr, y_ptr,
-    rows, width, span, per_group, rows_each, parts, eps,
-    ADD: tl.constexpr, SILU: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr,
+    rows, width, span, per_group, rows_each, parts, eps, add, silu,
+    GROUPS: tl.constexpr, LANES: tl.constexpr,
     ROWS: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y = act(norm(x + add) * weight + bias); keeps mean and 1 / deviation for backward."""
@@ -106,8 +107,8 @@ def group_apply(
     bias = tl.load(bias_ptr + c, mask=inside, other=0.0).to(ACC)
     slope = weight * _by_channel(scale, which)
     shift = bias - _by_channel(mean, which) * slope
-    if ADD:
-        shift += tl.load(add_ptr + n * width + c, mask=inside, other=0.0).to(ACC) * slope
+    more = tl.load(add_ptr + n * width + c, mask=inside & (add > 0), other=0.0).to(ACC)
+    shift += more * slope
     begin = part * rows_each
     end = tl.minimum(begin + rows_each, rows)
     start = n.to(tl.int64) * rows * width
@@ -116,26 +117,26 @@ def group_apply(
         mask = (r < end)[:, None] & inside[None, :]
         at = start + r[:, None] * width + c[None, :]
         z = tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC) * slope[None, :] + shift[None, :]
-        if SILU:
+        if silu:
             z = z / (1 + tl.exp(-z))
         tl.store(y_ptr + at, z.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _upstream(x, dy, weight, bias, SILU: tl.constexpr):
+def _upstream(x, dy, weight, bias, silu):
     """The gradient of the normalised values."""
-    if SILU:
+    if silu:
         z = x * weight + bias
         s = 1 / (1 + tl.exp(-z))
         dy = dy * s * (1 + z * (1 - s))
     return dy * weight
 
 
-@triton.jit(do_not_specialize=["rows", "span", "per_group", "rows_each"])
+@triton.jit(do_not_specialize=["rows", "span", "per_group", "rows_each", "add", "silu"])
 def group_sums_back(
     x_ptr, add_ptr, weight_ptr, bias_ptr, stat_ptr, dy_ptr, part_ptr,
-    rows, width, span, per_group, rows_each,
-    ADD: tl.constexpr, SILU: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr,
+    rows, width, span, per_group, rows_each, add, silu,
+    GROUPS: tl.constexpr, LANES: tl.constexpr,
     ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Sums of g and of g x̂ by group: g the gradient of the normalised values x̂."""
@@ -148,8 +149,7 @@ def group_sums_back(
     kept = stat_ptr + (n * blocks + block) * (2 * GROUPS) + group
     mean = _by_channel(tl.load(kept), which)
     scale = _by_channel(tl.load(kept + GROUPS), which)
-    if ADD:
-        mean -= tl.load(add_ptr + n * width + c, mask=inside, other=0.0).to(ACC)
+    mean -= tl.load(add_ptr + n * width + c, mask=inside & (add > 0), other=0.0).to(ACC)
     weight = tl.load(weight_ptr + c, mask=inside, other=0.0).to(ACC)
     bias = tl.load(bias_ptr + c, mask=inside, other=0.0).to(ACC)
     first = tl.zeros([LANES], ACC)
@@ -164,18 +164,20 @@ def group_sums_back(
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC)
         dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(ACC)
         x = (x - mean[None, :]) * scale[None, :]
-        g = _upstream(x, dy, weight[None, :], bias[None, :], SILU)
+        g = _upstream(x, dy, weight[None, :], bias[None, :], silu)
         first += tl.sum(g, 0)
         second += tl.sum(g * x, 0)
     _store_part(part_ptr, n, part, tl.num_programs(1), block, blocks, first, second, which, GROUPS)
 
 
-@triton.jit(do_not_specialize=["rows", "span", "per_group", "rows_each", "parts"])
+@triton.jit(
+    do_not_specialize=["rows", "span", "per_group", "rows_each", "parts", "add", "silu", "skip"]
+)
 def group_apply_back(
     x_ptr, add_ptr, weight_ptr, bias_ptr, stat_ptr, dy_ptr, skip_ptr, part_ptr, dx_ptr,
-    rows, width, span, per_group, rows_each, parts,
-    ADD: tl.constexpr, SILU: tl.constexpr, SKIP: tl.constexpr, GROUPS: tl.constexpr,
-    LANES: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr,
+    rows, width, span, per_group, rows_each, parts, add, silu, skip,
+    GROUPS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """dx, plus the gradient that reached x around the norm."""
     n, part, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -187,8 +189,7 @@ def group_apply_back(
     kept = stat_ptr + (n * blocks + block) * (2 * GROUPS) + group
     mean = _by_channel(tl.load(kept), which)
     scale = _by_channel(tl.load(kept + GROUPS), which)
-    if ADD:
-        mean -= tl.load(add_ptr + n * width + c, mask=inside, other=0.0).to(ACC)
+    mean -= tl.load(add_ptr + n * width + c, mask=inside & (add > 0), other=0.0).to(ACC)
     weight = tl.load(weight_ptr + c, mask=inside, other=0.0).to(ACC)
     bias = tl.load(bias_ptr + c, mask=inside, other=0.0).to(ACC)
     first, second = _sum_parts(part_ptr, n, parts, block, blocks, PARTS, GROUPS)
@@ -205,17 +206,17 @@ def group_apply_back(
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC)
         dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(ACC)
         x = (x - mean[None, :]) * scale[None, :]
-        g = _upstream(x, dy, weight[None, :], bias[None, :], SILU)
+        g = _upstream(x, dy, weight[None, :], bias[None, :], silu)
         dx = scale[None, :] * (g - first[None, :] - x * second[None, :])
-        if SKIP:
+        if skip:
             dx += tl.load(skip_ptr + at, mask=mask, other=0.0).to(ACC)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "eps"])
+@triton.jit(do_not_specialize=["rows", "eps", "more"])
 def layer_norm(
-    x_ptr, more_ptr, weight_ptr, bias_ptr, sum_ptr, stat_ptr, y_ptr, rows, width, eps,
-    MORE: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
+    x_ptr, more_ptr, weight_ptr, bias_ptr, sum_ptr, stat_ptr, y_ptr, rows, width, eps, more,
+    LANES: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y = norm(x + more) * weight + bias over the last dimension; keeps the sum, in its dtype."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -223,7 +224,7 @@ def layer_norm(
     mask = (r < rows)[:, None] & (c < width)[None, :]
     at = r.to(tl.int64)[:, None] * width + c[None, :]
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC)
-    if MORE:
+    if more:
         x += tl.load(more_ptr + at, mask=mask, other=0.0).to(ACC)
         kept = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + at, kept, mask=mask)
@@ -239,10 +240,10 @@ def layer_norm(
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "skip"])
 def layer_norm_back(
-    x_ptr, weight_ptr, stat_ptr, dy_ptr, skip_ptr, dx_ptr, rows, width,
-    SKIP: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
+    x_ptr, weight_ptr, stat_ptr, dy_ptr, skip_ptr, dx_ptr, rows, width, skip,
+    LANES: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dx, plus the gradient that reached x around the norm."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -258,7 +259,7 @@ def layer_norm_back(
     first = tl.sum(g, 1) / width
     second = tl.sum(g * x, 1) / width
     dx = scale[:, None] * (g - first[:, None] - x * second[:, None])
-    if SKIP:
+    if skip:
         dx += tl.load(skip_ptr + at, mask=mask, other=0.0).to(ACC)
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
