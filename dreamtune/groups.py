@@ -3,44 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamtune.adapters import Adapter
-from dreamtune.layer import AdaptedLinear
+from dreamtune.layer import AdaptedLinear, Projection, wide_rank
 
 TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-@dataclass
 class Group:
-    """Same-shape layers: their adapter, and their frozen weights as one tensor."""
+    """Same-shape layers: their adapter, and their frozen weights as one tensor.
 
-    adapter: Adapter
-    names: list[str]  # module paths, in the order of the stack
-    layers: list[AdaptedLinear]
-    weight: Tensor  # (L, out, in); the layers' weights are views of its rows
+    Attributes:
+        adapter: parameters (L, S, ...).
+        names: module paths, in the order of the stack.
+        parts: the projections, in the same order.
+        weight: (L, out, in); the layers' weights are views of its rows.
+    """
+
+    def __init__(
+        self, adapter: Adapter, names: list[str], parts: Sequence[Sequence[AdaptedLinear]]
+    ) -> None:
+        self.adapter, self.names = adapter, names
+        self.parts = [Projection(part) for part in parts]
+        self.layers = [layer for part in parts for layer in part]
+        self.sizes = [len(part) for part in parts]
+        self.restack()
 
     @property
     def key(self) -> str:
         return "x".join(map(str, self.weight.shape[-2:]))
 
     def restack(self) -> None:
-        """Follows a model that was moved or cast: stacks its weights again, moves the adapter."""
-        self.weight = stack_weights(self.layers)
-        self.adapter.to(self.weight.device)
+        """Follows a model that was moved or cast: stacks its weights again, moves the adapter.
 
+        Below each weight there is room for the `down` of one slot.
+        """
+        first = self.layers[0].weight
+        self.adapter.to(first.device)
+        room = self.room(torch.stack([m.weight.data for m in self.layers]))
+        out, width = first.shape
+        shape = (len(self.layers), out + room, width)
+        self.stack = torch.zeros(shape, dtype=first.dtype, device=first.device)
+        # .data: writing below the weights must not count as a change of them
+        self.weight = self.stack.data[:, :out]
+        for layer, row in zip(self.layers, self.weight):
+            row.copy_(layer.weight.data)
+            layer.weight.data = row
+        for part, weight in zip(self.parts, self.weight.split(self.sizes)):
+            part.weight, part.wide = weight, None
 
-def stack_weights(layers: Sequence[nn.Linear]) -> Tensor:
-    """One tensor (L, out, in) of the layers' weights, which become views of its rows."""
-    if len(layers) == 1:
-        return layers[0].weight.data.unsqueeze(0)
-    stacked = torch.stack([layer.weight.data for layer in layers])
-    for layer, row in zip(layers, stacked):
-        layer.weight.data = row
-    return stacked
+    @torch.no_grad()
+    def room(self, weight: Tensor) -> int:
+        adapter = self.adapter
+        if adapter.slots > 1 or not adapter.low_rank or weight.device.type == "meta":
+            return 0
+        return wide_rank(adapter.factors(weight)[1].shape[-2])
+
+    def set(self, up: Tensor | None, down: Tensor, routed: bool, training: bool) -> None:
+        """Gives the layers their factors, (L, [K,] out, R) and (L, [K,] R, in)."""
+        room = self.stack.shape[1] - self.weight.shape[1]
+        downs = down.split(self.sizes)
+        ups = [None] * len(downs) if up is None else up.split(self.sizes)
+        for part, u, d in zip(self.parts, ups, downs, strict=True):
+            part.up, part.down, part.routed, part.wide = u, d, routed, None
+        if training or up is None or down.dim() == 4 or not room:
+            return
+        self.stack[:, self.weight.shape[1] :] = F.pad(down, (0, 0, 0, room - down.shape[1]))
+        wide_ups = F.pad(up, (0, room - up.shape[-1])).mT.contiguous().split(self.sizes)
+        for part, wide, u in zip(self.parts, self.stack.split(self.sizes), wide_ups):
+            part.wide, part.wide_up = wide, u
 
 
 def find_targets(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dreamtune.adapters import Adapter, find_method, resolve_options
-from dreamtune.groups import TARGET_MODULES, Group, find_targets, stack_weights
+from dreamtune.attention import JointProjections, joint_layers, project_jointly
+from dreamtune.groups import TARGET_MODULES, Group, find_targets
 from dreamtune.layer import AdaptedLinear
 
 
@@ -93,10 +94,13 @@ class InjectedAdapter:
         model.requires_grad_(False)
         self.groups: list[Group] = []
         for names, adapter in made:
-            adapted = [AdaptedLinear.of(layers[name]) for name in names]
-            for name, layer in zip(names, adapted):
+            adapted = {name: AdaptedLinear.of(layers[name]) for name in names}
+            joint = joint_layers(model, names, layers)
+            parts = [[adapted[name] for name in part] for part in joint]
+            self.groups.append(Group(adapter, names, parts))
+            for name, layer in adapted.items():
                 _replace(model, name, layer)
-            self.groups.append(Group(adapter, names, adapted, stack_weights(adapted)))
+        self._attentions = project_jointly(model)
         self._hook = model.register_forward_pre_hook(lambda module, args: self._before_forward())
         with torch.no_grad():
             self.refresh()
@@ -147,11 +151,7 @@ class InjectedAdapter:
         """
         for group in self.groups:
             up, down = self._factors(group)
-            downs = down.unbind(0)
-            ups = [None] * len(downs) if up is None else up.unbind(0)
-            for layer, u, d in zip(group.layers, ups, downs):
-                layer.factors = u, d
-                layer.routed = self._rows is not None
+            group.set(up, down, self._rows is not None, self._training())
         # Factors that carry a graph belong to one step: the next forward computes them again.
         self._fresh = None if self._training() else self._state()
 
@@ -260,13 +260,15 @@ class InjectedAdapter:
     def eject(self) -> None:
         """Takes the adapter out: the model is as it was, the adapter keeps its parameters."""
         self._hook.remove()
+        for attn in self._attentions:
+            if type(attn.processor) is JointProjections:
+                attn.processor = attn.processor.original
         for group in self.groups:
             for name, layer in zip(group.names, group.layers):
                 original = self._originals[name]
                 original.weight, original.bias = layer.weight, layer.bias
                 original.train(layer.training)
-                if len(group.layers) > 1:
-                    original.weight.data = original.weight.data.clone()
+                original.weight.data = original.weight.data.clone()  # not a piece of the stack
                 _replace(self.model, name, original)
         for parameter in self._trained:
             parameter.requires_grad_(True)

@@ -1,59 +1,176 @@
-"""The adapted layer: a linear layer that adds its slots' low-rank change, in two small products."""
+"""The adapted layer: a linear layer that adds its slots' low-rank change, in two small products.
+
+Layers that read the same input, the query, key and value of an attention, are one `Projection`:
+their weights lie one after the other in memory and are one product.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Factors = tuple[Tensor | None, Tensor]
+ALIGN = 8  # values: rows of fewer are no rows for a GPU's fast kernels
 
 
-class _LowRank(torch.autograd.Function):
-    """`x Wᵀ + b + (x downᵀ) upᵀ` of rows x (T, in), or (K, T, in) with K factors.
+def wide_rank(rank: int) -> int:
+    return -(-rank // ALIGN) * ALIGN
 
-    Backward is written out: left to autograd, the two gradients of x are tensors of their own that
-    a further kernel adds.
+
+class Projection:
+    """P layers of one shape that may read the same input, P = 1 for most.
+
+    Set by `InjectedAdapter.refresh`, in the dtype of the weight:
+        up, down: (P, out, R) and (P, R, in); with several slots, or routed rows, one of each a
+            block of the batch: (P, K, out, R), (P, K, R, in). For a method that is not low rank
+            `up` is None and `down` the transformed weight, (P, out, in) or (P, K, out, in).
+        wide, wide_up: without gradients, (P, out + R, in), the weight with `down` below it, and
+            (P, R, out), R filled up with zeros: a product less, and no copy of the weight, which
+            is a view of it.
+    """
+
+    def __init__(self, layers: Sequence[AdaptedLinear]) -> None:
+        self.layers = list(layers)
+        self.weight: Tensor  # (P, out, in), frozen
+        self.up: Tensor | None = None
+        self.down: Tensor
+        self.wide: Tensor | None = None
+        self.wide_up: Tensor
+        self.routed = False  # K is the batch size, not a number of equal blocks
+        for index, layer in enumerate(self.layers):
+            layer.projection, layer.index = self, index
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Layers that are one product have none."""
+        return self.layers[0].bias if len(self.layers) == 1 else None
+
+    def together(self, device: str) -> bool:
+        """Whether `__call__` gives what the layers would: nothing of the weights asks for a
+        gradient, and all is of one dtype.
+        """
+        if self.up is None or torch.is_autocast_enabled(device):
+            return False
+        return not any(
+            p is not None and p.requires_grad for m in self.layers for p in (m.weight, m.bias)
+        )
+
+    def __call__(self, input: Tensor) -> Sequence[Tensor]:
+        """The outputs of all layers for one input (batch, ..., in)."""
+        assert self.up is not None
+        lead, size = input.shape[:-1], self.weight.shape[-2]
+        if torch.is_grad_enabled():
+            x = self.rows(input, self.down.dim() == 4)
+            ys = _Project.apply(x, self.weight, self.bias, self.up, self.down)
+        elif self.wide is not None:
+            ys = project_wide(input, self.wide, self.bias, self.wide_up)
+        else:
+            x = self.rows(input, self.down.dim() == 4)
+            ys = project(x, self.weight, self.bias, self.up, side_by_side(self.down))[0]
+        return [y.view(*lead, size) for y in ys]
+
+    def rows(self, input: Tensor, split: bool) -> Tensor:
+        """(T, in), or (K, T, in) for K factors."""
+        if not split:
+            return input.reshape(-1, input.shape[-1])
+        blocks, batch = self.down.shape[1], input.shape[0]
+        if self.routed and batch != blocks:
+            raise ValueError(f"`route` was given {blocks} rows, but the batch has {batch}")
+        if batch % blocks:
+            raise ValueError(f"a batch of {batch} rows does not split into {blocks} equal slots")
+        return input.reshape(blocks, -1, input.shape[-1])
+
+
+def side_by_side(down: Tensor) -> Tensor:
+    """(P, R, in) -> (P R, in); (P, K, R, in) -> (K, P R, in)."""
+    return down.flatten(0, 1) if down.dim() == 3 else down.movedim(0, 1).flatten(1, 2)
+
+
+def project(
+    x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor
+) -> tuple[Sequence[Tensor], Tensor]:
+    """`x Wᵀ + b + (x downᵀ) upᵀ` for each of P, and all `x downᵀ`, (..., T, P R).
+
+    x (T, in), weight (P, out, in), up (P, out, R), down (P R, in); or x (K, T, in), up (P, K, out,
+    R), down (K, P R, in). The P results share memory.
+    """
+    parts = len(weight)
+    y, h = F.linear(x, weight.flatten(0, 1), bias), x @ down.mT
+    # In place: a copy of y would be a kernel and its memory.
+    if parts == 1:
+        y = y.addmm_(h, up[0].mT) if x.dim() == 2 else y.baddbmm_(h, up[0].mT)
+        return (y,), h
+    ys, hs = (z.unflatten(-1, (parts, -1)).movedim(-2, 0) for z in (y, h))
+    # a compiler makes of a view that is written to a copy, and fails at that
+    add = torch.baddbmm if torch.compiler.is_compiling() else Tensor.baddbmm_
+    if x.dim() == 2:
+        return add(ys, hs, up.mT).unbind(0), h
+    return [add(ys[part], hs[part], up[part].mT) for part in range(parts)], h
+
+
+def project_wide(input: Tensor, wide: Tensor, bias: Tensor | None, up: Tensor) -> Sequence[Tensor]:
+    """The same from (P, out + R, in) and (P, R, out): y and h in one product."""
+    parts, height, _ = wide.shape
+    rank, size = up.shape[-2:]
+    if bias is not None:
+        bias = F.pad(bias, (0, rank))
+    t = F.linear(input, wide.flatten(0, 1), bias)
+    if parts == 1:
+        y, h = t.view(-1, height).split((size, rank), 1)
+        return (y.addmm_(h, up[0]),)
+    ys, hs = t.view(-1, parts, height).transpose(0, 1).split((size, rank), 2)
+    return ys.baddbmm_(hs, up).unbind(0)
+
+
+class _Project(torch.autograd.Function):
+    """`project` with its backward written out: left to autograd, each product's gradient of x is a
+    tensor of its own, and further kernels add them. The weight gets no gradient.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor
-    ) -> Tensor:
-        y = F.linear(x, weight, bias)
-        h = x @ down.mT
-        ctx.save_for_backward(x, weight, up, down, h)
-        return y.addmm_(h, up.mT) if x.dim() == 2 else y.baddbmm_(h, up.mT)
+    ) -> tuple[Tensor, ...]:
+        flat = side_by_side(down)
+        ys, h = project(x, weight, bias, up, flat)
+        ctx.save_for_backward(x, weight, up, flat, h)
+        return tuple(ys)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
-        x, weight, up, down, h = ctx.saved_tensors
+    def backward(ctx: Any, *dys: Tensor) -> Any:
+        x, weight, up, flat, h = ctx.saved_tensors
+        parts, rank = len(weight), up.shape[-1]
+        dy = dys[0] if parts == 1 else torch.cat(dys, -1)
         for_x, _, _, for_up, for_down = ctx.needs_input_grad
         dx = dup = ddown = None
-        dh = dy @ up if for_x or for_down else None
+        by_part = [z.unflatten(-1, (parts, -1)).movedim(-2, 0) for z in (dy, h)]
+        dh = times(by_part[0], up)  # (P, ..., T, R)
         if for_up:
-            dup = dy.mT @ h
-        if dh is not None and for_down:
-            ddown = dh.mT @ x
-        if dh is not None and for_x:
-            dx = (dy.reshape(-1, dy.shape[-1]) @ weight).view_as(x)
-            dx = dx.addmm_(dh, down) if x.dim() == 2 else dx.baddbmm_(dh, down)
+            dup = times(by_part[0].mT, by_part[1])
+        dh = dh[0] if parts == 1 else dh.movedim(0, -2).flatten(-2)
+        if for_down:
+            ddown = (dh.mT @ x).unflatten(-2, (parts, rank)).movedim(-3, 0)
+        if for_x:
+            dx = (dy.reshape(-1, dy.shape[-1]) @ weight.flatten(0, 1)).view_as(x)
+            dx = dx.addmm_(dh, flat) if x.dim() == 2 else dx.baddbmm_(dh, flat)
         return dx, None, None, dup, ddown
 
 
+def times(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of (P, ..., n, m): without copies, as a product over the leading dimensions makes."""
+    if a.dim() == 3:
+        return a @ b if len(a) > 1 else (a[0] @ b[0]).unsqueeze(0)
+    return torch.stack([x @ y for x, y in zip(a, b)]) if len(a) > 1 else (a[0] @ b[0])[None]
+
+
 class AdaptedLinear(nn.Linear):
-    """`y = W x + b + up (down x)`, sharing weight and bias with the layer that it stands for.
+    """`y = W x + b + up (down x)`, sharing weight and bias with the layer that it stands for."""
 
-    `factors` are set by `InjectedAdapter.refresh`, in the dtype of the weight: `up` (out, R) and
-    `down` (R, in); with several slots, or routed rows, one of each a block of the batch: (K, out,
-    R), (K, R, in). For a method that is not low rank `up` is None and `down` the transformed
-    weight, (out, in) or (K, out, in).
-    """
-
-    factors: Factors
-    routed: bool  # K is the batch size, not a number of equal blocks
+    projection: Projection
+    index: int  # in the projection
 
     @classmethod
     def of(cls, layer: nn.Linear) -> AdaptedLinear:
@@ -63,45 +180,26 @@ class AdaptedLinear(nn.Linear):
         new.in_features, new.out_features = layer.in_features, layer.out_features
         new.weight, new.bias = layer.weight, layer.bias
         new.training = layer.training
-        new.routed = False
         return new
 
     def forward(self, input: Tensor) -> Tensor:
-        up, down = self.factors
-        if up is None:
-            return self._forward_whole(input, down)
-        rows = input.reshape(self._rows(input, down))
-        if torch.is_grad_enabled() and self._frozen(input.device.type):
-            y: Tensor = _LowRank.apply(rows, self.weight, self.bias, up, down)
-        else:
-            y = F.linear(rows, self.weight, self.bias)
-            h = rows @ down.mT
-            if up.dtype != y.dtype:  # autocast chose another dtype than the weight's
-                up, h = up.to(y.dtype), h.to(y.dtype)
-            # In place: a copy of y would be a kernel and its memory.
-            y = y.addmm_(h, up.mT) if rows.dim() == 2 else y.baddbmm_(h, up.mT)
+        many = self.projection
+        if len(many.layers) == 1 and many.together(input.device.type):
+            return many(input)[0]
+        down = many.down[self.index]
+        x = many.rows(input, down.dim() == 3)
+        if many.up is None:
+            return self._forward_whole(x, down).view(*input.shape[:-1], self.out_features)
+        up = many.up[self.index]
+        y, h = F.linear(x, self.weight, self.bias), x @ down.mT
+        if up.dtype != y.dtype:  # autocast chose another dtype than the weight's
+            up, h = up.to(y.dtype), h.to(y.dtype)
+        y = y.addmm_(h, up.mT) if x.dim() == 2 else y.baddbmm_(h, up.mT)
         return y.view(*input.shape[:-1], self.out_features)
 
-    def _frozen(self, device: str) -> bool:
-        """Whether nothing but the factors and the input can ask for a gradient, in one dtype."""
-        trains = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        return not trains and not torch.is_autocast_enabled(device)
-
-    def _forward_whole(self, input: Tensor, weight: Tensor) -> Tensor:
+    def _forward_whole(self, x: Tensor, weight: Tensor) -> Tensor:
         """With the transformed weight of a method that is not low rank."""
         if weight.dim() == 2:
-            return F.linear(input, weight, self.bias)
-        y = torch.bmm(input.reshape(self._rows(input, weight)), weight.mT)
-        y = y if self.bias is None else y + self.bias
-        return y.view(*input.shape[:-1], self.out_features)
-
-    def _rows(self, input: Tensor, down: Tensor) -> tuple[int, ...]:
-        """(T, in), or (K, T, in) for K factors."""
-        if down.dim() == 2:
-            return -1, self.in_features
-        blocks, batch = down.shape[0], input.shape[0]
-        if self.routed and batch != blocks:
-            raise ValueError(f"`route` was given {blocks} rows, but the batch has {batch}")
-        if batch % blocks:
-            raise ValueError(f"a batch of {batch} rows does not split into {blocks} equal slots")
-        return blocks, -1, self.in_features
+            return F.linear(x, weight, self.bias)
+        y = torch.bmm(x, weight.mT)
+        return y if self.bias is None else y + self.bias

@@ -98,8 +98,10 @@ def test_killed_and_resumed_equals_whole(
     tmp_path: Path,
     capture: str,
 ) -> None:
+    """To what kernels with an order of sums of their own leave: a second whole run says how much."""
     common = {**settings, "device": "cuda", "mixed_precision": "no", "capture": capture}
     whole = train(Config(**common))
+    again = train(Config(**{**common, "output_dir": str(tmp_path / "again")}))
     broken = {**common, "output_dir": str(tmp_path / "second")}
     original, calls = Run.step, []
 
@@ -116,8 +118,8 @@ def test_killed_and_resumed_equals_whole(
     second = train(Config(**broken, resume_from_checkpoint="latest"))
     from safetensors.torch import load_file
 
-    a, b = (load_file(r.run_dir / "adapter.safetensors") for r in (whole, second))
-    assert gap(a, b) < 1e-3
+    ends = [load_file(r.run_dir / "adapter.safetensors") for r in (whole, again, second)]
+    assert gap(ends[2], ends[0]) < max(1e-3, 5 * gap(ends[1], ends[0]))
 
 
 def test_what_cannot_be_captured_says_why() -> None:
