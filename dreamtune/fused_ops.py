@@ -18,6 +18,7 @@ LANES = 512  # channels that one program looks at, at most
 TILE = 4096  # values that a program holds at once
 PARTS = 128  # parts of a picture's rows, at most
 PROGRAMS = 264  # to fill a large GPU twice
+WARPS = 4
 
 
 def reason_against(device: torch.device, gradient_checkpointing: bool = False) -> str | None:
@@ -70,6 +71,7 @@ class Grid:
         self.programs = (self.n, self.parts, blocks)
         self.kinds = {
             "GROUPS": GROUPS, "LANES": self.lanes, "ROWS": self.step, "ACC": accumulator(x.dtype),
+            "num_warps": WARPS,
         }  # fmt: skip
         self.cut = (self.rows, self.width, self.span, self.per_group, self.rows_each)
         self.sums = torch.promote_types(x.dtype, torch.float32)

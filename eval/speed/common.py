@@ -17,6 +17,8 @@ sys.path[:0] = [str(ROOT / "eval"), str(ROOT)]
 
 from random_models import build_unet  # noqa: E402, F401
 
+from dreamtune import fast_unet  # noqa: E402
+from dreamtune.base import quiet_diffusers  # noqa: E402
 from dreamtune.inject import inject  # noqa: E402
 from dreamtune.optim import SlotAdamW  # noqa: E402
 from dreamtune.step import Cache, Step, StepSettings  # noqa: E402
@@ -46,14 +48,23 @@ def make_step(
     slots: int = 1,
     batch: int = 1,
     cache_dtype: torch.dtype = torch.float32,
+    fused: bool | None = None,
+    compiled: bool = False,
     **options: Any,
 ) -> tuple[Any, Step]:
-    """Our adapter and training step on `unet`; each slot draws from five entries of its own."""
+    """Our adapter and training step on `unet`; each slot draws from five entries of its own. fused:
+    None is the trainer's default, on a GPU.
+    """
     weight = next(unet.parameters())
     device, dtype = str(weight.device), weight.dtype
     entries = max(5, batch)
     cache = make_cache(unet, entries * slots, device, cache_dtype)
     adapter = inject(unet, method, slots=slots, seed=list(range(slots)), **options)
+    if fused or (fused is None and weight.device.type == "cuda"):
+        with quiet_diffusers():
+            fast_unet.fuse(unet)
+    if compiled:
+        fast_unet.compile_blocks(unet)
     unet.train()
     groups = [adapter.parameter_groups(None, 0.01) for _ in range(slots)]
     pools = [[torch.arange(entries, device=device) + s * entries for s in range(slots)]]

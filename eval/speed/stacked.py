@@ -16,8 +16,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from common import build_unet, make_step, median_ms  # noqa: E402
+from others import add_peft, plain_step  # noqa: E402
 
 from dreamtune.capture import CapturedStep  # noqa: E402
+
+
+def peft_ms(size: str, args: argparse.Namespace, cuda: bool) -> float:
+    """A step of PEFT's DeLoRA, rank 16, eager."""
+    unet = build_unet(size, device=args.device, dtype=torch.bfloat16 if cuda else torch.float32)
+    call = plain_step(unet, add_peft(unet, "delora", 16, 32), args.batch)
+    return median_ms(call, cuda, args.repeats)
 
 
 def main() -> int:
@@ -27,12 +35,17 @@ def main() -> int:
     parser.add_argument("--methods", default="delora")
     parser.add_argument("--batch", type=int, default=1, help="rows a slot")
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--no-peft", action="store_true", help="without PEFT's DeLoRA beside ours")
+    parser.add_argument("--compile", action="store_true", help="with compiled transformer blocks")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     cuda = args.device.startswith("cuda")
     size = {"sd15": "full"}.get(args.unet, args.unet)
-    print("| method | slots | ms a step | ms a subject-step | peak GiB |\n|---|---|---|---|---|")
+    print(torch.cuda.get_device_name() if cuda else "CPU", "torch", torch.__version__)
+    alone = 0.0 if args.no_peft else peft_ms(size, args, cuda)
+    print(f"PEFT's DeLoRA, one subject after the other: {alone:.1f} ms a subject-step\n")
+    print("| method | slots | ms a step | ms a subject-step | PEFT / ours | peak GiB |")
+    print("|---|---|---|---|---|---|")
     for method in args.methods.split(","):
         for slots in map(int, args.slots.split(",")):
             gc.collect()
@@ -40,11 +53,9 @@ def main() -> int:
                 torch.cuda.empty_cache()
             dtype = torch.bfloat16 if cuda else torch.float32
             unet = build_unet(size, device=args.device, dtype=dtype)
-            if args.channels_last:
-                unet.to(memory_format=torch.channels_last)
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
-            step = make_step(unet, method, slots, args.batch)[1]
+            step = make_step(unet, method, slots, args.batch, compiled=args.compile)[1]
             run: Any = CapturedStep(step) if cuda else step
             counter = iter(range(10**9))
             try:
@@ -52,10 +63,12 @@ def main() -> int:
             except RuntimeError as error:
                 if "out of memory" not in str(error):
                     raise
-                print(f"| {method} | {slots} | out of memory | | |")
+                print(f"| {method} | {slots} | out of memory | | | |")
                 break
             peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-            print(f"| {method} | {slots} | {ms:.1f} | {ms / slots:.2f} | {peak:.2f} |", flush=True)
+            ratio = alone * slots / ms
+            row = f"{ms:.1f} | {ms / slots:.2f} | {ratio:.1f} | {peak:.2f}"
+            print(f"| {method} | {slots} | {row} |", flush=True)
             del unet, step, run
     return 0
 

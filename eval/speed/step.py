@@ -27,20 +27,36 @@ from others import DENSE, PEFT, add_dense, add_peft, plain_step  # noqa: E402
 from dreamtune.capture import CapturedStep  # noqa: E402
 
 OURS = ("lora", "delora", "ether", "ether+")
+# Options that give a change of rank 2 r, DeLoRA's with its residual start.
+EQUAL: dict[str, Callable[[int], dict[str, int]]] = {
+    "lora": lambda r: {"rank": 2 * r},
+    "delora": lambda r: {"rank": r},
+    "ether": lambda r: {"blocks": 2 * r},
+    "ether+": lambda r: {"blocks": r // 2},
+}
 EVERY = [
-    *(f"ours-{m}" for m in OURS), *(f"eager-{m}" for m in OURS), "frozen",
+    *(f"ours-{m}" for m in OURS), *(f"equal-{m}" for m in OURS), *(f"compiled-{m}" for m in OURS),
+    *(f"unfused-{m}" for m in OURS), *(f"eager-{m}" for m in OURS), "frozen",
     *(f"peft-{m}" for m in PEFT), *(f"dense-{m}" for m in DENSE),
 ]  # fmt: skip
-QUICK = ["ours-lora", "ours-delora", "ours-ether+", "eager-delora", "peft-lora", "peft-delora"]
+QUICK = [
+    "ours-lora", "ours-delora", "ours-ether+", "unfused-delora", "eager-delora", "peft-lora",
+    "peft-delora",
+]  # fmt: skip
 
 
 def make_call(case: str, unet: Any, batch: int, args: argparse.Namespace) -> Callable[[], None]:
     """The step of a row as a function without arguments."""
     kind, _, method = case.partition("-")
-    if kind in ("ours", "eager"):
+    if kind in ("ours", "equal", "compiled", "unfused", "eager"):
         options = {"rank": args.rank} if method in ("lora", "delora") else {}
-        _, step = make_step(unet, method, 1, batch, **options)
-        run: Any = CapturedStep(step) if kind == "ours" else step
+        if kind == "equal":
+            options = EQUAL[method](args.rank)
+        fused = False if kind == "unfused" else None
+        _, step = make_step(
+            unet, method, 1, batch, fused=fused, compiled=kind == "compiled", **options
+        )
+        run: Any = step if kind == "eager" or args.device == "cpu" else CapturedStep(step)
         counter = iter(range(10**9))
         return lambda: run(next(counter), 1.0)
     if kind == "frozen":
@@ -59,8 +75,6 @@ def measure(case: str, batch: int, args: argparse.Namespace) -> tuple[float, flo
     size = {"sd15": "full"}.get(args.unet, args.unet)
     dtype = torch.bfloat16 if cuda else torch.float32
     unet = build_unet(size, device=args.device, dtype=dtype)
-    if args.channels_last:
-        unet.to(memory_format=torch.channels_last)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     call = make_call(case, unet, batch, args)
@@ -77,7 +91,6 @@ def main() -> int:
     parser.add_argument("--methods", help=f"of {','.join(EVERY)} [default: all]")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=12)
-    parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--no-kernels", action="store_true", help="do not count kernels")
     parser.add_argument("--quick", action="store_true", help="few methods, batches 1 and 8")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -91,21 +104,45 @@ def main() -> int:
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(EVERY)}")
     if not cuda:
-        cases = [c for c in cases if not c.startswith("ours-")]  # nothing is captured there
+        kinds = ("eager", "frozen", "peft", "dense")  # nothing is captured there, or fused
+        cases = [c for c in cases if c.split("-")[0] in kinds]
     print(torch.cuda.get_device_name() if cuda else "CPU", "torch", torch.__version__)
-    print("`ours` is captured, `eager` is the same step not captured.\n")
+    print(
+        "`ours` is the trainer's default step, captured and fused; `equal` the same with a change"
+    )
+    print(
+        "of rank 32; `compiled` with compiled transformer blocks; `unfused`; `eager` not captured.\n"
+    )
     print(f"| step | batch | ms | peak GiB | {'kernels' if cuda else 'operators'} |")
     print("|---|---|---|---|---|")
+    times: dict[tuple[str, int], float] = {}
     for case in cases:
         for batch in map(int, args.batches.split(",")):
             try:
                 ms, peak, kernels = measure(case, batch, args)
+                times[case, batch] = ms
                 row = f"{ms:.1f} | {peak:.2f} | {kernels}"
             except Exception as error:  # a table with a hole says more than none
                 row = f"{type(error).__name__}: {str(error).splitlines()[0][:120]} | |"
             print(f"| {case} | {batch} | {row} |", flush=True)
             gc.collect()
+    print_ratios(times)
     return 0
+
+
+def print_ratios(times: dict[tuple[str, int], float]) -> None:
+    """Each peer's time over that of our step of the same method and batch."""
+    for (case, batch), ms in times.items():
+        kind, _, method = case.partition("-")
+        if kind not in ("peft", "dense"):
+            continue
+        for ours in ("ours", "eager", "compiled"):
+            mine = times.get((f"{ours}-{method}", batch))
+            if mine:
+                print(f"{case} / {ours}-{method}, batch {batch}: {ms / mine:.2f}")
+            floor = times.get(("frozen", batch))
+            if mine and floor and ours == "eager":
+                print(f"  above the frozen step: {(mine - floor) / (ms - floor):.2f} of it")
 
 
 if __name__ == "__main__":
