@@ -9,17 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamtune.layer import AdaptedLinear
+from dreamtune.layer import AdaptedLinear, Projection
 
 
 class JointProjections:
-    """Stands for `original`, the processor of `attn`."""
+    """Stands for `original`, the processor of an attention with the joint projection `many`: of
+    query, key and value, or of a text's key and value.
+    """
 
-    def __init__(self, original: Any) -> None:
-        self.original = original
+    def __init__(self, original: Any, many: Projection) -> None:
+        self.original, self.many, self.cross = original, many, len(many.layers) == 2
 
     def __call__(
         self,
@@ -29,32 +32,32 @@ class JointProjections:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        text = encoder_hidden_states
-        if attention_mask is not None or hidden_states.dim() != 3 or not knows(attn, text):
+        source = encoder_hidden_states if self.cross else hidden_states
+        if (
+            attention_mask is not None
+            or hidden_states.dim() != 3
+            or source is None
+            or (encoder_hidden_states is None) is self.cross
+            or not self.many.together(source.device.type)
+        ):
             return self.original(  # type: ignore[no-any-return]
                 attn, hidden_states, encoder_hidden_states, attention_mask, temb
             )
-        if text is None:
-            query, key, value = attn.to_q.projection(hidden_states)
+        heads = attn.heads
+        if torch.is_grad_enabled():
+            parts = [by_head(x, heads) for x in self.many(source)]
         else:
-            query = attn.to_q(hidden_states)
-            key, value = attn.to_k.projection(text)
-        query, key, value = (
-            x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value)
-        )
+            parts = list(by_head(self.many.stacked(source), heads).unbind(0))
+        if self.cross:
+            parts = [by_head(attn.to_q(hidden_states), heads), *parts]
+        query, key, value = parts
         y = F.scaled_dot_product_attention(query, key, value)
         return attn.to_out[0](y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
-def knows(attn: Any, text: Tensor | None) -> bool:
-    """Whether query, key and value, or key and value of a text, are one projection."""
-    size = 3 if text is None else 2
-    many = getattr(attn.to_k, "projection", None)
-    return (
-        many is not None
-        and len(many.layers) == size
-        and many.together(attn.to_k.weight.device.type)
-    )
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """(..., tokens, heads * d) -> (..., heads, tokens, d)."""
+    return x.view(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(-2, -3)
 
 
 def plain(attn: nn.Module) -> bool:
@@ -82,7 +85,7 @@ def project_jointly(model: nn.Module) -> list[Any]:
     for module in model.modules():
         layer = getattr(module, "to_k", None)
         if type(layer) is AdaptedLinear and len(layer.projection.layers) > 1 and plain(module):
-            module.processor = JointProjections(module.processor)
+            module.processor = JointProjections(module.processor, layer.projection)
             changed.append(module)
     return changed
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamtune.adapters import Adapter
-from dreamtune.layer import AdaptedLinear, Projection, wide_rank
+from dreamtune.layer import AdaptedLinear, Projection, Wide, wide_rank
 
 TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -75,7 +75,7 @@ class Group:
         self.stack[:, self.weight.shape[1] :] = F.pad(down, (0, 0, 0, room - down.shape[1]))
         wide_ups = F.pad(up, (0, room - up.shape[-1])).mT.contiguous().split(self.sizes)
         for part, wide, u in zip(self.parts, self.stack.split(self.sizes), wide_ups):
-            part.wide, part.wide_up = wide, u
+            part.wide = Wide(wide, part.bias, u)
 
 
 def find_targets(

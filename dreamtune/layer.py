@@ -27,18 +27,15 @@ class Projection:
         up, down: (P, out, R) and (P, R, in); with several slots, or routed rows, one of each a
             block of the batch: (P, K, out, R), (P, K, R, in). For a method that is not low rank
             `up` is None and `down` the transformed weight, (P, out, in) or (P, K, out, in).
-        wide, wide_up: without gradients, (P, out + R, in), the weight with `down` below it, and
-            (P, R, out), R filled up with zeros: a product less, and no copy of the weight, which
-            is a view of it.
+        wide: without gradients, the weight with `down` below it: a product less.
     """
 
     def __init__(self, layers: Sequence[AdaptedLinear]) -> None:
-        self.layers = list(layers)
+        self.layers, self.alone = list(layers), len(layers) == 1
         self.weight: Tensor  # (P, out, in), frozen
         self.up: Tensor | None = None
         self.down: Tensor
-        self.wide: Tensor | None = None
-        self.wide_up: Tensor
+        self.wide: Wide | None = None
         self.routed = False  # K is the batch size, not a number of equal blocks
         for index, layer in enumerate(self.layers):
             layer.projection, layer.index = self, index
@@ -46,7 +43,7 @@ class Projection:
     @property
     def bias(self) -> Tensor | None:
         """Layers that are one product have none."""
-        return self.layers[0].bias if len(self.layers) == 1 else None
+        return self.layers[0].bias if self.alone else None
 
     def together(self, device: str) -> bool:
         """Whether `__call__` gives what the layers would: nothing of the weights asks for a
@@ -54,23 +51,28 @@ class Projection:
         """
         if self.up is None or torch.is_autocast_enabled(device):
             return False
-        return not any(
+        return not torch.is_grad_enabled() or not any(
             p is not None and p.requires_grad for m in self.layers for p in (m.weight, m.bias)
         )
 
     def __call__(self, input: Tensor) -> Sequence[Tensor]:
-        """The outputs of all layers for one input (batch, ..., in)."""
+        """The outputs (batch, ..., out) of the P layers for one input (batch, ..., in)."""
+        if not torch.is_grad_enabled():
+            return self.stacked(input).unbind(0)
         assert self.up is not None
-        lead, size = input.shape[:-1], self.weight.shape[-2]
-        if torch.is_grad_enabled():
-            x = self.rows(input, self.down.dim() == 4)
-            ys = _Project.apply(x, self.weight, self.bias, self.up, self.down)
-        elif self.wide is not None:
-            ys = project_wide(input, self.wide, self.bias, self.wide_up)
+        x = self.rows(input, self.down.dim() == 4)
+        ys = _Project.apply(x, self.weight, self.bias, self.up, self.down)
+        return [y.view(*input.shape[:-1], y.shape[-1]) for y in ys]
+
+    def stacked(self, input: Tensor) -> Tensor:
+        """(P, batch, ..., out), without gradients."""
+        assert self.up is not None
+        if self.wide is not None:
+            y = self.wide(input)
         else:
             x = self.rows(input, self.down.dim() == 4)
-            ys = project(x, self.weight, self.bias, self.up, side_by_side(self.down))[0]
-        return [y.view(*lead, size) for y in ys]
+            y = project(x, self.weight, self.bias, self.up, side_by_side(self.down))[0]
+        return y.view(len(y), *input.shape[:-1], y.shape[-1])
 
     def rows(self, input: Tensor, split: bool) -> Tensor:
         """(T, in), or (K, T, in) for K factors."""
@@ -84,6 +86,34 @@ class Projection:
         return input.reshape(blocks, -1, input.shape[-1])
 
 
+class Wide:
+    """`W x + b + up (down x)` for weights with `down` below them, (P, out + R, in): one product
+    gives `W x` and `down x`. up: (P, R, out). What each call needs is computed once: a pipeline's
+    step waits for Python more than for the GPU.
+    """
+
+    def __init__(self, wide: Tensor, bias: Tensor | None, up: Tensor) -> None:
+        self.parts, self.height, _ = wide.shape
+        self.sizes = up.shape[-1], up.shape[-2]
+        self.flat = wide.flatten(0, 1)
+        self.bias = None if bias is None else F.pad(bias, (0, self.sizes[1]))
+        self.up = up if self.parts > 1 else up[0]
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """(P, rows, out)."""
+        return self.one(input)[None] if self.parts == 1 else self.many(input)
+
+    def one(self, input: Tensor) -> Tensor:
+        t = F.linear(input, self.flat, self.bias).view(-1, self.height)
+        y, h = t.split(self.sizes, 1)
+        return y.addmm_(h, self.up)
+
+    def many(self, input: Tensor) -> Tensor:
+        t = F.linear(input, self.flat, self.bias).view(-1, self.parts, self.height).transpose(0, 1)
+        y, h = t.split(self.sizes, 2)
+        return y.baddbmm_(h, self.up)
+
+
 def side_by_side(down: Tensor) -> Tensor:
     """(P, R, in) -> (P R, in); (P, K, R, in) -> (K, P R, in)."""
     return down.flatten(0, 1) if down.dim() == 3 else down.movedim(0, 1).flatten(1, 2)
@@ -91,38 +121,26 @@ def side_by_side(down: Tensor) -> Tensor:
 
 def project(
     x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor
-) -> tuple[Sequence[Tensor], Tensor]:
-    """`x Wᵀ + b + (x downᵀ) upᵀ` for each of P, and all `x downᵀ`, (..., T, P R).
+) -> tuple[Tensor, Tensor]:
+    """`x Wᵀ + b + (x downᵀ) upᵀ`, (P, ..., T, out), and all `x downᵀ`, (..., T, P R).
 
     x (T, in), weight (P, out, in), up (P, out, R), down (P R, in); or x (K, T, in), up (P, K, out,
-    R), down (K, P R, in). The P results share memory.
+    R), down (K, P R, in).
     """
     parts = len(weight)
     y, h = F.linear(x, weight.flatten(0, 1), bias), x @ down.mT
     # In place: a copy of y would be a kernel and its memory.
     if parts == 1:
         y = y.addmm_(h, up[0].mT) if x.dim() == 2 else y.baddbmm_(h, up[0].mT)
-        return (y,), h
+        return y.unsqueeze(0), h
     ys, hs = (z.unflatten(-1, (parts, -1)).movedim(-2, 0) for z in (y, h))
-    # a compiler makes of a view that is written to a copy, and fails at that
-    add = torch.baddbmm if torch.compiler.is_compiling() else Tensor.baddbmm_
+    if torch.compiler.is_compiling():  # makes copies of a view that is written to, and fails
+        return ys + hs @ up.mT, h
     if x.dim() == 2:
-        return add(ys, hs, up.mT).unbind(0), h
-    return [add(ys[part], hs[part], up[part].mT) for part in range(parts)], h
-
-
-def project_wide(input: Tensor, wide: Tensor, bias: Tensor | None, up: Tensor) -> Sequence[Tensor]:
-    """The same from (P, out + R, in) and (P, R, out): y and h in one product."""
-    parts, height, _ = wide.shape
-    rank, size = up.shape[-2:]
-    if bias is not None:
-        bias = F.pad(bias, (0, rank))
-    t = F.linear(input, wide.flatten(0, 1), bias)
-    if parts == 1:
-        y, h = t.view(-1, height).split((size, rank), 1)
-        return (y.addmm_(h, up[0]),)
-    ys, hs = t.view(-1, parts, height).transpose(0, 1).split((size, rank), 2)
-    return ys.baddbmm_(hs, up).unbind(0)
+        return ys.baddbmm_(hs, up.mT), h
+    for part in range(parts):
+        ys[part].baddbmm_(hs[part], up[part].mT)
+    return ys, h
 
 
 class _Project(torch.autograd.Function):
@@ -135,17 +153,17 @@ class _Project(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor
     ) -> tuple[Tensor, ...]:
         flat = side_by_side(down)
-        ys, h = project(x, weight, bias, up, flat)
+        y, h = project(x, weight, bias, up, flat)
         ctx.save_for_backward(x, weight, up, flat, h)
-        return tuple(ys)
+        return tuple(y.unbind(0))
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> Any:
         x, weight, up, flat, h = ctx.saved_tensors
         parts, rank = len(weight), up.shape[-1]
-        dy = dys[0] if parts == 1 else torch.cat(dys, -1)
         for_x, _, _, for_up, for_down = ctx.needs_input_grad
         dx = dup = ddown = None
+        dy = dys[0] if parts == 1 else torch.cat(dys, -1)
         by_part = [z.unflatten(-1, (parts, -1)).movedim(-2, 0) for z in (dy, h)]
         dh = times(by_part[0], up)  # (P, ..., T, R)
         if for_up:
@@ -184,7 +202,9 @@ class AdaptedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         many = self.projection
-        if len(many.layers) == 1 and many.together(input.device.type):
+        if many.alone and many.together(input.device.type):
+            if many.wide is not None and not torch.is_grad_enabled():
+                return many.wide.one(input).view(*input.shape[:-1], self.out_features)
             return many(input)[0]
         down = many.down[self.index]
         x = many.rows(input, down.dim() == 3)

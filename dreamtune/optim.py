@@ -17,17 +17,13 @@ from torch import Tensor
 SLOT_DIM = 1
 
 
-def slot_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """(S,): the norm over all tensors of each slot, accumulated in at least float32."""
+def slot_norms(flats: Sequence[Tensor]) -> Tensor:
+    """(S,): the norm over all tensors (S, values) of each slot, accumulated in at least float32."""
     norms = [
-        torch.linalg.vector_norm(
-            t,
-            dim=[d for d in range(t.ndim) if d != SLOT_DIM],
-            dtype=torch.promote_types(t.dtype, torch.float32),
-        )
-        for t in tensors
+        torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+        for x in flats
     ]
-    return torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
 
 def clip_factors(norms: Tensor, max_norm: float) -> Tensor:
@@ -105,9 +101,15 @@ class SlotAdamW:
         self.schedule = torch.ones((), device=device, dtype=dtype)
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor], scale: Tensor, ok: Tensor) -> None:
-        """One step with `gradients`, in the order of `params`, times `scale` (S,); slots where `ok`
-        (S,) is false keep parameters and state.
+    def gather(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients in the order of `params` -> one tensor (S, values) a bundle."""
+        by_id = {id(p): g for p, g in zip(self.params, gradients, strict=True)}
+        return [b.gather([by_id[id(p)] for p in b.params]) for b in self.bundles]
+
+    @torch.no_grad()
+    def step(self, flats: Sequence[Tensor], scale: Tensor, ok: Tensor) -> None:
+        """One step with gradients as `gather` gives them, written over, times `scale` (S,); slots
+        where `ok` (S,) is false keep parameters and state.
         """
         b1, b2 = self.betas
         go = ok[:, None]
@@ -116,9 +118,7 @@ class SlotAdamW:
         correct1 = (1 - b1**self.count)[:, None].masked_fill(~go, 1.0)
         correct2 = (1 - b2**self.count)[:, None].masked_fill(~go, 1.0).sqrt()
         moved = go.to(self.count.dtype)
-        by_id = {id(p): g for p, g in zip(self.params, gradients, strict=True)}
-        for bundle in self.bundles:
-            grad = bundle.gather([by_id[id(p)] for p in bundle.params])
+        for bundle, grad in zip(self.bundles, flats, strict=True):
             grad.mul_(scale[:, None]).masked_fill_(~go, 0.0)
             lr = bundle.rate * self.schedule * moved
             bundle.m.lerp_(grad, moved * (1 - b1))

@@ -172,10 +172,11 @@ class Step:
             )
             gradients = [a.add_(b) for a, b in zip(gradients, new)] if gradients else list(new)
             loss += part.detach() / settings.accumulation
-        norms = slot_norms(gradients) / self.loss_scale
+        flats = self.optimizer.gather(gradients)
+        norms = slot_norms(flats) / self.loss_scale
         ok = norms.isfinite() & loss.isfinite()
         scale = clip_factors(norms, settings.max_grad_norm) / self.loss_scale
-        self.optimizer.step(gradients, scale, ok)
+        self.optimizer.step(flats, scale, ok)
         self.account(loss, ok)
 
     def losses(self, drawn: Draw) -> Tensor:

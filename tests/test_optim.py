@@ -38,7 +38,7 @@ def test_equals_torch_adamw_slot_by_slot(rates: list[float]) -> None:
             torch.randn(p.shape, generator=generator, dtype=p.dtype) * 10 ** (k % 3 - 1)
             for p in params
         ]
-        norms = slot_norms(grads)
+        norms = slot_norms(ours.gather(grads))
         for s, (copies, optimizer) in enumerate(zip(alone, theirs)):
             for mine, grad in zip(copies, grads):
                 mine.grad = grad[:, s].clone()
@@ -48,7 +48,7 @@ def test_equals_torch_adamw_slot_by_slot(rates: list[float]) -> None:
                 group["lr"] = peak * factor
             optimizer.step()
         ours.schedule.fill_(factor)
-        ours.step(grads, clip_factors(norms, 1.0), torch.isfinite(norms))
+        ours.step(ours.gather(grads), clip_factors(norms, 1.0), torch.isfinite(norms))
         for s, copies in enumerate(alone):
             for mine, p in zip(copies, params):
                 assert (p.detach()[:, s] - mine).abs().max().item() < 1e-13
@@ -67,8 +67,8 @@ def test_a_bad_slot_keeps_parameters_and_state_and_others_go_on() -> None:
     grads = [torch.ones_like(p) for p in params]
     for grad in grads:
         grad[:, 0] = float("nan")
-    norms = slot_norms(grads)
-    optimizer.step(grads, clip_factors(norms, 1.0), norms.isfinite())
+    norms = slot_norms(optimizer.gather(grads))
+    optimizer.step(optimizer.gather(grads), clip_factors(norms, 1.0), norms.isfinite())
     for p, old, m in zip(params, before, optimizer.exp_avg):
         assert torch.equal(p.detach()[:, 0], old[:, 0])
         assert not m[:, 0].any()
@@ -80,7 +80,7 @@ def test_state_round_trip_and_refusal() -> None:
     params = stacked(1, torch.float32)
     optimizer = SlotAdamW([groups(params, 1e-2)])
     grads = [torch.randn_like(p) for p in params]
-    optimizer.step(grads, torch.ones(1), torch.ones(1, dtype=torch.bool))
+    optimizer.step(optimizer.gather(grads), torch.ones(1), torch.ones(1, dtype=torch.bool))
     other = SlotAdamW([groups(stacked(1, torch.float32), 1e-2)])
     other.load_state_dict(optimizer.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(other.exp_avg_sq, optimizer.exp_avg_sq))

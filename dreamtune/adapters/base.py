@@ -115,9 +115,16 @@ def unit(x: Tensor, dim: int, eps: float = 1e-4) -> Tensor:
 
 def block_columns(u: Tensor) -> Tensor:
     """Blocks (..., n, k) -> (..., n * k, n): column i holds block i in its place."""
-    n = u.shape[-2]
+    return many_block_columns(u.unsqueeze(-1))
+
+
+def many_block_columns(u: Tensor) -> Tensor:
+    """Blocks of m columns, (..., n, k, m) -> (..., n * k, n * m)."""
+    n, _, m = u.shape[-3:]
+    if n == 1:
+        return u.squeeze(-3)
     eye = torch.eye(n, dtype=u.dtype, device=u.device)
-    return (u.unsqueeze(-1) * eye.unsqueeze(-2)).flatten(-3, -2)
+    return (u.unsqueeze(-2) * eye[:, None, :, None]).flatten(-2).flatten(-3, -2)
 
 
 def blocks_of(width: int, blocks: int, side: str) -> int:
@@ -133,12 +140,36 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        return weight.to(x.dtype) @ x
+        return exact_product(weight, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
         (weight,) = ctx.saved_tensors
-        return None, weight.mT.to(grad.dtype) @ grad
+        return None, exact_product(weight.mT, grad)
+
+
+def exact_product(weight: Tensor, x: Tensor) -> Tensor:
+    """`weight @ x` in x's dtype.
+
+    Where a GPU multiplies bf16 into float32, three bf16 numbers whose sum is the float32 one: the
+    weight is read once, as it is, instead of copied to float32 and read again.
+    """
+    split = weight.dtype == torch.bfloat16 and x.dtype == torch.float32
+    if not (split and x.is_cuda and weight.dim() == 3):
+        return weight.to(x.dtype) @ x
+    return sum_of_thirds(torch.bmm(weight, thirds(x), out_dtype=torch.float32))
+
+
+def thirds(x: Tensor) -> Tensor:
+    """x (..., n) float32 -> (..., 3 n) bf16, whose three parts add up to x."""
+    high = x.bfloat16()
+    rest = x - high
+    middle = rest.bfloat16()
+    return torch.cat([high, middle, (rest - middle).bfloat16()], -1)
+
+
+def sum_of_thirds(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (3, -1)).sum(-2)
 
 
 def frozen_product(weight: Tensor, columns: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from dreamtune.adapters.base import (
     Adapter,
     Generators,
-    block_columns,
     blocks_of,
     frozen_product,
+    many_block_columns,
     register,
     unit,
 )
@@ -76,6 +76,6 @@ class ETHERPlus(Adapter):
 
 def _opposed(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """(p, q), each (..., width, 2 n), with `p qᵀ = v̂ v̂ᵀ - û ûᵀ` block by block."""
-    u, v = block_columns(unit(u, -1)), block_columns(unit(v, -1))
-    total, gap = v + u, v - u
-    return torch.cat([gap, total], -1) / 2, torch.cat([total, gap], -1)
+    u, v = unit(torch.stack([u, v]), -1).unbind(0)
+    pair = torch.stack([v - u, v + u], -1)
+    return many_block_columns(pair / 2), many_block_columns(pair.flip(-1))

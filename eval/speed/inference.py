@@ -36,9 +36,7 @@ def main() -> int:
     kind = {"device": args.device, "dtype": dtype}
     print(torch.cuda.get_device_name() if cuda else "CPU", "torch", torch.__version__)
     print("Base and adapter in turn, twice; the smaller median of each.\n")
-    print(
-        "| method | rows | base ms | unmerged | ratio | merged | ratio | kernels, base and unmerged |"
-    )
+    print("| method | rows | base ms | unmerged | ratio | merged | ratio | kernels of both |")
     print("|---|---|---|---|---|---|---|---|")
     for batch in map(int, args.batches.split(",")):
         x = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size, **kind)

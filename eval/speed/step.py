@@ -110,9 +110,7 @@ def main() -> int:
     print(
         "`ours` is the trainer's default step, captured and fused; `equal` the same with a change"
     )
-    print(
-        "of rank 32; `compiled` with compiled transformer blocks; `unfused`; `eager` not captured.\n"
-    )
+    print("of rank 32; `compiled`: its transformer blocks are; `unfused`; `eager`: not captured.\n")
     print(f"| step | batch | ms | peak GiB | {'kernels' if cuda else 'operators'} |")
     print("|---|---|---|---|---|")
     times: dict[tuple[str, int], float] = {}
