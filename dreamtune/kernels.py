@@ -47,7 +47,7 @@ def _store_part(
     tl.store(at + GROUPS, _by_group(second, which))
 
 
-@triton.jit(do_not_specialize=["rows", "per_group", "rows_each", "add"])
+@triton.jit(do_not_specialize=["rows", "span", "per_group", "rows_each", "add"])
 def group_sums(
     x_ptr, add_ptr, part_ptr, rows, width, span, per_group, rows_each, add,
     GROUPS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
@@ -79,7 +79,9 @@ def group_sums(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows", "per_group", "rows_each", "parts", "eps", "add", "silu"])
+@triton.jit(
+    do_not_specialize=["rows", "span", "per_group", "rows_each", "parts", "eps", "add", "silu"]
+)
 def group_apply(
     x_ptr, add_ptr, weight_ptr, bias_ptr, part_ptr, stat_ptr, y_ptr,
     rows, width, span, per_group, rows_each, parts, eps, add, silu,
@@ -130,7 +132,7 @@ def _upstream(x, dy, weight, bias, silu):
     return dy * weight
 
 
-@triton.jit(do_not_specialize=["rows", "per_group", "rows_each", "add", "silu"])
+@triton.jit(do_not_specialize=["rows", "span", "per_group", "rows_each", "add", "silu"])
 def group_sums_back(
     x_ptr, add_ptr, weight_ptr, bias_ptr, stat_ptr, dy_ptr, part_ptr,
     rows, width, span, per_group, rows_each, add, silu,
@@ -168,7 +170,9 @@ def group_sums_back(
     _store_part(part_ptr, n, part, tl.num_programs(1), block, blocks, first, second, which, GROUPS)
 
 
-@triton.jit(do_not_specialize=["rows", "per_group", "rows_each", "parts", "add", "silu", "skip"])
+@triton.jit(
+    do_not_specialize=["rows", "span", "per_group", "rows_each", "parts", "add", "silu", "skip"]
+)
 def group_apply_back(
     x_ptr, add_ptr, weight_ptr, bias_ptr, stat_ptr, dy_ptr, skip_ptr, part_ptr, dx_ptr,
     rows, width, span, per_group, rows_each, parts, add, silu, skip,

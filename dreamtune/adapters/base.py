@@ -108,9 +108,29 @@ class Adapter(nn.Module):
         return torch.full(full, value, dtype=dtype, device=weight.device)
 
 
+class _Unit(torch.autograd.Function):
+    """`unit` with its backward in few kernels: methods call it for every shape at every step."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+        kept = norm.clamp_min(eps)
+        y = x / kept
+        ctx.save_for_backward(y, norm, kept)
+        ctx.dim = dim
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        y, norm, kept = ctx.saved_tensors
+        along = (y * grad).sum(ctx.dim, keepdim=True).masked_fill_(norm < kept, 0.0)
+        return torch.addcmul(grad, y, along, value=-1).div_(kept), None, None
+
+
 def unit(x: Tensor, dim: int, eps: float = 1e-4) -> Tensor:
     """x over its norm along `dim`, at least `eps`: a zero row stays zero, not NaN."""
-    return x / torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(eps)
+    y: Tensor = _Unit.apply(x, dim, eps)
+    return y
 
 
 def block_columns(u: Tensor) -> Tensor:
@@ -120,11 +140,10 @@ def block_columns(u: Tensor) -> Tensor:
 
 def many_block_columns(u: Tensor) -> Tensor:
     """Blocks of m columns, (..., n, k, m) -> (..., n * k, n * m)."""
-    n, _, m = u.shape[-3:]
-    if n == 1:
+    if u.shape[-3] == 1:
         return u.squeeze(-3)
-    eye = torch.eye(n, dtype=u.dtype, device=u.device)
-    return (u.unsqueeze(-2) * eye[:, None, :, None]).flatten(-2).flatten(-3, -2)
+    spread = torch.diag_embed(u.movedim(-3, -1), dim1=-4, dim2=-2)  # its backward is a view
+    return spread.flatten(-2).flatten(-3, -2)
 
 
 def blocks_of(width: int, blocks: int, side: str) -> int:

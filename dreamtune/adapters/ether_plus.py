@@ -77,5 +77,6 @@ class ETHERPlus(Adapter):
 def _opposed(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """(p, q), each (..., width, 2 n), with `p qᵀ = v̂ v̂ᵀ - û ûᵀ` block by block."""
     u, v = unit(torch.stack([u, v]), -1).unbind(0)
-    pair = torch.stack([v - u, v + u], -1)
-    return many_block_columns(pair / 2), many_block_columns(pair.flip(-1))
+    # 1/sqrt(2) in both, so that one is the other with its columns swapped in pairs
+    p = many_block_columns(torch.stack([v - u, v + u], -1) * math.sqrt(0.5))
+    return p, p.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)

@@ -27,12 +27,12 @@ from others import DENSE, PEFT, add_dense, add_peft, plain_step  # noqa: E402
 from dreamtune.capture import CapturedStep  # noqa: E402
 
 OURS = ("lora", "delora", "ether", "ether+")
-# Options that give a change of rank 2 r, DeLoRA's with its residual start.
+# Options that give factors of rank r; DeLoRA's are twice its rank, with the residual start.
 EQUAL: dict[str, Callable[[int], dict[str, int]]] = {
-    "lora": lambda r: {"rank": 2 * r},
-    "delora": lambda r: {"rank": r},
-    "ether": lambda r: {"blocks": 2 * r},
-    "ether+": lambda r: {"blocks": r // 2},
+    "lora": lambda r: {"rank": r},
+    "delora": lambda r: {"rank": r // 2},
+    "ether": lambda r: {"blocks": r},
+    "ether+": lambda r: {"blocks": r // 4},
 }
 EVERY = [
     *(f"ours-{m}" for m in OURS), *(f"equal-{m}" for m in OURS), *(f"compiled-{m}" for m in OURS),
@@ -108,9 +108,9 @@ def main() -> int:
         cases = [c for c in cases if c.split("-")[0] in kinds]
     print(torch.cuda.get_device_name() if cuda else "CPU", "torch", torch.__version__)
     print(
-        "`ours` is the trainer's default step, captured and fused; `equal` the same with a change"
+        "`ours`: the trainer's default step, captured and fused; `equal`: with factors of --rank;"
     )
-    print("of rank 32; `compiled`: its transformer blocks are; `unfused`; `eager`: not captured.\n")
+    print("`compiled`: the transformer blocks compiled; `unfused`; `eager`: fused, not captured.\n")
     print(f"| step | batch | ms | peak GiB | {'kernels' if cuda else 'operators'} |")
     print("|---|---|---|---|---|")
     times: dict[tuple[str, int], float] = {}
