@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 import dreamtune
 from dreamtune import METHODS, Adapter, register
-from dreamtune.adapters.base import _REGISTRY, block_columns, find_method, resolve_options, unit
+from dreamtune.adapters.base import (
+    _REGISTRY,
+    block_columns,
+    find_method,
+    resolve_options,
+    sum_of_thirds,
+    thirds,
+    unit,
+)
 
 
 def make(method, options, shape=(24, 16), slots=1, dtype=torch.float64, seed=0):
@@ -290,3 +298,29 @@ def test_slots_of_a_method_that_is_not_low_rank(toy):
         adapter.route(torch.tensor([1, 0]))
         swapped = unet(*(x.flip(0) for x in inputs)).sample
     torch.testing.assert_close(swapped.flip(0), both, rtol=0, atol=1e-9)
+
+
+def test_unit_and_its_gradient():
+    """A zero row and one below the floor are divided by the floor."""
+    x = torch.randn(3, 2, 5, dtype=torch.float64)
+    x[0, 0], x[1, 1] = 0, x[1, 1] * 1e-6
+    for dim in (-1, -2):
+        x.requires_grad_()
+        y = unit(x, dim)
+        naive = x / torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(1e-4)
+        assert torch.equal(y, naive)
+        grad = torch.randn_like(y)
+        ours, theirs = (torch.autograd.grad(z, x, grad)[0] for z in (y, naive))
+        torch.testing.assert_close(ours, theirs.nan_to_num(), rtol=1e-10, atol=1e-10)
+
+
+def test_thirds_add_up():
+    """What a GPU multiplies in bf16 is the float32 number, to the last bit."""
+    x = torch.randn(2, 7, 5) * torch.logspace(-8, 8, 5)
+    parts = thirds(x)
+    assert parts.dtype == torch.bfloat16 and parts.shape == (2, 7, 15)
+    assert torch.equal(sum_of_thirds(parts.float()), x)
+    weight = torch.randn(2, 4, 7).bfloat16()
+    exact = weight.double() @ x.double()
+    split = sum_of_thirds(weight.float() @ parts.float())
+    assert ((split - exact).norm(dim=1) / exact.norm(dim=1)).max() < 1e-6

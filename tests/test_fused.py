@@ -1,0 +1,138 @@
+"""The fused step. Without a GPU its kernels run in Triton's interpreter, which takes what the
+compiler does not: so they are compiled too, for two makes of GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_unet
+
+from dreamtune import fast_unet, fused_ops
+from dreamtune.attention import JointProjections
+from dreamtune.config import Config
+from dreamtune.run import Run
+
+pytest.importorskip("triton", reason="triton is not on this platform")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROOT = Path(fused_ops.__file__).parent
+
+
+def load_kernels(name: str) -> ModuleType:
+    """A copy of the module of its own."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "kernels.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("target", [80, 90])
+@pytest.mark.parametrize("lanes", [128, 512])
+def test_kernels_compile(target: int, lanes: int) -> None:
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module = load_kernels("compiled_kernels")
+    constants = {"GROUPS": 32, "LANES": lanes, "ROWS": 8, "PARTS": 128, "ACC": tl.float32}
+    names = [
+        "group_sums", "group_apply", "group_sums_back", "group_apply_back", "layer_norm",
+        "layer_norm_back", "geglu", "geglu_back", "add_bias",
+    ]  # fmt: skip
+    for name in names:
+        kernel = getattr(module, name)
+        kinds: dict[str, str] = {}
+        for argument in kernel.arg_names:
+            if argument in constants:
+                kinds[argument] = "constexpr"
+            elif argument.endswith("_ptr"):
+                kinds[argument] = "*fp32" if argument in ("part_ptr", "stat_ptr") else "*bf16"
+            else:
+                kinds[argument] = "fp32" if argument == "eps" else "i32"
+        own = {k: v for k, v in constants.items() if k in kernel.arg_names}
+        source = ASTSource(fn=kernel, signature=kinds, constexprs=own, attrs={})
+        assert "ptx" in triton.compile(source, target=GPUTarget("cuda", target, 32)).asm
+
+
+def test_kernels_equal_torch() -> None:
+    environment = {**os.environ} if DEVICE == "cuda" else {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, str(Path(__file__).parent / "kernel_parity.py")],
+        env=environment, capture_output=True, text=True, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr
+
+
+def test_a_trainable_or_unknown_unet_is_left_alone() -> None:
+    unet = tiny_unet()
+    with pytest.raises(ValueError, match="must be frozen"):
+        fast_unet.fuse(unet.requires_grad_(True))
+    unet.requires_grad_(False)
+    resnets = [m for m in unet.modules() if type(m).__name__ == "ResnetBlock2D"]
+    resnets[0].dropout.p = 0.1
+    done = fast_unet.fuse(unet)
+    assert len(done.left) == 1 and unet.get_submodule(done.left[0]) is resnets[0]
+    assert "forward" not in resnets[0].__dict__ and "forward" in resnets[1].__dict__
+
+
+def test_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`fused` is on, but the kernels need a CUDA device"):
+        Run(Config(device="cpu", fused="on", output_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+    gpu = torch.device("cuda")
+    assert fused_ops.reason_against(gpu) is None
+    assert "checkpointing" in (fused_ops.reason_against(gpu, True) or "")
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_joint_projections_are_the_single_ones(slots: int) -> None:
+    """Outputs and gradients, with and without gradients; a mask goes the stock way."""
+    import dreamtune
+
+    unet = tiny_unet(torch.float64)
+    adapter = dreamtune.inject(unet, "lora", slots=slots)
+    for p in adapter.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 4, 8, 8, generator=g, dtype=torch.float64)
+    text = torch.randn(2, 5, 24, generator=g, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 0, 0]] * 2)
+    attentions = [m for m in unet.modules() if hasattr(m, "processor")]
+    assert all(type(m.processor) is JointProjections for m in attentions)
+    assert {len(m.processor.many.layers) for m in attentions} == {2, 3}
+
+    def results(**options: Any) -> list[torch.Tensor]:
+        y = unet(x, torch.tensor([3, 9]), text, **options).sample
+        with torch.no_grad():
+            again = unet(x, torch.tensor([3, 9]), text, **options).sample
+        return [y, again, *torch.autograd.grad(y.square().sum(), list(adapter.parameters()))]
+
+    joint, masked = results(), results(encoder_attention_mask=mask)
+    for m in attentions:
+        m.processor = m.processor.original
+    for ours, theirs in ((joint, results()), (masked, results(encoder_attention_mask=mask))):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(joint[0], masked[0])
+    torch.testing.assert_close(joint[0], joint[1], rtol=1e-12, atol=1e-12)
+
+
+def test_eject_gives_the_processors_back() -> None:
+    import dreamtune
+
+    unet = tiny_unet()
+    before = [m.processor for m in unet.modules() if hasattr(m, "processor")]
+    dreamtune.inject(unet, "delora").eject()
+    assert [m.processor for m in unet.modules() if hasattr(m, "processor")] == before
