@@ -1,7 +1,7 @@
 """A training step: ours, captured and eager, beside PEFT's adapters and the released dense forms.
 
     python eval/speed/step.py --unet sd15 --batches 1,4,8,16        # on a GPU
-    python eval/speed/step.py --unet tiny                           # on the CPU, a check of this
+    python eval/speed/step.py --unet embedded --batches 1,4         # on the CPU
 
 One process, the same UNet (seeded random weights, bf16 on a GPU) built anew for each row, adapters
 on every attention projection. Ours draws its noise, clips, and keeps adapters in float32; see
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import build_unet, count_kernels, frozen, make_step, median_ms  # noqa: E402
 from others import DENSE, PEFT, add_dense, add_peft, plain_step  # noqa: E402
 
+from dreamtune.base import load_base  # noqa: E402
 from dreamtune.capture import CapturedStep  # noqa: E402
 
 OURS = ("lora", "delora", "ether", "ether+")
@@ -67,14 +68,20 @@ def make_call(case: str, unet: Any, batch: int, args: argparse.Namespace) -> Cal
     return plain_step(unet, add_dense(unet, method, args.rank), batch)
 
 
+def make_unet(args: argparse.Namespace) -> Any:
+    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    if args.unet == "embedded":
+        return load_base("embedded", dtype=dtype, device=args.device).unet
+    size = {"sd15": "full"}.get(args.unet, args.unet)
+    return build_unet(size, device=args.device, dtype=dtype)
+
+
 def measure(case: str, batch: int, args: argparse.Namespace) -> tuple[float, float, int]:
     """(median ms, peak GiB, kernels)."""
     cuda = args.device.startswith("cuda")
     if cuda:
         torch.cuda.empty_cache()
-    size = {"sd15": "full"}.get(args.unet, args.unet)
-    dtype = torch.bfloat16 if cuda else torch.float32
-    unet = build_unet(size, device=args.device, dtype=dtype)
+    unet = make_unet(args)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     call = make_call(case, unet, batch, args)
@@ -86,7 +93,7 @@ def measure(case: str, batch: int, args: argparse.Namespace) -> tuple[float, flo
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--unet", default="sd15", choices=("sd15", "small", "tiny"))
+    parser.add_argument("--unet", default="sd15", choices=("sd15", "embedded", "small", "tiny"))
     parser.add_argument("--batches", default="1,4,8,16")
     parser.add_argument("--methods", help=f"of {','.join(EVERY)} [default: all]")
     parser.add_argument("--rank", type=int, default=16)
