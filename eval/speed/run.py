@@ -46,8 +46,8 @@ def main() -> int:
         "method": args.method, "max_train_steps": args.steps, "validation_steps": args.steps // 4,
         "output_dir": out, "device": args.device,
     }  # fmt: skip
-    code = "import sys; from dreamtune.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "train"]
+    command = [sys.executable, str(Path(__file__).with_name("timed_train.py"))]
+    command += [str(work / "parts.json"), "train"]
     command += [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     began = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT)
@@ -57,9 +57,12 @@ def main() -> int:
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     scoring = sum(r["scoring_seconds"] for r in records)
     loop = records[-1]["seconds"]
+    parts = json.loads((work / "parts.json").read_text())
     print("\n| part | s |\n|---|---|")
     print(f"| from the command to the exported file | {total:.1f} |")
     print(f"| start, load, cache, and after the last scoring | {total - loop:.1f} |")
+    for name, seconds in parts.items():
+        print(f"| of these: {name} | {seconds:.2f} |")
     print(f"| {len(records)} scorings of 8 images | {scoring:.1f} |")
     print(f"| {args.steps} steps, checkpoints | {loop - scoring:.1f} |")
     return 0
