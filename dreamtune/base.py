@@ -73,8 +73,12 @@ class Base:
 
         if fused and not self.fused:
             with quiet_diffusers():
-                fast_unet.fuse(self.unet)
+                left = fast_unet.fuse(self.unet).left
             self.fused = True
+            if left:
+                print(
+                    f"{len(left)} blocks of the UNet are not known and run unfused: {left[0]}, ..."
+                )
         if compiled and not self.compiled:
             fast_unet.compile_blocks(self.unet)
             self.compiled = True

@@ -23,6 +23,8 @@ FREE_ON_RESUME = frozenset(
         "class_data_dir",
         "device",
         "capture",
+        "compile",
+        "fused",
         "early_stop",
     ]
 )

@@ -62,8 +62,8 @@ class Run:
         device = device_and_dtype(config)[0]
         self.against = reason_against(device, config.gradient_checkpointing)
         self.capturing = choose("capture", config.capture, self.against)
-        without = fused_ops.reason_against(device, config.gradient_checkpointing)
-        self.fusing = choose("fused", config.fused, without)
+        self.unfused = fused_ops.reason_against(device, config.gradient_checkpointing)
+        self.fusing = choose("fused", config.fused, self.unfused)
         name = config.name or f"{photo_dir.resolve().name}-{config.method}".replace(" ", "-")
         self.dir = (
             self.checkpoint.parent
@@ -116,6 +116,8 @@ class Run:
         )
         if self.base.device.type == "cuda" and not self.capturing:
             print(f"Steps are not captured: {self.against or '`capture` is off'}.")
+        if self.base.device.type == "cuda" and not self.fusing:
+            print(f"The UNet runs unfused: {self.unfused or '`fused` is off'}.")
         self.bar = progress_bar(self.start, c.max_train_steps or 0)
 
     def attach(self, adapter: InjectedAdapter, step: Step, slot: int) -> None:

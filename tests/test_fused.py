@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_step import make
 from tiny import tiny_unet
 
 from dreamtune import fast_unet, fused_ops
@@ -136,3 +137,25 @@ def test_eject_gives_the_processors_back() -> None:
     before = [m.processor for m in unet.modules() if hasattr(m, "processor")]
     dreamtune.inject(unet, "delora").eject()
     assert [m.processor for m in unet.modules() if hasattr(m, "processor")] == before
+
+
+def test_compiled_blocks_are_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`compile_blocks`, traced as for a GPU but run by torch; samples are not compiled for."""
+    plain_adapter, plain = make("delora", [0])
+    adapter, step = make("delora", [0])
+    original = torch.nn.Module.compile
+    compiled: list[torch.nn.Module] = []
+
+    def compile(module: torch.nn.Module, **options: Any) -> None:
+        compiled.append(module)
+        original(module, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")
+    fast_unet.compile_blocks(step.unet)
+    assert {type(m).__name__ for m in compiled} == {"BasicTransformerBlock"}
+    for k in range(2):
+        plain(k, 1.0)
+        step(k, 1.0)
+    ours, theirs = adapter.state_dict(0), plain_adapter.state_dict(0)
+    assert max((ours[n] - theirs[n]).abs().max().item() for n in ours) < 1e-9
