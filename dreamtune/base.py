@@ -76,9 +76,7 @@ class Base:
                 left = fast_unet.fuse(self.unet).left
             self.fused = True
             if left:
-                print(
-                    f"{len(left)} blocks of the UNet are not known and run unfused: {left[0]}, ..."
-                )
+                print(f"{len(left)} blocks of the UNet run unfused, `{left[0]}` first.")
         if compiled and not self.compiled:
             fast_unet.compile_blocks(self.unet)
             self.compiled = True

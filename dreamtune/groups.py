@@ -72,8 +72,10 @@ class Group:
             part.up, part.down, part.routed, part.wide = u, d, routed, None
         if training or up is None or down.dim() == 4 or not room:
             return
-        self.stack[:, self.weight.shape[1] :] = F.pad(down, (0, 0, 0, room - down.shape[1]))
-        wide_ups = F.pad(up, (0, room - up.shape[-1])).mT.contiguous().split(self.sizes)
+        with torch.no_grad():
+            below = F.pad(down, (0, 0, 0, room - down.shape[1]))
+            self.stack[:, self.weight.shape[1] :] = below
+            wide_ups = F.pad(up, (0, room - up.shape[-1])).mT.contiguous().split(self.sizes)
         for part, wide, u in zip(self.parts, self.stack.split(self.sizes), wide_ups):
             part.wide = Wide(wide, part.bias, u)
 
