@@ -36,7 +36,6 @@ class Base:
     embedded: bool
     device: torch.device
     dtype: torch.dtype
-    unconditional: Tensor | None = None  # what `encode_prompts([""])` gave
     fused: bool = False
     compiled: bool = False
 
@@ -154,7 +153,7 @@ class Base:
     @contextlib.contextmanager
     def sampling(self, sampler: str = "base", prompts: bool = True) -> Iterator[Any]:
         """The pipeline, everything on the device for as long as the block runs. Without `prompts`
-        it has no text encoder and takes embeddings, with `empty_prompt` as the negative ones.
+        it has no text encoder and takes embeddings, negative ones too.
         """
         parts = (self.vae, self.text_encoder) if prompts else (self.vae,)
         with self.on_device(self.dtype, *parts):
@@ -171,12 +170,6 @@ class Base:
         if not self.compiled:
             return contextlib.nullcontext()
         return torch.compiler.set_stance("force_eager")
-
-    def empty_prompt(self) -> Tensor:
-        """(1, tokens, dim): the embedding of no prompt, encoded once."""
-        if self.unconditional is None:
-            self.unconditional = self.encode_prompts([""]).to(self.dtype)
-        return self.unconditional
 
     def pipeline(self, sampler: str = "base", prompts: bool = True) -> Any:
         """A StableDiffusionPipeline of these very modules, without a safety checker, and without

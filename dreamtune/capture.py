@@ -16,9 +16,7 @@ from dreamtune.step import Step
 WARM_UP = 3  # steps, so that libraries have made their workspaces and chosen their kernels
 
 
-def reason_against(
-    device: torch.device, gradient_checkpointing: bool = False, compiled: bool = False
-) -> str | None:
+def reason_against(device: torch.device, gradient_checkpointing: bool = False) -> str | None:
     """Why a step here cannot be captured, or None."""
     if device.type != "cuda":
         return f"CUDA graphs need a CUDA device, this is {device.type}"
@@ -26,8 +24,6 @@ def reason_against(
         return f"torch {torch.__version__} cannot register generators with a CUDA graph"
     if gradient_checkpointing:
         return "gradient checkpointing saves the state of random generators, which a graph cannot"
-    if compiled:
-        return "the UNet is compiled with CUDA graphs of its own"
     return None
 
 

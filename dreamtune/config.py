@@ -148,8 +148,8 @@ class Config:
     )
     compile: bool = opt(
         False,
-        "also compile the transformer blocks: worth it from a few thousand steps on; the result is "
-        "kept for the next run",
+        "also compile the transformer blocks: a few percent of a step for most of a minute of "
+        "warm-up, less where a run before this one left its kernels",
         "training",
     )
     device: str | None = opt(

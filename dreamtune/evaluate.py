@@ -49,31 +49,31 @@ class Evaluator:
         self.plain = [without_identifier(p, subject.identifier) for p in self.prompts]
         self.scorers = scorers or load_scorers(config, base)
         self.references = self.scorers.references(list(photos)) if self.scorers else None
-        self.embeds: Tensor | None = None
+        self.embeds: dict[str, Tensor] = {}
         self.folder = Path(config.output_dir or ".") / "samples"
 
     def __call__(self, step: int) -> tuple[list[Image.Image], dict[str, Any]]:
         images = self.sample()
         return images, self.judge(step, images)
 
-    def embeddings(self) -> Tensor:
-        """(images, tokens, dim) of the prompts, encoded once."""
-        if self.embeds is None:
+    def embeddings(self) -> dict[str, Tensor]:
+        """Arguments of `sample`: prompt_embeds (images, tokens, dim), negative_prompt_embeds (1,
+        tokens, dim); encoded once.
+        """
+        if not self.embeds:
             encoded = self.base.encode_prompts(["", *self.prompts]).to(self.base.dtype)
-            self.base.unconditional, self.embeds = encoded[:1], encoded[1:]
+            self.embeds = {"prompt_embeds": encoded[1:], "negative_prompt_embeds": encoded[:1]}
         return self.embeds
 
     def sample(self) -> list[Image.Image]:
         embeds = self.embeddings()
-        nothing = self.base.empty_prompt()
         with self.base.sampling(self.config.sampler or "base", prompts=False) as pipe:
             return sample(
                 pipe,
                 self.prompts,
                 self.seeds,
-                prompt_embeds=embeds,
-                negative_prompt_embeds=nothing,
                 batch_size=self.config.sample_batch_size,
+                **embeds,
                 **sampling_options(self.config),
             )
 
@@ -114,7 +114,8 @@ def sample_slots(
     c = evaluators[0].config
     if adapter.slots == 1:
         return [e.sample() for e in evaluators]
-    embeds = torch.cat([e.embeddings() for e in evaluators])
+    embeds = torch.cat([e.embeddings()["prompt_embeds"] for e in evaluators])
+    nothing = evaluators[0].embeddings()["negative_prompt_embeds"]
     prompts = [p for e in evaluators for p in e.prompts]
     seeds = [s for e in evaluators for s in e.seeds]
     counts = torch.tensor([len(e.prompts) for e in evaluators])
@@ -122,7 +123,6 @@ def sample_slots(
     doubled = 2 if (c.guidance_scale or 0) > 1 else 1  # all rows without the prompt, then with it
     made: list[Image.Image] = []
     try:
-        nothing = base.empty_prompt()
         with base.sampling(c.sampler or "base", prompts=False) as pipe:
             for start in range(0, len(prompts), c.sample_batch_size):
                 rows = slice(start, start + c.sample_batch_size)

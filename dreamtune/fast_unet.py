@@ -25,8 +25,7 @@ from dreamtune import fused_ops as ops
 class Fused:
     """What `fuse` did, counted; `undo` takes it back."""
 
-    def __init__(self, unet: nn.Module) -> None:
-        self.unet = unet
+    def __init__(self) -> None:
         self.modules: list[nn.Module] = []
         self.left: list[str] = []  # blocks that run as diffusers wrote them
 
@@ -53,12 +52,11 @@ def fuse(unet: nn.Module) -> Fused:
     if any(p.requires_grad for p in unet.parameters()):
         raise ValueError("`unet` must be frozen: fused blocks give its weights no gradient")
     unet.to(memory_format=torch.channels_last)
-    done, shared = Fused(unet), _SiLU()
+    done, shared = Fused(), _SiLU()
     for name, module in unet.named_modules():
         if type(module) is ResnetBlock2D:
-            known, forward = knows_resnet(module), partial(resnet, module, shared)
-            if known:
-                forward = partial(resnet, module, shared, time_bias(module))
+            known = knows_resnet(module)
+            forward = partial(resnet, module, shared, time_bias(module) if known else None)
         elif type(module) is Transformer2DModel:
             known = knows_transformer(module)
             forward = partial(transformer, module, module.forward)
@@ -144,7 +142,7 @@ def time_bias(m: Any) -> Tensor:
     return (m.time_emb_proj.bias + m.conv1.bias).detach()
 
 
-def resnet(m: Any, silu: _SiLU, bias: Tensor, x: Tensor, temb: Tensor, *rest: Any) -> Tensor:
+def resnet(m: Any, silu: _SiLU, bias: Any, x: Tensor, temb: Tensor) -> Tensor:
     """`ResnetBlock2D.forward`."""
     h, x = apply_norm(m.norm1, x, silu=True)
     h = F.conv2d(h, m.conv1.weight, None, m.conv1.stride, m.conv1.padding)
@@ -162,6 +160,11 @@ def pointwise(x: Tensor, layer: Any) -> Tensor:
     return F.linear(x.permute(0, 2, 3, 1), weight, layer.bias).permute(0, 3, 1, 2)
 
 
+def unknown(rest: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    """Whether a call has an argument beyond those that a fused forward takes."""
+    return any(x is not None for x in (*rest, *options.values()))
+
+
 def knows_transformer(m: Any) -> bool:
     return bool(
         m.is_input_continuous
@@ -176,21 +179,15 @@ def transformer(
     original: Callable[..., Any],
     hidden_states: Tensor,
     encoder_hidden_states: Tensor | None = None,
-    timestep: Any = None,
-    added_cond_kwargs: Any = None,
-    class_labels: Any = None,
-    cross_attention_kwargs: Any = None,
-    attention_mask: Any = None,
-    encoder_attention_mask: Any = None,
+    *rest: Any,
     return_dict: bool = True,
+    **options: Any,
 ) -> Any:
     """`Transformer2DModel.forward`, of pictures."""
-    other = (timestep, class_labels, cross_attention_kwargs, attention_mask, encoder_attention_mask)
-    if return_dict or m.gradient_checkpointing or any(x is not None for x in other):
+    if return_dict or m.gradient_checkpointing or unknown(rest, options):
         return original(
-            hidden_states, encoder_hidden_states, timestep, added_cond_kwargs, class_labels,
-            cross_attention_kwargs, attention_mask, encoder_attention_mask, return_dict,
-        )  # fmt: skip
+            hidden_states, encoder_hidden_states, *rest, return_dict=return_dict, **options
+        )
     n, _, height, width = hidden_states.shape
     y, skip = apply_norm(m.norm, hidden_states)
     y = F.linear(y.permute(0, 2, 3, 1).flatten(1, 2), m.proj_in.weight.flatten(1), m.proj_in.bias)
@@ -224,19 +221,12 @@ def block(
     hidden_states: Tensor,
     attention_mask: Any = None,
     encoder_hidden_states: Tensor | None = None,
-    encoder_attention_mask: Any = None,
-    timestep: Any = None,
-    cross_attention_kwargs: Any = None,
-    class_labels: Any = None,
-    added_cond_kwargs: Any = None,
+    *rest: Any,
+    **options: Any,
 ) -> Tensor:
     """`BasicTransformerBlock.forward`, with each sum in the norm that follows it."""
-    other = (attention_mask, encoder_attention_mask, timestep, cross_attention_kwargs, class_labels)
-    if any(x is not None for x in other):
-        return original(
-            hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
-            cross_attention_kwargs, class_labels, added_cond_kwargs,
-        )  # fmt: skip
+    if attention_mask is not None or unknown(rest, options):
+        return original(hidden_states, attention_mask, encoder_hidden_states, *rest, **options)
     y, x = apply_layer_norm(m.norm1, hidden_states)
     y, x = apply_layer_norm(m.norm2, m.attn1(y), x)
     y, x = apply_layer_norm(m.norm3, m.attn2(y, encoder_hidden_states=encoder_hidden_states), x)

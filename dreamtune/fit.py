@@ -62,8 +62,8 @@ def one_step(base: Base, runs: Sequence[Run]) -> None:
 def one_sampling(base: Base, run: Run) -> None:
     """A batch as large as `sample_batch_size`, in one sampling step."""
     c, n = run.config, run.config.sample_batch_size
-    embeds = run.evaluator.embeddings()[:1].expand(n, -1, -1)
-    text = {"prompt_embeds": embeds, "negative_prompt_embeds": base.empty_prompt()}
+    text = dict(run.evaluator.embeddings())
+    text["prompt_embeds"] = text["prompt_embeds"][:1].expand(n, -1, -1)
     with base.sampling(c.sampler or "base", prompts=False) as pipe:
         options = {**sampling_options(c), "steps": 1}
         sample(pipe, [""] * n, [0] * n, batch_size=n, **text, **options)

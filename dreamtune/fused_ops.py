@@ -1,8 +1,8 @@
 """The operators of the fused step, as functions with a backward: each is one or two kernels.
 
 Pictures come and go channels-last, (N, C, H, W) with C innermost in memory. Norm weights, biases
-and `add` get no gradient: in a frozen UNet none of them asks for one. `supported` says where these
-run; elsewhere the UNet's own modules do.
+and `add` get no gradient: in a frozen UNet none of them asks for one. `reason_against` says
+where these cannot run; there the UNet's own modules do.
 """
 
 from __future__ import annotations

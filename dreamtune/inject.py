@@ -149,11 +149,12 @@ class InjectedAdapter:
         Call it by hand only where parameters were changed behind autograd's back (a CUDA graph's
         replay, `.data`).
         """
+        training = self._training()
         for group in self.groups:
             up, down = self._factors(group)
-            group.set(up, down, self._rows is not None, self._training())
+            group.set(up, down, self._rows is not None, training)
         # Factors that carry a graph belong to one step: the next forward computes them again.
-        self._fresh = None if self._training() else self._state()
+        self._fresh = None if training else self._state()
 
     def _factors(self, group: Group) -> tuple[Tensor | None, Tensor]:
         """The group's (up, down) with strength, routing and the compute dtype applied, (L, ...)."""

@@ -275,8 +275,8 @@ def class_images(config: Config, base: Base) -> list[Photo]:
     if missing:
         print(f"Making {len(missing)} class images of `{config.class_prompt}` in {folder}")
         note.write_text(json.dumps(origin))
-        embeds = base.encode_prompts([config.class_prompt]).to(base.dtype)
-        nothing = base.empty_prompt()
+        encoded = base.encode_prompts(["", config.class_prompt]).to(base.dtype)
+        nothing, embeds = encoded.split(1)
         with base.sampling(config.sampler or "base", prompts=False) as pipe:
             for start in range(0, len(missing), config.sample_batch_size):
                 part = missing[start : start + config.sample_batch_size]
