@@ -1,17 +1,22 @@
-"""The training step as one CUDA graph: the eager step is bound by launching its kernels one by one,
-a replay launches them all.
+"""The training step as one CUDA graph, and the forward of sampling as another: eager ones are bound
+by launching their kernels one by one, a replay launches them all.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dreamtune.step import Step
+
+if TYPE_CHECKING:
+    from dreamtune.inject import InjectedAdapter
 
 WARM_UP = 3  # steps, so that libraries have made their workspaces and chosen their kernels
 
@@ -43,10 +48,12 @@ class CapturedStep:
 
     The graph holds the addresses of everything that a step reads: after the first call parameters,
     weights, cache and optimizer state may be changed in place, not replaced.
+
+    pool: memory shared with other graphs, whose replays must be over when this one runs.
     """
 
-    def __init__(self, step: Step) -> None:
-        self.step = step
+    def __init__(self, step: Step, pool: Any = None) -> None:
+        self.step, self.pool = step, pool
         self.graph: Any = None
         self._addresses: list[int] = []
 
@@ -99,22 +106,95 @@ class CapturedStep:
         for generator in self.step.generators:
             graph.register_generator_state(generator)
         self.step.prepare(k, factor)
-        gc.collect()
-        collecting = gc.isenabled()
-        gc.disable()  # what a collection would free now could end the capture
-        try:
-            with torch.cuda.graph(graph, stream=stream):
-                self.step.body()
-        except RuntimeError as error:
-            first = error.__context__ or error
-            raise RuntimeError(
-                f"the training step could not be captured as a CUDA graph: {first}. Start again "
-                "with --capture off (or `capture: off`)"
-            ) from error
-        finally:
-            if collecting:
-                gc.enable()
+        with recording(graph, "training step", self.pool, stream):
+            self.step.body()
         return graph
+
+
+class CapturedForward:
+    """Inside `with forward.installed():` the adapted model's calls are replays of CUDA graphs, one
+    for each shape of its inputs: the first call of a shape runs eagerly, the second is recorded.
+
+    For calls without gradients as a Stable Diffusion pipeline makes them; others run eagerly. The
+    adapter's factors are computed before a replay as before any call, where strength, slots or
+    parameters have changed.
+    """
+
+    def __init__(self, adapter: InjectedAdapter) -> None:
+        self.adapter, self.model = adapter, adapter.model
+        self.pool = torch.cuda.graph_pool_handle()
+        self.graphs: dict[tuple[Any, ...], tuple[Any, list[Tensor], Tensor] | None] = {}
+        self._addresses: list[int] = []
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        model: Any = self.model
+        addresses = [p.data_ptr() for p in model.parameters()]
+        if addresses != self._addresses:
+            self.graphs, self._addresses = {}, addresses
+        with torch.no_grad():
+            self.adapter.refresh()  # into the places that a graph reads
+        self.eager = model.forward
+        model.forward = self._forward
+        try:
+            yield
+        finally:
+            del model.forward
+
+    def _forward(
+        self,
+        sample: Tensor,
+        timestep: Any,
+        encoder_hidden_states: Any,
+        *rest: Any,
+        return_dict: bool = True,
+        **options: Any,
+    ) -> Any:
+        inputs = [sample, timestep, encoder_hidden_states]
+        usual = not rest and not return_dict and all(v is None for v in options.values())
+        tensors = sample.is_cuda and all(isinstance(x, Tensor) for x in inputs)
+        if not usual or not tensors or torch.is_grad_enabled():
+            return self.eager(*inputs, *rest, return_dict=return_dict, **options)
+        routed = self.adapter.groups[0].parts[0].routed
+        key = (routed, torch.is_inference_mode_enabled(), *((x.shape, x.dtype) for x in inputs))
+        if key not in self.graphs:
+            self.graphs[key] = None
+            return self.eager(*inputs, return_dict=False)
+        graph, places, output = self.graphs[key] = self.graphs[key] or self._record(inputs)
+        for place, x in zip(places, inputs, strict=True):
+            place.copy_(x)
+        graph.replay()
+        return (output.clone(),)  # some samplers keep what they are given
+
+    def _record(self, inputs: list[Any]) -> tuple[Any, list[Tensor], Tensor]:
+        device = inputs[0].device
+        places = [x.to(device, copy=True) for x in inputs]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), recording(graph, "forward of sampling", self.pool):
+            output = self.eager(*places, return_dict=False)[0]
+        return graph, places, output
+
+
+@contextmanager
+def recording(
+    graph: Any, what: str, pool: Any = None, stream: torch.cuda.Stream | None = None
+) -> Iterator[None]:
+    """What runs inside becomes the graph. Raises RuntimeError with the way out where it cannot."""
+    gc.collect()
+    collecting = gc.isenabled()
+    gc.disable()  # what a collection would free now could end the capture
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            yield
+    except RuntimeError as error:
+        first = error.__context__ or error
+        raise RuntimeError(
+            f"the {what} could not be captured as a CUDA graph: {first}. Start again with "
+            "--capture off (or `capture: off`)"
+        ) from error
+    finally:
+        if collecting:
+            gc.enable()
 
 
 # by name: the stubs of some torch versions lack it

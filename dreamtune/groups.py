@@ -53,8 +53,15 @@ class Group:
         for layer, row in zip(self.layers, self.weight):
             row.copy_(layer.weight.data)
             layer.weight.data = row
+        self.places: dict[tuple[object, ...], Tensor] = {}
+        # kept like the stack, so that a recorded forward finds the factors where they were
+        self.ups = self.stack.new_zeros(len(self.layers), room, out)
+        self.wides: list[Wide | None] = [None] * len(self.parts)
         for part, weight in zip(self.parts, self.weight.split(self.sizes)):
             part.weight, part.wide = weight, None
+        if room:
+            places = zip(self.parts, self.stack.split(self.sizes), self.ups.split(self.sizes))
+            self.wides = [Wide(wide, part.bias, ups) for part, wide, ups in places]
 
     @torch.no_grad()
     def room(self, weight: Tensor) -> int:
@@ -63,21 +70,38 @@ class Group:
             return 0
         return wide_rank(adapter.factors(weight)[1].shape[-2])
 
+    def clear(self) -> None:
+        """Lets go of the factors, and so of the graph that they carry."""
+        for part in self.parts:
+            part.up = part.wide = None
+            part.__dict__.pop("down", None)
+
     def set(self, up: Tensor | None, down: Tensor, routed: bool, training: bool) -> None:
         """Gives the layers their factors, (L, [K,] out, R) and (L, [K,] R, in)."""
-        room = self.stack.shape[1] - self.weight.shape[1]
+        room = self.ups.shape[1]
+        wide = not training and up is not None and down.dim() == 3 and room > 0
+        if not wide and not torch.is_grad_enabled():
+            up, down = None if up is None else self.placed("up", up), self.placed("down", down)
         downs = down.split(self.sizes)
         ups = [None] * len(downs) if up is None else up.split(self.sizes)
         for part, u, d in zip(self.parts, ups, downs, strict=True):
             part.up, part.down, part.routed, part.wide = u, d, routed, None
-        if training or up is None or down.dim() == 4 or not room:
+        if not wide:
             return
+        assert up is not None
         with torch.no_grad():
             below = F.pad(down, (0, 0, 0, room - down.shape[1]))
             self.stack[:, self.weight.shape[1] :] = below
-            wide_ups = F.pad(up, (0, room - up.shape[-1])).mT.contiguous().split(self.sizes)
-        for part, wide, u in zip(self.parts, self.stack.split(self.sizes), wide_ups):
-            part.wide = Wide(wide, part.bias, u)
+            self.ups[:, : up.shape[-1]] = up.mT
+        for part, kept in zip(self.parts, self.wides):
+            part.wide = kept
+
+    def placed(self, name: str, x: Tensor) -> Tensor:
+        """x without a gradient, always in the same place: a recorded forward reads it there."""
+        key = (name, x.shape, x.dtype, x.is_inference())
+        if key not in self.places:
+            self.places[key] = x.detach().clone()
+        return self.places[key].copy_(x.detach())
 
 
 def find_targets(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from dreamtune.adapters import Adapter, find_method, resolve_options
 from dreamtune.attention import JointProjections, joint_layers, project_jointly
+from dreamtune.beside import beside
 from dreamtune.groups import TARGET_MODULES, Group, find_targets
 from dreamtune.layer import AdaptedLinear
 
@@ -149,9 +151,12 @@ class InjectedAdapter:
         Call it by hand only where parameters were changed behind autograd's back (a CUDA graph's
         replay, `.data`).
         """
-        training = self._training()
+        training, self._fresh = self._training(), None
         for group in self.groups:
-            up, down = self._factors(group)
+            group.clear()  # a graph of an earlier step would decide on which stream gradients run
+        tasks = [partial(self._factors, group) for group in self.groups]
+        made = beside(tasks, self.groups[0].weight.device)
+        for group, (up, down) in zip(self.groups, made):
             group.set(up, down, self._rows is not None, training)
         # Factors that carry a graph belong to one step: the next forward computes them again.
         self._fresh = None if training else self._state()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dreamtune import fused_ops, runstate
 from dreamtune.assemble import build_step
 from dreamtune.base import Base, load_base
-from dreamtune.capture import CapturedStep, choose, reason_against
+from dreamtune.capture import CapturedForward, CapturedStep, choose, reason_against
 from dreamtune.config import Config
 from dreamtune.configfile import continued
 from dreamtune.data import read_folder
@@ -107,7 +108,9 @@ class Run:
         c = self.config
         adapter, step = build_step(self.base, [c], [self.cache], [self.pools])
         self.attach(adapter, step, 0)
-        self.do_step: Step | CapturedStep = CapturedStep(step) if self.capturing else step
+        forward = CapturedForward(adapter) if self.capturing else None
+        self.do_step: Step | CapturedStep = CapturedStep(step, forward.pool) if forward else step
+        self.replayed = forward.installed if forward else nullcontext
         self.began, self.prepared = time.perf_counter(), time.perf_counter() - self.began
         print(
             f"{c.method} {options_text(c.options)}: {adapter.num_parameters:,} "
@@ -193,7 +196,7 @@ class Run:
             f"sampling {len(self.evaluator.prompts)} images{self.score_text()}"
         )
         began = time.perf_counter()
-        with at_step(self.adapter, k):
+        with at_step(self.adapter, k), self.replayed():
             images = self.evaluator.sample()
         self.record(k, images, self._step.take_mean()[0], began)
         self.bar.set_postfix_str(self.score_text().lstrip(" |"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from PIL import Image
 from dreamtune import runstate
 from dreamtune.assemble import build_step
 from dreamtune.base import Base
-from dreamtune.capture import CapturedStep
+from dreamtune.capture import CapturedForward, CapturedStep
 from dreamtune.config import CPU_SLOTS, Config
 from dreamtune.evaluate import at_step, sample_slots
 from dreamtune.optim import learning_rate_factor
@@ -74,16 +75,17 @@ class Wave:
         for slot, (adapter_state, step_state) in enumerate(states):
             self.adapter.load_state_dict(adapter_state, slot)
             self.step.load_state_dict(step_state, slot)
-        self.do_step: Step | CapturedStep = self.step
-        if kept[0].capturing:
-            self.do_step = CapturedStep(self.step)
+        forward = CapturedForward(self.adapter) if kept[0].capturing else None
+        step = self.step
+        self.do_step: Step | CapturedStep = CapturedStep(step, forward.pool) if forward else step
+        self.replayed = forward.installed if forward else nullcontext
 
     def unload(self) -> None:
         """Takes the adapter out of the base and lets go of its memory."""
         self.adapter.eject()
         for run in self.runs.values():
             del run.adapter, run._step
-        del self.adapter, self.step, self.do_step
+        del self.adapter, self.step, self.do_step, self.replayed
         self.adapter = None
         release(self.base)
 
@@ -93,7 +95,7 @@ class Wave:
             return
         began = time.perf_counter()
         self.bar.set_postfix_str(f"sampling for {len(due)} runs")
-        with at_step(self.adapter, k):
+        with at_step(self.adapter, k), self.replayed():
             images = self.sample(due)
         losses = self.step.take_mean()
         for label, pictures in images.items():

@@ -13,11 +13,10 @@ import dreamtune
 from dreamtune import METHODS, Adapter, register
 from dreamtune.adapters.base import (
     _REGISTRY,
+    bf16_parts,
     block_columns,
     find_method,
     resolve_options,
-    sum_of_thirds,
-    thirds,
     unit,
 )
 
@@ -314,13 +313,42 @@ def test_unit_and_its_gradient():
         torch.testing.assert_close(ours, theirs.nan_to_num(), rtol=1e-10, atol=1e-10)
 
 
-def test_thirds_add_up():
-    """What a GPU multiplies in bf16 is the float32 number, to the last bit."""
+@pytest.mark.parametrize("parts, bound", [(3, 0.0), (2, 2.0**-17)])
+def test_bf16_parts_add_up(parts: int, bound: float):
+    """What a GPU multiplies in bf16 is the float32 number: to the last bit, or to 16 bits."""
     x = torch.randn(2, 7, 5) * torch.logspace(-8, 8, 5)
-    parts = thirds(x)
-    assert parts.dtype == torch.bfloat16 and parts.shape == (2, 7, 15)
-    assert torch.equal(sum_of_thirds(parts.float()), x)
+    split = bf16_parts(x, parts)
+    assert split.dtype == torch.bfloat16 and split.shape == (2, 7, 5 * parts)
+    total = split.float().unflatten(-1, (parts, -1)).sum(-2)
+    assert ((total - x) / x).abs().max() <= bound
     weight = torch.randn(2, 4, 7).bfloat16()
     exact = weight.double() @ x.double()
-    split = sum_of_thirds(weight.float() @ parts.float())
-    assert ((split - exact).norm(dim=1) / exact.norm(dim=1)).max() < 1e-6
+    product = (weight.float() @ split.float()).unflatten(-1, (parts, -1)).sum(-2)
+    assert ((product - exact).norm(dim=1) / exact.norm(dim=1)).max() < max(1e-6, 2 * bound)
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+@pytest.mark.parametrize("shape", [(12, 12), (12, 24)])
+def test_ether_plus_columns_written_by_hand(sides: int, shape: tuple[int, int]):
+    """Factors and gradients of what is written out, against autograd's through the formula."""
+    weight = torch.randn(3, *shape, dtype=torch.float64)
+    adapter = find_method("ether+")(weight, slots=2, blocks=3, sides=sides)
+    disturb(adapter)
+    change = torch.randn(3, 2, *shape, dtype=torch.float64)
+
+    def reflection(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        u, v = (x / x.norm(dim=-1, keepdim=True) for x in (u, v))
+        blocks = v.unsqueeze(-1) * v.unsqueeze(-2) - u.unsqueeze(-1) * u.unsqueeze(-2)
+        rows = [[torch.block_diag(*b) for b in slots] for slots in blocks]
+        dense = torch.stack([torch.stack(r) for r in rows])
+        return dense + torch.eye(dense.shape[-1], dtype=dense.dtype)
+
+    naive = reflection(adapter.u, adapter.v) @ weight.unsqueeze(1)
+    if sides == 2:
+        naive = naive @ reflection(adapter.u_in, adapter.v_in)
+    ours = adapter.merged(weight)
+    torch.testing.assert_close(ours, naive)
+    parameters = list(adapter.parameters())
+    gradients = [torch.autograd.grad((x * change).sum(), parameters) for x in (ours, naive)]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 from test_step import make
 from test_train import scorer_names, settings  # noqa: F401  (fixtures)
+from tiny import unet_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreamtune import METHODS
-from dreamtune.capture import CapturedStep, choose, reason_against
+from dreamtune.capture import CapturedForward, CapturedStep, choose, reason_against
 from dreamtune.config import Config
 from dreamtune.run import Run
 from dreamtune.train import Interrupted, train
@@ -79,6 +81,86 @@ def test_what_is_cached_by_version_sees_the_replay() -> None:
     with torch.no_grad():
         adapter.refresh()
         assert torch.equal(step.unet(*row, return_dict=False)[0], said[2])
+
+
+@needs_cuda
+def test_a_step_is_captured_after_eager_ones() -> None:
+    eager_adapter, eager = on_cuda("delora", [0])
+    adapter, step = on_cuda("delora", [0])
+    captured = CapturedStep(step)
+    for k in range(6):
+        eager(k, 1.0)
+        (step if k < 3 else captured)(k, 1.0)
+    assert gap(adapter.state_dict(), eager_adapter.state_dict()) < TOLERANCE
+
+
+def said_by(adapter: Any, batch: int, route: list[int] | None) -> torch.Tensor:
+    device = adapter.groups[0].weight.device
+    x, t, text = (z.to(device) for z in unet_inputs(batch, torch.float64))
+    rows = None if route is None else torch.tensor(route, device=device)
+    adapter.route(rows)
+    with torch.no_grad():
+        said: torch.Tensor = adapter.model(x, t[0], text, return_dict=False)[0]
+    adapter.route(None)
+    return said
+
+
+@needs_cuda
+@pytest.mark.parametrize("method", ["lora", "delora", "ether", "ether+"])
+@pytest.mark.parametrize("slots, routes", [([0], [None]), ([0, 1, 2], [[2, 0, 1], [1, 1, 0]])])
+def test_replayed_forward_equals_eager(
+    method: str, slots: list[int], routes: list[list[int] | None]
+) -> None:
+    """Between steps, for other strengths, routes and batch sizes, in a pool with the step."""
+    adapter, step = on_cuda(method, slots)
+    forward = CapturedForward(adapter)
+    captured = CapturedStep(step, forward.pool)
+    for k in range(4):
+        captured(k, 1.0)
+        for scale in (1.0, 0.5):
+            adapter.scale = scale
+            for route in routes:
+                batch = 3 if route else 1 + k % 2
+                plain = said_by(adapter, batch, route)
+                with forward.installed():
+                    again = [said_by(adapter, batch, route) for _ in range(3)]
+                assert all(torch.allclose(x, plain, rtol=1e-9, atol=1e-12) for x in again)
+        adapter.scale = 1.0
+    kept = [g for g in forward.graphs.values() if g is not None]
+    assert len(kept) == (1 if len(slots) > 1 else 2)
+    assert "forward" not in adapter.model.__dict__
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("slots, route", [([0], None), ([0, 1, 2], [2, 0, 1])])
+def test_factors_stay_where_a_recorded_forward_reads_them(
+    method: str, slots: list[int], route: list[int] | None
+) -> None:
+    adapter, step = make(method, slots)
+    places, said = [], []
+    for k in range(2):
+        step(k, 1.0)
+        said.append(said_by(adapter, 3, route))
+        parts = [part for group in adapter.groups for part in group.parts]
+        read = [p.wide and (p.wide.flat, p.wide.up) or (p.up, p.down) for p in parts]
+        places.append([x.data_ptr() for pair in read for x in pair])
+    assert places[0] == places[1] and not torch.equal(said[0], said[1])
+
+
+def test_a_refresh_lets_go_of_the_graph_before() -> None:
+    """Else its gradients decide on which stream those of the next step run."""
+    adapter, _ = make("delora", [0])
+    adapter.refresh()
+    before = weakref.ref(adapter.groups[0].parts[0].up)
+    seen: list[Any] = []
+    original = type(adapter.groups[0].adapter).factors
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(adapter.groups[0].adapter), "factors",
+            lambda self, weight: seen.append(before()) or original(self, weight),
+        )  # fmt: skip
+        adapter.refresh()
+    assert seen and all(x is None for x in seen)
 
 
 @needs_cuda

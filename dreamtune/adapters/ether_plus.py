@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,6 @@ from dreamtune.adapters.base import (
     Generators,
     blocks_of,
     frozen_product,
-    many_block_columns,
     register,
     unit,
 )
@@ -64,19 +64,50 @@ class ETHERPlus(Adapter):
         return nn.Parameter(u), nn.Parameter(-u)
 
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        p, q = _opposed(self.u, self.v)
-        down = frozen_product(weight.mT, q).mT
         if self.options["sides"] == 1:
-            return p, down
+            ((p, q),) = _opposed((self.u, self.v))
+            return p, frozen_product(weight.mT, q).mT
         # (I + p qᵀ) W (I + s tᵀ) - W = p (qᵀ W) + (W s + p (qᵀ W) s) tᵀ
-        s, t = _opposed(self.u_in, self.v_in)
+        outer, inner = (self.u, self.v), (self.u_in, self.v_in)
+        together = self.u.shape == self.u_in.shape  # half the kernels
+        (p, q), (s, t) = _opposed(outer, inner) if together else _opposed(outer) + _opposed(inner)
+        down = frozen_product(weight.mT, q).mT
         right = frozen_product(weight, s) + p @ (down @ s)
         return torch.cat([p, right], -1), torch.cat([down, t.mT], -2)
 
 
-def _opposed(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(p, q), each (..., width, 2 n), with `p qᵀ = v̂ v̂ᵀ - û ûᵀ` block by block."""
-    u, v = unit(torch.stack([u, v]), -1).unbind(0)
-    # 1/sqrt(2) in both, so that one is the other with its columns swapped in pairs
-    p = many_block_columns(torch.stack([v - u, v + u], -1) * math.sqrt(0.5))
-    return p, p.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+def _opposed(*pairs: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """For each (u, v), all of one shape, (p, q), each (..., width, 2 n), with
+    `p qᵀ = v̂ v̂ᵀ - û ûᵀ` block by block.
+    """
+    units = unit(torch.stack([x for pair in zip(*pairs) for x in pair]), -1)
+    p, q = _Columns.apply(units.unflatten(0, (2, -1)))
+    return list(zip(p.unbind(0), q.unbind(0)))
+
+
+class _Columns(torch.autograd.Function):
+    """(û, v̂) (2, ..., n, k) -> p, q (..., n k, 2 n), columns (v̂ - û, v̂ + û) / sqrt(2) of a block
+    in p, swapped in q. By hand: autograd takes twice the kernels, for every shape at every step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, units: Tensor) -> tuple[Tensor, Tensor]:
+        u, v = units.mT.unbind(0)  # (..., k, n)
+        n = u.shape[-1]
+        p = u.new_zeros(*u.shape[:-2], n, u.shape[-2], n, 2)
+        minus, plus = p.diagonal(dim1=-4, dim2=-2).unbind(-2)
+        torch.sub(v, u, out=minus)
+        torch.add(v, u, out=plus)
+        p.mul_(math.sqrt(0.5))
+        ctx.n = n
+        return p.flatten(-4, -3).flatten(-2), p.flip(-1).flatten(-4, -3).flatten(-2)
+
+    @staticmethod
+    def backward(ctx: Any, dp: Tensor, dq: Tensor) -> Tensor:  # type: ignore[override]
+        shape = (*dp.shape[:-2], ctx.n, -1, ctx.n, 2)
+        both = dp.reshape(shape) + dq.reshape(shape).flip(-1)
+        minus, plus = both.diagonal(dim1=-4, dim2=-2).unbind(-2)  # (..., k, n)
+        d = both.new_empty(2, *minus.mT.shape)
+        torch.sub(plus.mT, minus.mT, out=d[0])
+        torch.add(plus.mT, minus.mT, out=d[1])
+        return d.mul_(math.sqrt(0.5))
