@@ -134,12 +134,14 @@ class CapturedForward:
             self.graphs, self._addresses = {}, addresses
         with torch.no_grad():
             self.adapter.refresh()  # into the places that a graph reads
-        self.eager = model.forward
+        self.eager, own = model.forward, model.__dict__.get("forward")
         model.forward = self._forward
         try:
             yield
         finally:
             del model.forward
+            if own is not None:
+                model.forward = own
 
     def _forward(
         self,
