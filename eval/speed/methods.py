@@ -1,7 +1,7 @@
 """The methods beside each other: a captured step of each, on a UNet of its own, replayed in turns.
 
-    python eval/speed/methods.py                         # on a GPU: factors of rank 16 for every method
-    python eval/speed/methods.py --unet tiny --rank 8    # on the CPU, eagerly: a check of the script
+    python eval/speed/methods.py                        # on a GPU: factors of rank 16
+    python eval/speed/methods.py --unet tiny --rank 8   # on the CPU, eagerly: a check
 
 In turns, so that a clock that drifts moves all of them: prints medians and ratios to the fastest.
 """
