@@ -93,6 +93,9 @@ class Group:
             below = F.pad(down, (0, 0, 0, room - down.shape[1]))
             self.stack[:, self.weight.shape[1] :] = below
             self.ups[:, : up.shape[-1]] = up.mT
+            for part, kept in zip(self.parts, self.wides):
+                if part.bias is not None and kept is not None and kept.bias is not None:
+                    kept.bias[: len(part.bias)] = part.bias  # it may have been loaded anew
         for part, kept in zip(self.parts, self.wides):
             part.wide = kept
 

@@ -371,3 +371,21 @@ def test_load_state_dict_is_strict():
         adapter.load_state_dict({**state, key: torch.zeros(1)})
     with pytest.raises(ValueError, match="`slot` must be 0 to 0, got 1"):
         adapter.state_dict(1)
+
+
+def test_a_base_loaded_anew_is_seen_by_the_next_factors():
+    """Weights and biases written in place, the layers' bias padded for the room below included."""
+    unet, other = tiny_unet(torch.float64), tiny_unet(torch.float64, seed=1)
+    adapter = dreamtune.inject(unet, "lora")
+    for p in adapter.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    inputs = unet_inputs(2, torch.float64)
+    with torch.no_grad():
+        unet(*inputs)
+        unet.load_state_dict(other.state_dict())
+        adapter.refresh()
+        said = unet(*inputs).sample
+    fresh = dreamtune.inject(other, "lora")
+    fresh.load_state_dict(adapter.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(said, other(*inputs).sample)
