@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import gc
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,6 +109,21 @@ class CapturedStep:
         with recording(graph, "training step", self.pool, stream):
             self.step.body()
         return graph
+
+
+Replayed = Callable[[], AbstractContextManager[None]]
+
+
+def drive(
+    adapter: InjectedAdapter, step: Step, capturing: bool
+) -> tuple[Step | CapturedStep, Replayed]:
+    """What runs a step, and the block in which sampling is replayed: captured, in memory that both
+    use by turns, or as they are.
+    """
+    if not capturing:
+        return step, nullcontext
+    forward = CapturedForward(adapter)
+    return CapturedStep(step, forward.pool), forward.installed
 
 
 class CapturedForward:

@@ -56,7 +56,7 @@ class Group:
         self.places: dict[tuple[object, ...], Tensor] = {}
         # kept like the stack, so that a recorded forward finds the factors where they were
         self.ups = self.stack.new_zeros(len(self.layers), room, out)
-        self.wides: list[Wide | None] = [None] * len(self.parts)
+        self.wides: list[Wide] = []
         for part, weight in zip(self.parts, self.weight.split(self.sizes)):
             part.weight, part.wide = weight, None
         if room:
@@ -93,11 +93,9 @@ class Group:
             below = F.pad(down, (0, 0, 0, room - down.shape[1]))
             self.stack[:, self.weight.shape[1] :] = below
             self.ups[:, : up.shape[-1]] = up.mT
-            for part, kept in zip(self.parts, self.wides):
-                if part.bias is not None and kept is not None and kept.bias is not None:
-                    kept.bias[: len(part.bias)] = part.bias  # it may have been loaded anew
-        for part, kept in zip(self.parts, self.wides):
-            part.wide = kept
+            for part, kept in zip(self.parts, self.wides, strict=True):
+                kept.load(part.bias)
+                part.wide = kept
 
     def placed(self, name: str, x: Tensor) -> Tensor:
         """x without a gradient, always in the same place: a recorded forward reads it there."""

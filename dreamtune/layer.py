@@ -99,6 +99,11 @@ class Wide:
         self.bias = None if bias is None else F.pad(bias, (0, self.sizes[1]))
         self.up = up if self.parts > 1 else up[0]
 
+    def load(self, bias: Tensor | None) -> None:
+        """The bias again: it may have been written to."""
+        if self.bias is not None and bias is not None:
+            self.bias[: len(bias)] = bias
+
     def __call__(self, input: Tensor) -> Tensor:
         """(P, rows, out)."""
         return self.one(input)[None] if self.parts == 1 else self.many(input)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dreamtune import fused_ops, runstate
 from dreamtune.assemble import build_step
 from dreamtune.base import Base, load_base
-from dreamtune.capture import CapturedForward, CapturedStep, choose, reason_against
+from dreamtune.capture import choose, drive, reason_against
 from dreamtune.config import Config
 from dreamtune.configfile import continued
 from dreamtune.data import read_folder
@@ -108,9 +107,7 @@ class Run:
         c = self.config
         adapter, step = build_step(self.base, [c], [self.cache], [self.pools])
         self.attach(adapter, step, 0)
-        forward = CapturedForward(adapter) if self.capturing else None
-        self.do_step: Step | CapturedStep = CapturedStep(step, forward.pool) if forward else step
-        self.replayed = forward.installed if forward else nullcontext
+        self.do_step, self.replayed = drive(adapter, step, self.capturing)
         self.began, self.prepared = time.perf_counter(), time.perf_counter() - self.began
         print(
             f"{c.method} {options_text(c.options)}: {adapter.num_parameters:,} "

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,12 @@ from PIL import Image
 from dreamtune import runstate
 from dreamtune.assemble import build_step
 from dreamtune.base import Base
-from dreamtune.capture import CapturedForward, CapturedStep
+from dreamtune.capture import drive
 from dreamtune.config import CPU_SLOTS, Config
 from dreamtune.evaluate import at_step, sample_slots
 from dreamtune.optim import learning_rate_factor
 from dreamtune.run import SYNC_EVERY, Run, TrainResult, base_of
 from dreamtune.show import progress_bar, table
-from dreamtune.step import Step
 from dreamtune.sweep import alone, expand
 from dreamtune.train import Interrupted, Interrupts
 
@@ -75,10 +73,7 @@ class Wave:
         for slot, (adapter_state, step_state) in enumerate(states):
             self.adapter.load_state_dict(adapter_state, slot)
             self.step.load_state_dict(step_state, slot)
-        forward = CapturedForward(self.adapter) if kept[0].capturing else None
-        step = self.step
-        self.do_step: Step | CapturedStep = CapturedStep(step, forward.pool) if forward else step
-        self.replayed = forward.installed if forward else nullcontext
+        self.do_step, self.replayed = drive(self.adapter, self.step, kept[0].capturing)
 
     def unload(self) -> None:
         """Takes the adapter out of the base and lets go of its memory."""
