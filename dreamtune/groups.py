@@ -53,6 +53,8 @@ class Group:
         for layer, row in zip(self.layers, self.weight):
             row.copy_(layer.weight.data)
             layer.weight.data = row
+        self.kept: tuple[Tensor, ...] = ()
+        self.kept_of: object = None  # the weights that `kept` was computed from
         self.places: dict[tuple[object, ...], Tensor] = {}
         # kept like the stack, so that a recorded forward finds the factors where they were
         self.ups = self.stack.new_zeros(len(self.layers), room, out)
@@ -62,6 +64,24 @@ class Group:
         if room:
             places = zip(self.parts, self.stack.split(self.sizes), self.ups.split(self.sizes))
             self.wides = [Wide(wide, part.bias, ups) for part, wide, ups in places]
+
+    def constants(self, anew: bool = False) -> tuple[Tensor, ...]:
+        """What the method takes of the frozen weights alone, computed where one of them changed.
+
+        anew: also where no weight shows that it has, as after a write through `.data`. They stay
+        where they are in memory, for a recorded step reads them there.
+        """
+        now = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in self.weights()]
+        if anew or now != self.kept_of:
+            with torch.inference_mode(False), torch.no_grad():
+                new = self.adapter.constants(self.weight)
+                for old, x in zip(self.kept, new):
+                    old.copy_(x)
+            self.kept, self.kept_of = self.kept or new, now
+        return self.kept
+
+    def weights(self) -> list[Tensor]:
+        return [layer.weight for layer in self.layers]
 
     @torch.no_grad()
     def room(self, weight: Tensor) -> int:

@@ -148,9 +148,14 @@ class InjectedAdapter:
         """Computes the factors of every layer, a group at a time.
 
         Runs before each forward of the model: always while training, else when something changed.
-        Call it by hand only where parameters were changed behind autograd's back (a CUDA graph's
-        replay, `.data`).
+        Call it by hand only where parameters or weights were changed behind autograd's back (a CUDA
+        graph's replay, `.data`).
         """
+        for group in self.groups:
+            group.constants(anew=True)
+        self._refresh()
+
+    def _refresh(self) -> None:
         training, self._fresh = self._training(), None
         for group in self.groups:
             group.clear()  # a graph of an earlier step would decide on which stream gradients run
@@ -165,7 +170,7 @@ class InjectedAdapter:
         """The group's (up, down) with strength, routing and the compute dtype applied, (L, ...)."""
         up: Tensor | None
         if group.adapter.low_rank:
-            up, down = group.adapter.factors(group.weight)
+            up, down = group.adapter.factors(group.weight, *group.constants())
             down = self._scaled(down)
         else:
             up, base = None, group.weight.unsqueeze(1)
@@ -206,7 +211,7 @@ class InjectedAdapter:
                 group.restack()
                 self._fresh = None
         if self._fresh is None or self._training() or self._fresh != self._state():
-            self.refresh()
+            self._refresh()
 
     def route(self, rows: Tensor | None) -> None:
         """Sets the slot of each batch row, (batch,) long; None: S equal blocks, in order."""

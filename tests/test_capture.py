@@ -157,7 +157,7 @@ def test_a_refresh_lets_go_of_the_graph_before() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             type(adapter.groups[0].adapter), "factors",
-            lambda self, weight: seen.append(before()) or original(self, weight),
+            lambda self, *given: seen.append(before()) or original(self, *given),
         )  # fmt: skip
         adapter.refresh()
     assert seen and all(x is None for x in seen)

@@ -72,8 +72,20 @@ class Adapter(nn.Module):
             for name, value in self.options.items()
         }
 
-    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """`(up, down)`, (*L, S, out, R) and (*L, S, R, in), in the dtype of the parameters."""
+    def constants(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """What `factors` takes of the frozen weight alone, computed without gradients.
+
+        Whoever owns the weight keeps it, and computes it again when the weight changes: a method
+        keeps nothing of a weight.
+        """
+        return ()
+
+    def factors(self, weight: Tensor, *constants: Tensor) -> tuple[Tensor, Tensor]:
+        """`(up, down)`, (*L, S, out, R) and (*L, S, R, in), in the dtype of the parameters.
+
+        constants: those of this weight, where they are known; a method without any may leave them
+        out of its signature.
+        """
         raise NotImplementedError(f"`{self.name}` must give `factors` or override `merged`")
 
     def merged(self, weight: Tensor) -> Tensor:

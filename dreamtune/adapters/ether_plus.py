@@ -63,7 +63,7 @@ class ETHERPlus(Adapter):
         u = self.uniform(weight, generator, (blocks, size), 1 / math.sqrt(size))
         return nn.Parameter(u), nn.Parameter(-u)
 
-    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, weight: Tensor, *constants: Tensor) -> tuple[Tensor, Tensor]:
         if self.options["sides"] == 1:
             ((p, q),) = _opposed((self.u, self.v))
             return p, frozen_product(weight.mT, q).mT
