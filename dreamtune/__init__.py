@@ -9,6 +9,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from dreamtune.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from dreamtune.adapters import METHODS as METHODS
     from dreamtune.adapters import Adapter as Adapter
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from dreamtune.stacked import train_stacked as train_stacked
     from dreamtune.train import train as train
 
-__version__ = "0.1.0"
 
 _PUBLIC = {
     "METHODS": "dreamtune.adapters",
@@ -52,6 +53,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module `dreamtune` has no attribute `{name}`")
+    if name in ("inject", "InjectedAdapter"):
+        importlib.import_module("dreamtune.checkpoint")  # gives `InjectedAdapter.save` its format
     value = getattr(importlib.import_module(_PUBLIC[name]), name)
     globals()[name] = value
     return value

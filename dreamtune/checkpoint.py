@@ -7,9 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from dreamtune.inject import InjectedAdapter
+from dreamtune.adapter_file import AdapterFile, Fingerprint
+from dreamtune.inject import InjectedAdapter
+from dreamtune.version import __version__
 
 FILE_NAME = "adapter.safetensors"
 FORMAT_VERSION = 1
@@ -27,49 +26,31 @@ PROJECTIONS = 16
 # training of the layer by 1% about 7e-3.
 TOLERANCE = 4e-3
 
-Fingerprint = dict[str, list[float]]
 
-
-@dataclass
-class AdapterFile:
-    """What a native file holds. `shapes` are (out, in) of the adapted layers by module path."""
-
-    method: str
-    options: dict[str, Any]
-    target_modules: tuple[str, ...]
-    tensors: dict[str, Tensor]
-    metadata: dict[str, Any]
-    fingerprint: Fingerprint
-    shapes: dict[str, tuple[int, int]]
-
-
-def save_adapter(
-    adapter: InjectedAdapter, path: str | Path, slot: int, metadata: Mapping[str, Any]
-) -> Path:
+def save_adapter(file: AdapterFile, path: str | Path) -> Path:
     """Writes one slot: tensors by module path, a JSON header; a crash leaves an earlier file whole.
 
-    Args:
-        path: the file, or a folder that gets `adapter.safetensors`.
-        metadata: JSON values to keep: prompt, scores, base model id. No paths, no user names.
+    path: the file, or a folder that gets `adapter.safetensors`.
     """
-    import dreamtune
-
     path = Path(path)
     if path.suffix != ".safetensors":
         path = path / FILE_NAME
     header = {
         "format_version": FORMAT_VERSION,
-        "dreamtune_version": dreamtune.__version__,
-        "method": adapter.method,
-        "options": adapter.groups[0].adapter.options_of(slot),
-        "target_modules": list(adapter.target_modules),
-        "shapes": {n: list(g.weight.shape[-2:]) for g in adapter.groups for n in g.names},
-        "fingerprint": fingerprint(base_weights(adapter)),
-        "metadata": dict(metadata),
+        "dreamtune_version": __version__,
+        "method": file.method,
+        "options": file.options,
+        "target_modules": list(file.target_modules),
+        "shapes": {name: list(shape) for name, shape in file.shapes.items()},
+        "fingerprint": file.fingerprint or fingerprint(file.weights),
+        "metadata": file.metadata,
     }
-    tensors = {key: tensor.cpu().contiguous() for key, tensor in adapter.state_dict(slot).items()}
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in file.tensors.items()}
     write_safetensors(path, tensors, {"format": "pt", "dreamtune": json.dumps(header)})
     return path
+
+
+InjectedAdapter.write = staticmethod(save_adapter)
 
 
 def load_adapter_file(path: str | Path) -> AdapterFile:
@@ -131,11 +112,6 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], header: dict[str, 
     except BaseException:
         os.unlink(temporary)
         raise
-
-
-def base_weights(adapter: InjectedAdapter) -> dict[str, Tensor]:
-    """Module path -> frozen weight of every adapted layer."""
-    return {n: w for group in adapter.groups for n, w in zip(group.names, group.weight)}
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 0
     if command == "--version":
-        from dreamtune import __version__
+        from dreamtune.version import __version__
 
         print(__version__)
         return 0

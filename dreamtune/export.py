@@ -12,11 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dreamtune.adapter_file import AdapterFile, Fingerprint
 from dreamtune.adapters import METHODS, find_method
 from dreamtune.checkpoint import (
-    AdapterFile,
-    Fingerprint,
-    base_weights,
     check_base,
     fingerprint,
     load_adapter_file,
@@ -69,7 +67,7 @@ def export(
         model: nn.Module | None = source.model
         _refuse(method, format, model)
         factors = factors_of_adapter(source, slot)
-        prints = fingerprint(base_weights(source))
+        prints = fingerprint(source.weights())
     else:
         file = load_adapter_file(source)
         method, about = file.method, file.metadata

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from dreamtune.adapter_file import AdapterFile
 from dreamtune.adapters import Adapter, find_method, resolve_options
 from dreamtune.attention import JointProjections, joint_layers, project_jointly
 from dreamtune.beside import beside
@@ -75,6 +76,9 @@ class InjectedAdapter:
         scale: strength, linear in the change; a number, or a tensor with one a slot.
         name: a label for the caller.
     """
+
+    # How a file is written; set by the native format, which builds on this module.
+    write: ClassVar[Callable[[AdapterFile, str | Path], Path] | None] = None
 
     def __init__(
         self,
@@ -258,13 +262,30 @@ class InjectedAdapter:
                 tensor.copy_(state[key])
         self._fresh = None
 
+    def weights(self) -> dict[str, Tensor]:
+        """Module path -> frozen weight (out, in) of every adapted layer."""
+        return {name: w for group in self.groups for name, w in zip(group.names, group.weight)}
+
+    def file(self, slot: int = 0, metadata: Mapping[str, Any] | None = None) -> AdapterFile:
+        """One slot as data. metadata: JSON values to keep, no paths and no user names."""
+        weights = self.weights()
+        return AdapterFile(
+            method=self.method,
+            options=self.groups[0].adapter.options_of(slot),
+            target_modules=self.target_modules,
+            tensors=self.state_dict(slot),
+            metadata=dict(metadata or {}),
+            shapes={name: (w.shape[0], w.shape[1]) for name, w in weights.items()},
+            weights=weights,
+        )
+
     def save(
         self, path: str | Path, slot: int = 0, metadata: Mapping[str, Any] | None = None
     ) -> Path:
-        """Writes the native file of one slot; see `dreamtune.checkpoint`."""
-        from dreamtune.checkpoint import save_adapter
-
-        return save_adapter(self, path, slot, metadata or {})
+        """Writes the native file of one slot: to `path`, or into it as `adapter.safetensors`."""
+        write = type(self).write
+        assert write is not None, "`dreamtune.inject` brings the format"
+        return write(self.file(slot, metadata), path)
 
     # The way out
 

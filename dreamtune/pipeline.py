@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dreamtune.adapter_file import AdapterFile
 from dreamtune.adapters import find_method
 from dreamtune.checkpoint import (
     FILE_NAME,
-    AdapterFile,
     check_base,
     fingerprint,
     load_adapter_file,

@@ -7,7 +7,6 @@ from torch import nn
 
 import dreamtune
 from dreamtune import METHODS
-from dreamtune.checkpoint import base_weights
 from dreamtune.layer import AdaptedLinear
 
 all_cases = pytest.mark.parametrize("method,options", cases())
@@ -188,7 +187,7 @@ def test_weights_are_views_of_one_stack():
     for group in adapter.groups:
         for i, layer in enumerate(group.layers):
             assert layer.weight.data_ptr() == group.weight[i].data_ptr()
-    assert base_weights(adapter).keys() == {n for g in adapter.groups for n in g.names}
+    assert adapter.weights().keys() == {n for g in adapter.groups for n in g.names}
 
 
 def test_layers_stay_linear_layers_and_the_model_saves(tmp_path):
