@@ -13,7 +13,7 @@ from dreamtune import fused_ops, runstate
 from dreamtune.assemble import build_step
 from dreamtune.base import Base, load_base
 from dreamtune.capture import choose, drive, reason_against
-from dreamtune.config import Config
+from dreamtune.config import STACKED, Config
 from dreamtune.configfile import continued
 from dreamtune.data import read_folder
 from dreamtune.evaluate import Evaluator, Tracker, at_step
@@ -26,7 +26,7 @@ from dreamtune.prepare import (
     with_subject,
 )
 from dreamtune.runstate import TrainResult as TrainResult
-from dreamtune.show import options_text, progress_bar, write_run_report
+from dreamtune.show import options_text, progress_bar
 from dreamtune.step import Step
 from dreamtune.sweep import PROMPT_FILE, SETTINGS_FILE
 
@@ -274,7 +274,7 @@ class Run:
             os.replace(path, self.dir / path.name)
         shutil.rmtree(final)
         if self.evaluator.scorers is not None:
-            write_run_report(self)
+            self.write_report()
         best = self.dir / runstate.BEST
         lora = best / runstate.LORA if self.exportable() else None
         scores = next(r for r in self.history if r["step"] == self.best_step)
@@ -290,6 +290,32 @@ class Run:
             self.history,
             self.reason,
         )
+
+    def write_report(self) -> None:
+        from dreamtune.report import write_report
+
+        c, steps = self.config, [r["step"] for r in self.history]
+        grids = {s: g for s in steps if (g := self.evaluator.saved(s)) is not None}
+        options = {"num_inference_steps": c.num_inference_steps, "guidance_scale": c.guidance_scale}
+        if c.guidance_rescale:
+            options["guidance_rescale"] = c.guidance_rescale
+        hidden = ("output_dir", "name", "resume_from_checkpoint", "validation_prompt", *STACKED)
+        path = write_report(
+            self.dir,
+            title=self.subject.name,
+            photos=self.images,
+            prompts=self.evaluator.prompts,
+            base_images=grids[0],
+            adapted_images=grids[self.best_step],
+            history=self.history,
+            settings={k: v for k, v in c.to_dict().items() if k not in hidden},
+            base=self.base.id,
+            example_prompt=self.evaluator.prompts[0],
+            sample_settings=options,
+            progress=[(s, g[0]) for s, g in grids.items()],
+            protocol=self.evaluator.scorers.protocol,
+        )
+        print(f"Report: {path}")
 
     def close(self) -> None:
         if self.bar is not None:

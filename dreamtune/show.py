@@ -4,38 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dreamtune.config import STACKED
-
 if TYPE_CHECKING:
-    from dreamtune.run import Run
     from dreamtune.runstate import TrainResult
-
-
-def write_run_report(run: Run) -> None:
-    from dreamtune.report import write_report
-
-    c, steps = run.config, [r["step"] for r in run.history]
-    grids = {s: g for s in steps if (g := run.evaluator.saved(s)) is not None}
-    options = {"num_inference_steps": c.num_inference_steps, "guidance_scale": c.guidance_scale}
-    if c.guidance_rescale:
-        options["guidance_rescale"] = c.guidance_rescale
-    hidden = ("output_dir", "name", "resume_from_checkpoint", "validation_prompt", *STACKED)
-    path = write_report(
-        run.dir,
-        title=run.subject.name,
-        photos=run.images,
-        prompts=run.evaluator.prompts,
-        base_images=grids[0],
-        adapted_images=grids[run.best_step],
-        history=run.history,
-        settings={k: v for k, v in c.to_dict().items() if k not in hidden},
-        base=run.base.id,
-        example_prompt=run.evaluator.prompts[0],
-        sample_settings=options,
-        progress=[(s, g[0]) for s, g in grids.items()],
-        protocol=run.evaluator.scorers.protocol,
-    )
-    print(f"Report: {path}")
 
 
 def options_text(options: dict[str, Any]) -> str:
