@@ -9,13 +9,15 @@ dimensions.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from types import MappingProxyType
+from importlib.metadata import EntryPoint
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from dreamtune.configfile import entry_points, wrong
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -217,7 +219,29 @@ def frozen_product(weight: Tensor, columns: Tensor) -> Tensor:
 
 
 _REGISTRY: dict[str, type[Adapter]] = {}
-METHODS: Mapping[str, type[Adapter]] = MappingProxyType(_REGISTRY)
+
+
+class _Methods(Mapping[str, type[Adapter]]):
+    """The registered methods, and those of other packages, which are imported when looked up."""
+
+    def __getitem__(self, name: str) -> type[Adapter]:
+        if name not in _REGISTRY:
+            _REGISTRY[name] = _load(entry_points()[name])
+        return _REGISTRY[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*_REGISTRY, *entry_points()]))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+METHODS: Mapping[str, type[Adapter]] = _Methods()
+
+
+def registered() -> dict[str, type[Adapter]]:
+    """The methods of this process, without those of other packages that nobody asked for yet."""
+    return dict(_REGISTRY)
 
 
 def register(method: type[Adapter]) -> type[Adapter]:
@@ -229,13 +253,25 @@ def register(method: type[Adapter]) -> type[Adapter]:
     return method
 
 
+def _load(point: EntryPoint) -> type[Adapter]:
+    try:
+        method = point.load()
+    except (ImportError, AttributeError) as error:
+        raise wrong(point, str(error)) from error
+    if not (isinstance(method, type) and issubclass(method, Adapter)):
+        raise wrong(point, f"{method!r} is no `Adapter`")
+    if method.name != point.name:
+        raise wrong(point, f"the `name` of `{point.attr}` is {method.name!r}")
+    return method
+
+
 def find_method(name: str) -> type[Adapter]:
     """`METHODS[name]`; a ValueError that names the nearest ones for an unknown name."""
-    if name not in _REGISTRY:
-        near = get_close_matches(name, _REGISTRY, cutoff=0.3)
+    if name not in METHODS:
+        near = get_close_matches(name, METHODS, cutoff=0.3)
         hint = f"did you mean {' or '.join(f'`{n}`' for n in near)}? " if near else ""
-        raise ValueError(f"unknown method `{name}`: {hint}Methods: {', '.join(sorted(_REGISTRY))}")
-    return _REGISTRY[name]
+        raise ValueError(f"unknown method `{name}`: {hint}Methods: {', '.join(sorted(METHODS))}")
+    return METHODS[name]
 
 
 def resolve_options(method: type[Adapter], options: Mapping[str, Any]) -> dict[str, Any]:
