@@ -28,6 +28,7 @@ def write_run_report(run: Run) -> None:
         base_images=grids[0],
         adapted_images=grids[run.best_step],
         history=run.history,
+        choice=run.choice,
         settings={k: v for k, v in c.to_dict().items() if k not in hidden},
         base=run.base.id,
         example_prompt=run.evaluator.prompts[0],
