@@ -143,28 +143,21 @@ def sample_slots(
 
 
 def load_scorers(config: Config, base: Base) -> Any:
-    """The scorers, or None where both are "none". "embedded" is the package's own."""
+    """The scorers, or None where both are "none"."""
     from dreamtune.metrics.scorers import Scorers
 
-    names = {"dino": config.dino or "none", "clip": config.clip or "none"}
-    if names["dino"] == names["clip"] == "none":
+    dino, clip = config.dino or "none", config.clip or "none"
+    if dino == clip == "none":
         return None
-    if "none" in names.values():
+    if "none" in (dino, clip):
         raise ValueError(
             "`dino` and `clip` go together: the best checkpoint is chosen by both. Set both to "
             "none to "
             "train without scores."
         )
-    if "embedded" in names.values():
-        from dreamtune import embedded
-
-        names["dino"] = str(embedded.DINO) if names["dino"] == "embedded" else names["dino"]
-        names["clip"] = (
-            f"local-dir:{embedded.CLIP}" if names["clip"] == "embedded" else names["clip"]
-        )
     noise = io.StringIO()  # transformers prints a loading bar
     with contextlib.redirect_stderr(noise):
-        return Scorers.load(names["dino"], names["clip"], base.device)
+        return Scorers.load(dino, clip, base.device)
 
 
 def save_grid(images: Sequence[Image.Image], path: Path) -> None:

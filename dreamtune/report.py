@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from .curves import curve
-from .selection import RULE, Rating, choose_best, rate
+from .selection import RULE, Choice, Rating
 from .version import __version__
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html"
@@ -39,6 +39,7 @@ def write_report(
     base_images: Sequence[Image.Image],
     adapted_images: Sequence[Image.Image],
     history: Sequence[Mapping[str, Any]],
+    choice: Choice,
     settings: Mapping[str, Any],
     base: str,
     example_prompt: str,
@@ -52,7 +53,8 @@ def write_report(
         photos: the subject's photos.
         prompts, base_images, adapted_images: of equal length; both images of a row were made from
             that prompt with the same seed. Rows with the same prompt are shown together.
-        history: the records of metrics.jsonl; the best step follows from them (`selection.RULE`).
+        history: the records of metrics.jsonl.
+        choice: `choose_best` of them: what the page shows is what best/ holds.
         settings: every resolved setting, shown as they are; of a path only its end.
         base: what `from_pretrained` takes, or "embedded".
         example_prompt: with the identifier, such as "a photo of sks dog in the snow".
@@ -61,7 +63,7 @@ def write_report(
         protocol: `Scorers.protocol`.
 
     Raises:
-        ValueError: the lengths differ, or the history lacks step 0.
+        ValueError: the lengths differ.
     """
     if not len(prompts) == len(base_images) == len(adapted_images):
         raise ValueError(
@@ -69,9 +71,7 @@ def write_report(
             f" {len(base_images)} and {len(adapted_images)}"
         )
     run_dir = Path(run_dir)
-    best, reason = choose_best(history)
-    ratings = rate(history)
-    step = history[best]["step"]
+    best, step, ratings = choice.index, choice.step, choice.ratings
     per_prompt = max((prompts.count(p) for p in set(prompts)), default=1)
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
@@ -84,7 +84,7 @@ def write_report(
         pairs=_pairs(prompts, base_images, adapted_images, step),
         **_layout(base_images, per_prompt),
         strip=_strip(progress, step),
-        reason=escape(reason),
+        reason=escape(choice.reason),
         charts=_charts(history, best),
         rows="".join(
             _row(record, rating, i == best)

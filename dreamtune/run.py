@@ -26,6 +26,7 @@ from dreamtune.prepare import (
     with_subject,
 )
 from dreamtune.runstate import TrainResult as TrainResult
+from dreamtune.selection import Choice, choose_best
 from dreamtune.show import options_text, progress_bar
 from dreamtune.step import Step
 from dreamtune.sweep import PROMPT_FILE, SETTINGS_FILE
@@ -82,7 +83,7 @@ class Run:
             others = [n for n in folder.skipped if n not in (PROMPT_FILE, SETTINGS_FILE)]
             folder = replace(folder, skipped=others)
         print(f"Subject `{self.subject.name}`: {folder.summary()}. Run: {self.dir}")
-        self.best_step, self.reason, self.slot = 0, "", 0
+        self.choice, self.slot = Choice(0, 0, ""), 0
         self.bar: Any = None
         if alone:
             self.open(base_of(self.config))
@@ -220,19 +221,16 @@ class Run:
         self.tracker.log(record, k, images)
 
     def choose(self) -> None:
-        """The best scoring so far; without scorers the last."""
+        """The best scoring so far: what best/, the page and the result say."""
         from dreamtune.adapters import find_method
-        from dreamtune.selection import choose_best
 
-        if self.history and self.history[-1].get("dino") is not None:
-            index, self.reason = choose_best(self.history)
-            self.best_step = self.history[index]["step"]
-            method = find_method(self.config.method)
-            if self.best_step == 0 and len(self.history) > 1 and not method.identity_at_start:
-                self.best_step = self.history[-1]["step"]
-                self.reason += f" No {method.name} file holds the base, so best/ has the last step."
-        elif self.history:
-            self.best_step, self.reason = self.history[-1]["step"], "No scorers: the last step."
+        if self.history:
+            start = find_method(self.config.method).identity_at_start
+            self.choice = choose_best(self.history, identity_at_start=start)
+
+    @property
+    def best_step(self) -> int:
+        return self.choice.step
 
     def save_files(self, folder: Path, record: dict[str, Any]) -> None:
         """adapter.safetensors and the LoRA file, whole or not at all."""
@@ -277,8 +275,8 @@ class Run:
             self.write_report()
         best = self.dir / runstate.BEST
         lora = best / runstate.LORA if self.exportable() else None
-        scores = next(r for r in self.history if r["step"] == self.best_step)
-        print(f"{self.reason}\nBest: {lora or best / runstate.ADAPTER}")
+        scores = self.history[self.choice.index]
+        print(f"{self.choice.reason}\nBest: {lora or best / runstate.ADAPTER}")
         if skipped := self._step.skipped[self.slot].item():
             print(f"{skipped:.0f} steps were skipped: their loss or gradient was not finite.")
         return TrainResult(
@@ -288,7 +286,7 @@ class Run:
             self.best_step,
             scores,
             self.history,
-            self.reason,
+            self.choice.reason,
         )
 
     def write_report(self) -> None:
@@ -308,6 +306,7 @@ class Run:
             base_images=grids[0],
             adapted_images=grids[self.best_step],
             history=self.history,
+            choice=self.choice,
             settings={k: v for k, v in c.to_dict().items() if k not in hidden},
             base=self.base.id,
             example_prompt=self.evaluator.prompts[0],

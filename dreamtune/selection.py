@@ -45,6 +45,19 @@ class Rating:
         return (2, self.product) if self.kept_enough else (1, self.prompt_kept)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The best record of a history: its index there, its step, and why, in a sentence or two.
+
+    `ratings` has one entry a record; it is empty where nothing was scored.
+    """
+
+    index: int
+    step: int
+    reason: str
+    ratings: Sequence[Rating] = ()
+
+
 def rate(history: Sequence[Mapping[str, Any]]) -> list[Rating]:
     """A rating for every scoring, by `RULE`.
 
@@ -63,19 +76,35 @@ def rate(history: Sequence[Mapping[str, Any]]) -> list[Rating]:
     return [_rating(record, start) for record in history]
 
 
-def choose_best(history: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
-    """Index of the best record by `RULE`, and a sentence with the numbers that made it win.
+def choose_best(history: Sequence[Mapping[str, Any]], identity_at_start: bool = True) -> Choice:
+    """The best record by `RULE`; of records without scores the last.
 
     The earlier of equals wins, so the winner of a growing history is always the previous winner or
     the newest record: it is enough to keep one checkpoint.
+
+    Args:
+        identity_at_start: of the method. Without it no file holds the base that step 0 shows, so
+            where step 0 would win the last record does.
+
+    Raises:
+        ValueError: there are no records, or scored ones without step 0.
     """
+    if not history:
+        raise ValueError("nothing to choose from: the history is empty")
+    last = len(history) - 1
+    if history[last].get("dino") is None:
+        return Choice(last, history[last]["step"], "No scorers: the last step.")
     ratings = rate(history)
     zero = next(i for i, rating in enumerate(ratings) if rating.step == 0)
     best = zero
     for i, rating in enumerate(ratings):
         if rating.rank > ratings[best].rank:
             best = i
-    return best, _reason(history, ratings, best, zero)
+    reason = _reason(history, ratings, best, zero)
+    if best == zero != last and not identity_at_start:
+        best = last
+        reason += " No file of this method holds the base, so best/ has the last step."
+    return Choice(best, history[best]["step"], reason, ratings)
 
 
 def _rating(record: Mapping[str, Any], start: Mapping[str, Any]) -> Rating:

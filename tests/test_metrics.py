@@ -11,6 +11,8 @@ from PIL import Image
 from scorer_folders import PROMPTS, write_clip, write_dino
 from torch.nn.functional import cosine_similarity
 
+from dreamtune.config import Config
+from dreamtune.evaluate import load_scorers
 from dreamtune.metrics import Clip, Dino, Scorers, without_identifier
 from dreamtune.metrics.features import matched, mean_among, mean_to_set, normalize, shuffled
 from dreamtune.metrics.names import clip_arguments, public_name
@@ -288,3 +290,24 @@ def test_score_refuses_what_does_not_pair(scorers):
 def test_without_identifier(prompt, expected):
     assert without_identifier(prompt, "sks") == expected
     assert without_identifier(prompt, "") == prompt
+
+
+def test_the_packages_scorers_have_one_name():
+    """By their name, by their folders, and in a run: result files say "embedded"."""
+    from dreamtune import embedded
+
+    class Cpu:
+        device = "cpu"
+
+    named = {"dino": "embedded", "clip": "embedded"}
+    folders = {"dino": str(embedded.DINO), "clip": f"local-dir:{embedded.CLIP}"}
+    found = [
+        Scorers.load(**named),
+        Scorers.load(**folders),
+        Scorers.load(**{**folders, "clip": str(embedded.CLIP)}),
+        load_scorers(Config(**named), Cpu()),
+        load_scorers(Config(**folders), Cpu()),
+    ]
+    for scorers in found:
+        assert {k: scorers.protocol[k]["model"] for k in named} == named
+        assert scorers.protocol == found[0].protocol

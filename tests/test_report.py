@@ -12,6 +12,7 @@ from PIL import Image
 
 from dreamtune.curves import curve
 from dreamtune.report import snippet, write_report
+from dreamtune.selection import choose_best
 
 HISTORY = [
     {"step": s, "dino": d, "clip_i": i, "clip_t": t, "clip_t_shuffled": 0.16, "dino_photos": 0.71,
@@ -31,7 +32,8 @@ def report(run_dir, **changes):
         "settings": {"method": "delora", "rank": 16, "instance_data_dir": "/home/jane/dog"},
         "base": "embedded", "example_prompt": "a sks dog",
     }  # fmt: skip
-    return write_report(run_dir, **{**arguments, **changes})
+    arguments |= changes
+    return write_report(run_dir, choice=choose_best(arguments["history"]), **arguments)
 
 
 class Checker(HTMLParser):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from dreamtune import run as run_module
 from dreamtune import runstate
 from dreamtune.base import Base
 from dreamtune.config import Config
-from dreamtune.evaluate import read_grid
+from dreamtune.evaluate import Evaluator, read_grid
 from dreamtune.run import Run
 from dreamtune.selection import choose_best
 from dreamtune.train import Interrupted, train
@@ -70,7 +72,7 @@ def test_end_to_end_with_scores(
     assert [r["step"] for r in lines] == [0, 3, 6]
     assert all(-1 <= r[k] <= 1 for r in lines for k in ("dino", "clip_i", "clip_t"))
     assert lines[0]["loss"] is None and lines[1]["loss"] > 0 and lines[1]["skipped_steps"] == 0
-    assert result.best_step == lines[choose_best(lines)[0]]["step"] == result.scores["step"]
+    assert result.best_step == choose_best(lines).step == result.scores["step"]
     assert result.adapter == run_dir / "best" / "adapter.safetensors"
     assert result.lora is not None and result.lora.is_file()
     names = {p.name for p in run_dir.iterdir()}
@@ -118,7 +120,30 @@ def test_best_when_nothing_improved(
         run.choose()
     run.close()
     assert run.best_step == best
-    assert ("last step" in run.reason) == (method == "ether")
+    assert ("last step" in run.choice.reason) == (method == "ether")
+
+
+@pytest.mark.parametrize("method, best", [("delora", 0), ("ether", 6)])
+def test_the_page_shows_what_best_holds(
+    settings: dict[str, Any], scorer_names: dict[str, str], method: str, best: int
+) -> None:
+    """Where nothing was gained a method that starts elsewhere keeps its last step, everywhere."""
+    judge = Evaluator.judge
+
+    def worse(self: Evaluator, step: int, images: list[Any]) -> dict[str, Any]:
+        lower = {"dino": 0.5 - step / 100, "clip_i": 0.5 - step / 100}
+        return {**judge(self, step, images), **lower, "dino_photos": 0.9, "clip_i_photos": 0.9}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluator, "judge", worse)
+        result = train(Config(**{**settings, **scorer_names, "method": method, "options": {}}))
+    page = (result.run_dir / "report.html").read_text()
+    assert result.best_step == result.scores["step"] == best
+    assert f"<dt>Best step</dt><dd>{best}<" in page
+    assert re.findall(r'scope="row">(\d+) best<', page) == [str(best)]
+    assert f'<p class="label">Step {best}</p>' in page
+    assert f"<figcaption>{best} best</figcaption>" in page
+    assert html.escape(result.reason) in page
 
 
 @pytest.mark.parametrize("method", ["delora", "ether+"])

@@ -17,9 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..embedded import DINO as EMBEDDED_DINO
 from .features import normalize
-from .names import cache_if_unreachable, cannot_load, clip_arguments, public_name
+from .names import cache_if_unreachable, cannot_load, clip_arguments, place_of, public_name
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -41,9 +40,8 @@ class Dino:
     def __init__(
         self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
-        folder = str(EMBEDDED_DINO) if name == "embedded" else name
         self.device, self.dtype = torch.device(device), dtype
-        self.model, settings = _load_vit(folder, name)
+        self.model, settings = _load_vit(place_of("dino", name), name)
         self.model.to(self.device, dtype).eval().requires_grad_(False)
         side = self.model.config.image_size
         self.resize, self.crop = _sizes(settings, side)

@@ -9,7 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..embedded import CLIP as EMBEDDED_CLIP
+from ..embedded import CLIP, DINO
+
+EMBEDDED = "embedded"
+PACKAGED = {"dino": DINO, "clip": CLIP}
+
+
+def place_of(kind: str, name: str) -> str:
+    """What the libraries load: the package's own folder for "embedded", else the name itself.
+
+    kind: "dino" or "clip".
+    """
+    return str(PACKAGED[kind]) if name == EMBEDDED else name
 
 
 def clip_arguments(name: str) -> dict[str, Any]:
@@ -20,8 +31,7 @@ def clip_arguments(name: str) -> dict[str, Any]:
     """
     import open_clip
 
-    if name == "embedded":
-        name = str(EMBEDDED_CLIP)
+    name = place_of("clip", name)
     if (Path(name) / "open_clip_config.json").is_file():
         return {"model_name": f"local-dir:{name}"}
     if name.startswith(("local-dir:", "hf-hub:")):
@@ -46,8 +56,11 @@ def clip_arguments(name: str) -> dict[str, Any]:
 
 
 def public_name(name: str) -> str:
-    """The name as a result file may carry it: a folder by its last part, never a path."""
+    """The name as a result file may carry it: a folder by its last part, never a path; the
+    package's own scorers as "embedded", whichever way they were named."""
     prefix, separator, rest = name.rpartition(":")
+    if Path(rest).resolve() in PACKAGED.values():
+        return EMBEDDED
     if Path(rest).exists() or prefix == "local-dir":
         rest = Path(rest).resolve().name
     return prefix + separator + rest
