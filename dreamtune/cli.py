@@ -172,7 +172,7 @@ def export(argv: Sequence[str]) -> int:
 
     from dreamtune.base import load_base
     from dreamtune.export import export as run
-    from dreamtune.generate import adapter_file, base_of_run
+    from dreamtune.find import adapter_file, base_of_run
 
     path = adapter_file(Path(a.adapter))
     base = load_base(a.pretrained_model_name_or_path or base_of_run(path))

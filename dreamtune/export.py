@@ -23,9 +23,10 @@ from dreamtune.checkpoint import (
     read_safetensors,
     write_safetensors,
 )
+from dreamtune.find import LORA
 from dreamtune.inject import InjectedAdapter
 
-FILE_NAMES = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "{name}_kohya.safetensors"}
+FILE_NAMES = {"diffusers": LORA, "kohya": "{name}_kohya.safetensors"}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LayerFactors = dict[str, tuple[Tensor, Tensor]]
 
@@ -46,7 +47,8 @@ def export(
     """Writes the adapter at strength 1 as a plain LoRA and returns the file's path.
 
     Args:
-        source: an injected adapter, or a native file.
+        source: an injected adapter, a native file, or a folder: of a run (its best/) or a
+            checkpoint-N (its own step).
         format: "diffusers" (`pipe.load_lora_weights`) or "kohya" (ComfyUI, A1111).
         base: where `source` is a file of a method that contains the base weights: a UNet, a
             pipeline, or a folder or hub id to load the UNet from.
