@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamtune.adapters import find_method
+from dreamtune.base import load_network
 from dreamtune.checkpoint import (
     AdapterFile,
     check_base,
@@ -19,7 +20,7 @@ from dreamtune.checkpoint import (
     load_adapter_file,
     read_safetensors,
 )
-from dreamtune.export import find_unet, plain_lora
+from dreamtune.export import plain_lora
 from dreamtune.find import adapter_file
 from dreamtune.groups import TARGET_MODULES, find_targets
 from dreamtune.inject import InjectedAdapter, inject
@@ -43,7 +44,7 @@ def load(
         another base.
     """
     path = adapter_file(path)
-    unet = find_unet(pipe)
+    unet = load_network(pipe)
     tensors, header = read_safetensors(path)
     about = json.loads(header["dreamtune"]) if "dreamtune" in header else {}
     if "method" in about:
