@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dreamtune.config import EMBEDDED
-from dreamtune.model_folder import load_folder, looks_like_a_path
+from dreamtune.model_folder import load_folder, load_unet, looks_like_a_path
 from dreamtune.single_file import load_file
 
 PACKAGED_MODEL = Path(__file__).parent / "embedded" / "model"
@@ -243,22 +243,15 @@ def load_base(
     id that cannot be had.
     """
     device = torch.device(device)
-    path = PACKAGED_MODEL if name_or_path == EMBEDDED else Path(name_or_path).expanduser()
-    embedded = path.resolve() == PACKAGED_MODEL.resolve()
+    path = locate(name_or_path)
+    embedded = path is not None and path.resolve() == PACKAGED_MODEL.resolve()
     with quiet_diffusers():
-        if path.is_file():
+        if path is not None and path.is_file():
             parts = load_file(path, prediction_type)
             name = path.stem
         else:
-            local = path.is_dir()
-            if not local and (embedded or looks_like_a_path(name_or_path)):
-                raise ValueError(
-                    f"there is no base model at `{name_or_path}`: a folder with model_index.json, "
-                    "a .safetensors file, or a hub id such as "
-                    "stable-diffusion-v1-5/stable-diffusion-v1-5."
-                )
-            parts = load_folder(str(path) if local else name_or_path, revision, variant, dtype)
-            name = EMBEDDED if embedded else path.resolve().name if local else name_or_path
+            parts = load_folder(str(path or name_or_path), revision, variant, dtype)
+            name = EMBEDDED if embedded else path.resolve().name if path else name_or_path
     unet, vae, text_encoder, tokenizer, scheduler = parts
     check_parts(name_or_path, unet, vae)
     if prediction_type is not None and scheduler.config.get("prediction_type") != prediction_type:
@@ -269,6 +262,45 @@ def load_base(
     for module in (vae, text_encoder):
         move(module, torch.device("cpu"), torch.float32)
     return Base(unet, vae, text_encoder, tokenizer, scheduler, name, embedded, device, dtype)
+
+
+def load_network(
+    source: Any, *, revision: str | None = None, variant: str | None = None
+) -> torch.nn.Module:
+    """The trained network: itself, of a pipeline, or loaded alone in float32 on the CPU from all
+    that `load_base` takes or from a folder of a UNet. Raises ValueError for anything else.
+    """
+    if not isinstance(source, (str, Path)):
+        network = source if isinstance(source, torch.nn.Module) else getattr(source, "unet", None)
+        if not isinstance(network, torch.nn.Module):
+            raise ValueError(
+                "`base` must be a UNet, a pipeline, a folder, a .safetensors file, a hub id or "
+                f'"{EMBEDDED}", got {source!r}'
+            )
+        return network
+    path = locate(source)
+    with quiet_diffusers():
+        if path is not None and path.is_file():
+            network = load_file(path, prediction_type=None)[0]
+        else:
+            network = load_unet(str(path or source), revision, variant, torch.float32)
+    return network.requires_grad_(False).eval()
+
+
+def locate(name_or_path: str | Path) -> Path | None:
+    """Where a base is on this machine, None for a hub id. Raises ValueError for a path with nothing
+    there.
+    """
+    name = str(name_or_path)
+    path = PACKAGED_MODEL if name == EMBEDDED else Path(name).expanduser()
+    if path.exists():
+        return path
+    if path == PACKAGED_MODEL or looks_like_a_path(name):
+        raise ValueError(
+            f"there is no base model at `{name}`: a folder with model_index.json, a .safetensors "
+            "file, or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5."
+        )
+    return None
 
 
 def check_parts(source: str, unet: Any, vae: Any) -> None:

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dreamtune.adapter_file import AdapterFile, Fingerprint
+from dreamtune.find import ADAPTER, adapter_file
 from dreamtune.inject import InjectedAdapter
 from dreamtune.version import __version__
 
-FILE_NAME = "adapter.safetensors"
 FORMAT_VERSION = 1
 PROJECTIONS = 16
 # Relative distance of a layer's projections. A cast to fp16 or bf16 moves them at most 2e-3,
@@ -34,7 +34,7 @@ def save_adapter(file: AdapterFile, path: str | Path) -> Path:
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        path = path / FILE_NAME
+        path = path / ADAPTER
     header = {
         "format_version": FORMAT_VERSION,
         "dreamtune_version": __version__,
@@ -54,12 +54,10 @@ InjectedAdapter.write = staticmethod(save_adapter)
 
 
 def load_adapter_file(path: str | Path) -> AdapterFile:
-    """Reads a native file, or the one in a folder; a ValueError says what is wrong with another."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / FILE_NAME
-    if not path.is_file():
-        raise ValueError(f"no adapter file at `{path}`")
+    """Reads a native file, or the one that a folder means (`adapter_file`); a ValueError says what
+    is wrong with another.
+    """
+    path = adapter_file(path)
     tensors, raw = read_safetensors(path)
     if "dreamtune" not in raw:
         raise ValueError(f"`{path.name}` is not a native adapter file: no `dreamtune` header")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dreamtune.adapter_file import AdapterFile, Fingerprint
 from dreamtune.adapters import METHODS, find_method
+from dreamtune.base import load_network
 from dreamtune.checkpoint import (
     check_base,
     fingerprint,
@@ -21,10 +22,14 @@ from dreamtune.checkpoint import (
     read_safetensors,
     write_safetensors,
 )
+from dreamtune.find import LORA, adapter_file, run_settings
 from dreamtune.inject import InjectedAdapter
 
-FILE_NAMES = {"diffusers": "pytorch_lora_weights.safetensors", "kohya": "{name}_kohya.safetensors"}
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FILE_NAMES = {"diffusers": LORA, "kohya": "{name}_kohya.safetensors"}
+DTYPES = {
+    "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
+    "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
+}  # fmt: skip
 LayerFactors = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -44,16 +49,22 @@ def export(
     """Writes the adapter at strength 1 as a plain LoRA and returns the file's path.
 
     Args:
-        source: an injected adapter, or a native file.
+        source: an injected adapter, a native file, or a folder: of a run (its best/) or a
+            checkpoint-N (its own step).
         format: "diffusers" (`pipe.load_lora_weights`) or "kohya" (ComfyUI, A1111).
-        base: where `source` is a file of a method that contains the base weights: a UNet, a
-            pipeline, or a folder or hub id to load the UNet from.
-        dtype: of the file: torch.float32, float16 or bfloat16, or "fp32", "fp16", "bf16".
+        base: a UNet, a pipeline, or where to load the UNet from: a model's folder or a UNet's, a
+            .safetensors file, a hub id, or "embedded". A file of a method that contains the base
+            weights needs it; left out, it is the base of the run that the file lies in.
+        dtype: of the file: torch.float32, float16 or bfloat16, or their names ("fp16", "float16").
         slot: of an injected adapter.
         name: of the kohya file; the diffusers name is fixed.
         metadata: of an injected adapter, to keep in the header as in `InjectedAdapter.save`.
         overwrite: replace a file of that name with other contents, otherwise an error.
         force: export on a base that is not the one of training.
+
+    Raises:
+        ValueError: no adapter at `source`, an unknown format or dtype, a method that no plain LoRA
+        holds, a base that is missing, cannot be had or is another one, a file that would change.
     """
     if format not in FILE_NAMES:
         raise ValueError(f"`format` must be one of {', '.join(FILE_NAMES)}, got {format!r}")
@@ -69,9 +80,10 @@ def export(
         factors = factors_of_adapter(source, slot)
         prints = fingerprint(source.weights())
     else:
-        file = load_adapter_file(source)
+        path = adapter_file(source)
+        file = load_adapter_file(path)
         method, about = file.method, file.metadata
-        model = None if base is None else find_unet(base)
+        model = _base_for(path, method) if base is None else load_network(base)
         _refuse(method, format, model)
         factors, prints = factors_of_file(file, model, force)
     small = {path: recompress(up, down) for path, (up, down) in factors.items()}
@@ -85,6 +97,23 @@ def export(
     path = Path(out_dir) / FILE_NAMES[format].format(name=name)
     _write(path, tensors, header, overwrite)
     return path
+
+
+def _base_for(path: Path, method: str) -> nn.Module | None:
+    """That of the run that the file lies in, where the method needs one."""
+    if not find_method(method).depends_on_weight:
+        return None
+    settings = run_settings(path)
+    if "pretrained_model_name_or_path" not in settings:
+        raise ValueError(
+            f"`{method}` contains the base weights: pass the UNet as `base`, in the command as "
+            "--pretrained_model_name_or_path"
+        )
+    return load_network(
+        settings["pretrained_model_name_or_path"],
+        revision=settings.get("revision"),
+        variant=settings.get("variant"),
+    )
 
 
 def _refuse(method: str, format: str, model: nn.Module | None) -> None:
@@ -116,8 +145,11 @@ def factors_of_adapter(adapter: InjectedAdapter, slot: int = 0) -> LayerFactors:
 def factors_of_file(
     file: AdapterFile, model: nn.Module | None, force: bool = False
 ) -> tuple[LayerFactors, Fingerprint]:
-    """The same from a native file, with the fingerprint of the base that the factors belong to."""
+    """The same from a native file, with the fingerprint of the base that the factors belong to.
+    `model` is the base, None where the method does not need it.
+    """
     method = find_method(file.method)
+    assert model is not None or not method.depends_on_weight
     weight_of: Callable[[str], Tensor]
     prints = file.fingerprint
     if model is not None:
@@ -125,8 +157,6 @@ def factors_of_file(
         prints = fingerprint(weights)
         check_base(file.method, method.depends_on_weight, file.fingerprint, prints, force)
         weight_of = weights.__getitem__
-    elif method.depends_on_weight:
-        raise ValueError(f"`{file.method}` contains the base weights: pass the UNet as `base`")
     else:
         weight_of = lambda path: torch.zeros(file.shapes[path])  # noqa: E731
     found = {}
@@ -151,19 +181,6 @@ def _weight(model: nn.Module, path: str, shape: tuple[int, int]) -> Tensor:
         got = tuple(weight.shape) if isinstance(weight, Tensor) else None
         raise ValueError(f"`{path}` must be {tuple(shape)} in the base, got {got}")
     return weight.detach()
-
-
-def find_unet(base: Any) -> nn.Module:
-    """The UNet itself, of a pipeline, or loaded from a folder or hub id."""
-    if isinstance(base, (str, Path)):
-        from diffusers import UNet2DConditionModel
-
-        nested = not (Path(base) / "config.json").is_file()
-        return UNet2DConditionModel.from_pretrained(base, subfolder="unet" if nested else None)
-    model = base if isinstance(base, nn.Module) else getattr(base, "unet", None)
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"`base` must be a UNet, a pipeline, a folder or a hub id, got {base!r}")
-    return model
 
 
 def recompress(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:

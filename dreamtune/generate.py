@@ -4,44 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from dreamtune import runstate
 from dreamtune.base import load_base, save_png
-from dreamtune.configfile import read_yaml
+from dreamtune.find import adapter_file, base_of_run, run_settings
 from dreamtune.sample import grid, sample
-
-
-def adapter_file(path: Path) -> Path:
-    """The adapter that a path means: a file, or in a folder its best/, else its own."""
-    if path.is_file():
-        return path
-    for place in (path / runstate.BEST, path):
-        for name in (runstate.ADAPTER, runstate.LORA):
-            if (place / name).is_file():
-                return place / name
-    raise ValueError(
-        f"no adapter at `{path}`: a .safetensors file, or a folder with {runstate.ADAPTER} or "
-        f"{runstate.LORA}, itself or in best/."
-    )
-
-
-def run_settings(file: Path) -> dict[str, Any]:
-    """config.yaml of the run that a file lies in, or {}."""
-    for folder in list(file.resolve().parents)[:3]:
-        if (folder / runstate.CONFIG).is_file():
-            return read_yaml(folder / runstate.CONFIG)
-    return {}
-
-
-def base_of_run(file: Path) -> str:
-    base = run_settings(file).get("pretrained_model_name_or_path")
-    if base is None:
-        raise ValueError(
-            f"`{file}` does not lie in the folder of a run: name its base with "
-            "--pretrained_model_name_or_path."
-        )
-    return str(base)
 
 
 def generate(

@@ -37,16 +37,14 @@ def load_folder(
             f"`{source}` is a {kind}; a Stable Diffusion 1.x/2.x text-to-image model is needed "
             "(StableDiffusionPipeline)."
         )
-    options: dict[str, Any] = {"revision": revision} if revision else {}
-    options["local_files_only"] = not hub_answers()
-    weights = options | ({"variant": variant} if variant else {})
+    options = hub_options(revision)
+    weights = hub_options(revision, variant)
+    unet = load_unet(source, revision, variant, dtype)
     with explained(source):
         vae_class = getattr(diffusers, index["vae"][1])
         scheduler_class = getattr(diffusers, index["scheduler"][1])
         return (
-            diffusers.UNet2DConditionModel.from_pretrained(
-                source, subfolder="unet", torch_dtype=dtype, **weights
-            ),
+            unet,
             vae_class.from_pretrained(
                 source, subfolder="vae", torch_dtype=torch.float32, **weights
             ),
@@ -56,6 +54,34 @@ def load_folder(
             transformers.CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **options),
             scheduler_class.from_pretrained(source, subfolder="scheduler", **options),
         )
+
+
+def load_unet(
+    source: str, revision: str | None, variant: str | None, dtype: torch.dtype
+) -> torch.nn.Module:
+    """The UNet alone of a model folder or hub id, or of a folder that holds nothing else."""
+    from diffusers import UNet2DConditionModel
+
+    folder, place = Path(source), "unet"
+    if folder.is_dir():
+        place = place if (folder / place / "config.json").is_file() else ""
+        config = folder / place / "config.json"
+        kind = json.loads(config.read_text()).get("_class_name") if config.is_file() else None
+        if kind != UNet2DConditionModel.__name__:
+            raise ValueError(
+                f"`{source}` holds no UNet: a config.json of a "
+                f"{UNet2DConditionModel.__name__} must be in it or in its unet/, got {kind}."
+            )
+    with explained(source):
+        return UNet2DConditionModel.from_pretrained(
+            source, subfolder=place, torch_dtype=dtype, **hub_options(revision, variant)
+        )
+
+
+def hub_options(revision: str | None, variant: str | None = None) -> dict[str, Any]:
+    """Of `from_pretrained`: what is given, and no waiting for a hub that does not answer."""
+    given = {"revision": revision, "variant": variant}
+    return {k: v for k, v in given.items() if v} | {"local_files_only": not hub_answers()}
 
 
 def read_index(source: str, revision: str | None = None) -> dict[str, Any]:

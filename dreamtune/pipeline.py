@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from dreamtune.adapter_file import AdapterFile
 from dreamtune.adapters import find_method
+from dreamtune.base import load_network
 from dreamtune.checkpoint import (
-    FILE_NAME,
     check_base,
     fingerprint,
     load_adapter_file,
     read_safetensors,
 )
-from dreamtune.export import FILE_NAMES, find_unet, plain_lora
+from dreamtune.export import plain_lora
+from dreamtune.find import adapter_file
 from dreamtune.groups import TARGET_MODULES, find_targets
 from dreamtune.inject import InjectedAdapter, inject
 
@@ -32,8 +33,8 @@ def load(
 
     Args:
         pipe: a diffusers pipeline with a UNet, or a UNet.
-        path: a native file, a diffusers or kohya LoRA of the attention projections, or a run's
-            folder.
+        path: a native file, a diffusers or kohya LoRA of the attention projections, or a folder:
+            of a run (its best/), a checkpoint-N (its own step), or one with such a file.
         name: kept on the result as `.name`.
         scale: strength, linear in the change; change it later with `.scale`.
         force: recompute a method that contains the base weights on another base.
@@ -42,8 +43,8 @@ def load(
         ValueError: keys that match no layer, layers without keys, values that are not finite,
         another base.
     """
-    path = _find_file(Path(path))
-    unet = find_unet(pipe)
+    path = adapter_file(path)
+    unet = load_network(pipe)
     tensors, header = read_safetensors(path)
     about = json.loads(header["dreamtune"]) if "dreamtune" in header else {}
     if "method" in about:
@@ -54,18 +55,6 @@ def load(
         parameter.requires_grad_(False)
     adapter.scale, adapter.name = scale, name
     return adapter
-
-
-def _find_file(path: Path) -> Path:
-    if path.is_dir():
-        names = [FILE_NAME, FILE_NAMES["diffusers"]]
-        found = next((path / n for n in names if (path / n).is_file()), None)
-        if found is None:
-            raise ValueError(f"no {' or '.join(f'`{n}`' for n in names)} in `{path}`")
-        return found
-    if not path.is_file():
-        raise ValueError(f"no adapter file at `{path}`")
-    return path
 
 
 def _load_native(unet: nn.Module, file: AdapterFile, force: bool) -> InjectedAdapter:

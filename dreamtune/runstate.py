@@ -17,13 +17,10 @@ from typing import Any
 
 from torch import Tensor
 
-CONFIG, METRICS, ADAPTER, LORA = (
-    "config.yaml",
-    "metrics.jsonl",
-    "adapter.safetensors",
-    "pytorch_lora_weights.safetensors",
-)
-OPTIMIZER, STATE, BEST = "optimizer.safetensors", "run_state.json", "best"
+from dreamtune import find
+
+ADAPTER, LORA, CONFIG, STATE, BEST = find.ADAPTER, find.LORA, find.CONFIG, find.STATE, find.BEST
+METRICS, OPTIMIZER = "metrics.jsonl", "optimizer.safetensors"
 OURS = (CONFIG, METRICS, ADAPTER, LORA, "report.html", "samples", BEST)
 NAME = re.compile(r"checkpoint-(\d+)")
 
