@@ -6,17 +6,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from dreamtune.base import Base
+from dreamtune.cache import Cache, Pools, join
 from dreamtune.config import Config
 from dreamtune.optim import SlotAdamW
-from dreamtune.step import Cache, Step, StepSettings
+from dreamtune.step import Step, StepSettings
 
 if TYPE_CHECKING:
     from dreamtune.inject import InjectedAdapter
-
-Pools = list[list[Tensor]]  # photos, and class images; the tickets of each slot
 
 
 def build_step(
@@ -68,24 +66,3 @@ def stacked_options(method: str, options: Sequence[dict[str, Any]]) -> dict[str,
         if any(v != values[0] for v in values):
             merged[name] = values
     return merged
-
-
-def join(caches: Sequence[Cache], pools: Sequence[Pools]) -> tuple[Cache, Pools]:
-    """One cache of several, and pools with the slots of all; a slot draws from its own part."""
-    if len(caches) == 1:
-        return caches[0], pools[0]
-    captions, tickets = [], [[] for _ in pools[0]]  # type: tuple[list[Tensor], Pools]
-    entries = prompts = 0
-    for cache, own in zip(caches, pools, strict=True):
-        captions.append(cache.caption + prompts)
-        for kind, slots in zip(tickets, own, strict=True):
-            kind.extend(t + entries for t in slots)
-        entries, prompts = entries + len(cache.mean), prompts + len(cache.prompts)
-    stds = [c.std for c in caches if c.std is not None]
-    joined = Cache(
-        torch.cat([c.mean for c in caches]),
-        torch.cat(stds) if stds else None,
-        torch.cat(captions),
-        torch.cat([c.prompts for c in caches]),
-    )
-    return joined, tickets

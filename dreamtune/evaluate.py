@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -174,44 +173,3 @@ def read_grid(path: Path, count: int, size: int) -> list[Image.Image]:
     sheet = Image.open(path).convert("RGB")
     corners = [(i % COLUMNS * size, i // COLUMNS * size) for i in range(count)]
     return [sheet.crop((x, y, x + size, y + size)) for x, y in corners]
-
-
-class Tracker:
-    """TensorBoard through accelerate's tracker, or nothing."""
-
-    def __init__(self, kind: str, run_dir: Path) -> None:
-        self.inner: Any = None
-        if kind == "tensorboard":
-            try:
-                from accelerate import PartialState
-                from accelerate.tracking import TensorBoardTracker
-
-                PartialState()
-                logging.getLogger("tensorboard").setLevel(logging.ERROR)
-                self.inner = TensorBoardTracker("tensorboard", str(run_dir / "logs"))
-                if hasattr(self.inner, "start"):
-                    self.inner.start()
-            except ImportError as error:
-                raise ValueError(
-                    "`report_to` tensorboard needs it installed: pip install "
-                    "'dreamtune[tensorboard]' "
-                    f"({error})."
-                ) from None
-
-    def log(self, values: dict[str, Any], step: int, images: Sequence[Image.Image] = ()) -> None:
-        if self.inner is None:
-            return
-        import numpy as np
-
-        self.inner.log(
-            {k: v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"},
-            step=step,
-        )
-        if images:
-            self.inner.writer.add_images(
-                "samples", np.stack([np.asarray(i) for i in images]), step, dataformats="NHWC"
-            )
-
-    def close(self) -> None:
-        if self.inner is not None:
-            self.inner.finish()

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamtune.adapter_file import AdapterFile, Fingerprint
 from dreamtune.adapters import METHODS, find_method
-from dreamtune.base import load_network
-from dreamtune.checkpoint import (
-    check_base,
-    fingerprint,
-    load_adapter_file,
-    read_safetensors,
-    write_safetensors,
-)
+from dreamtune.checkpoint import load_adapter_file, read_safetensors, write_safetensors
 from dreamtune.find import LORA, adapter_file, run_settings
+from dreamtune.fingerprint import check_base, fingerprint
 from dreamtune.inject import InjectedAdapter
+from dreamtune.load import load_network
+from dreamtune.lora import LayerFactors, diffusers_keys, kohya_keys, recompress, same_rank
 
 FILE_NAMES = {"diffusers": LORA, "kohya": "{name}_kohya.safetensors"}
 DTYPES = {
     "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
     "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
 }  # fmt: skip
-LayerFactors = dict[str, tuple[Tensor, Tensor]]
 
 
 def export(
@@ -87,7 +80,7 @@ def export(
         _refuse(method, format, model)
         factors, prints = factors_of_file(file, model, force)
     small = {path: recompress(up, down) for path, (up, down) in factors.items()}
-    tensors = (_diffusers_keys if format == "diffusers" else _kohya_keys)(_same_rank(small), dtype)
+    tensors = (diffusers_keys if format == "diffusers" else kohya_keys)(same_rank(small), dtype)
     header = {
         "format": "pt",
         "dreamtune": json.dumps(
@@ -183,47 +176,6 @@ def _weight(model: nn.Module, path: str, shape: tuple[int, int]) -> Tensor:
     return weight.detach()
 
 
-def recompress(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product in float64, orthogonal on both sides, its size split evenly between them.
-
-    Factors that cancel, or of very different size, lose accuracy in fp16; these do not. The rank
-    stays, unless a side of the layer is narrower.
-    """
-    q_up, r_up = torch.linalg.qr(up.double())
-    q_down, r_down = torch.linalg.qr(down.double().mT)
-    left, size, right = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
-    root = size.sqrt()
-    return q_up @ (left * root), (root.unsqueeze(-1) * right) @ q_down.mT
-
-
-def _same_rank(factors: LayerFactors) -> LayerFactors:
-    """Fills up with zeros to one rank: PEFT mixes up the alphas of a file of several ranks."""
-    rank = max(up.shape[-1] for up, _ in factors.values())
-    return {
-        path: (F.pad(up, (0, rank - up.shape[-1])), F.pad(down, (0, 0, 0, rank - down.shape[-2])))
-        for path, (up, down) in factors.items()
-    }
-
-
-def _diffusers_keys(factors: LayerFactors, dtype: torch.dtype) -> dict[str, Tensor]:
-    # No alpha: diffusers then takes alpha = rank, a scale of 1.
-    tensors = {}
-    for path, (up, down) in factors.items():
-        tensors[f"unet.{path}.lora_A.weight"] = down.to(dtype).cpu().contiguous()
-        tensors[f"unet.{path}.lora_B.weight"] = up.to(dtype).cpu().contiguous()
-    return tensors
-
-
-def _kohya_keys(factors: LayerFactors, dtype: torch.dtype) -> dict[str, Tensor]:
-    tensors = {}
-    for path, (up, down) in factors.items():
-        key = f"lora_unet_{path.replace('.', '_')}"
-        tensors[f"{key}.lora_down.weight"] = down.to(dtype).cpu().contiguous()
-        tensors[f"{key}.lora_up.weight"] = up.to(dtype).cpu().contiguous()
-        tensors[f"{key}.alpha"] = torch.tensor(float(down.shape[0]))
-    return tensors
-
-
 def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str], overwrite: bool) -> None:
     broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
@@ -247,35 +199,3 @@ def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str], overw
             )
         return
     write_safetensors(path, tensors, header)
-
-
-def plain_lora(
-    tensors: Mapping[str, Tensor],
-) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
-    """Layer key -> (up, down) of a diffusers or kohya file, alpha in up; keys not understood.
-
-    Layer keys are module paths, or kohya's `lora_unet_...` names.
-    """
-    parts: dict[str, dict[str, Tensor]] = {}
-    unknown = []
-    endings = {
-        ".lora_A.weight": "down", ".lora_down.weight": "down", ".lora.down.weight": "down",
-        ".lora_B.weight": "up", ".lora_up.weight": "up", ".lora.up.weight": "up", ".alpha": "alpha",
-    }  # fmt: skip
-    for key, tensor in tensors.items():
-        ending = next((e for e in endings if key.endswith(e)), None)
-        if ending is None or not key.startswith(("unet.", "lora_unet_")):
-            unknown.append(key)
-            continue
-        layer = key.removesuffix(ending).removeprefix("unet.")
-        parts.setdefault(layer, {})[endings[ending]] = tensor
-    factors = {}
-    for layer, found in parts.items():
-        if "up" not in found or "down" not in found or found["up"].dim() != 2:
-            unknown.append(layer)
-            continue
-        up, down = found["up"].float(), found["down"].float()
-        rank = down.shape[0]
-        alpha = float(found["alpha"]) if "alpha" in found else float(rank)
-        factors[layer] = (up * (alpha / rank) if not math.isclose(alpha, rank) else up, down)
-    return factors, unknown

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dreamtune.base import load_base, save_png
+from dreamtune.base import save_png
 from dreamtune.find import adapter_file, base_of_run, run_settings
+from dreamtune.load import load_base
 from dreamtune.sample import grid, sample
 
 

@@ -13,17 +13,13 @@ from torch import Tensor, nn
 
 from dreamtune.adapter_file import AdapterFile
 from dreamtune.adapters import find_method
-from dreamtune.base import load_network
-from dreamtune.checkpoint import (
-    check_base,
-    fingerprint,
-    load_adapter_file,
-    read_safetensors,
-)
-from dreamtune.export import plain_lora
+from dreamtune.checkpoint import load_adapter_file, read_safetensors
 from dreamtune.find import adapter_file
+from dreamtune.fingerprint import check_base, fingerprint
 from dreamtune.groups import TARGET_MODULES, find_targets
 from dreamtune.inject import InjectedAdapter, inject
+from dreamtune.load import load_network
+from dreamtune.lora import plain_lora
 
 
 def load(

@@ -5,7 +5,6 @@ class images.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +13,10 @@ from typing import Any
 
 import torch
 
-from dreamtune.base import Base, save_png
+from dreamtune.base import Base
 from dreamtune.config import Config
-from dreamtune.data import Photo, read_folder, views
+from dreamtune.data import Photo
 from dreamtune.metrics.scorers import without_identifier
-from dreamtune.sample import sample
-from dreamtune.step import Cache, mix
 
 # Of the 15 prompts that DreamBooth's evaluation asks of animals and of objects alike.
 PROMPTS = (
@@ -191,107 +188,6 @@ def device_and_dtype(config: Config) -> tuple[torch.device, torch.dtype]:
     if device.type != "cuda":
         return device, torch.float32
     return device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-
-
-def build_cache(
-    config: Config, base: Base, photos: Sequence[Photo], class_photos: Sequence[Photo]
-) -> tuple[Cache, list[list[torch.Tensor]]]:
-    """Latents and embeddings of one subject on the device, and the pools (photos, then class
-    images) to draw from.
-    """
-    assert config.resolution is not None
-    crops = 0 if config.center_crop else config.crops
-    parts = [
-        views(
-            list(photos),
-            config.resolution,
-            config.instance_prompt,
-            crops=crops,
-            flip=config.random_flip,
-            seed=config.seed,
-        )
-    ]
-    if class_photos:
-        parts.append(
-            views(
-                list(class_photos),
-                config.resolution,
-                config.class_prompt,
-                crops=crops,
-                seed=config.seed,
-            )
-        )
-    mean, std = base.encode_images(torch.cat([p.pixels for p in parts]))
-    captions = [c for p in parts for c in p.captions]
-    distinct = list(dict.fromkeys(captions))
-    cache = Cache(
-        mean,
-        std,
-        torch.tensor([distinct.index(c) for c in captions], device=base.device),
-        base.encode_prompts(distinct),
-    )
-    pools, start = [], 0
-    for part in parts:
-        weights = torch.tensor(part.weights, device=base.device)
-        pools.append(
-            [torch.arange(len(weights), device=base.device).repeat_interleave(weights) + start]
-        )
-        start += len(weights)
-    return cache, pools
-
-
-def class_images(config: Config, base: Base) -> list[Photo]:
-    """The class images, made by the base where the folder holds too few. Image i depends on (seed,
-    i) alone.
-    """
-    assert config.class_data_dir is not None and config.class_prompt is not None
-    folder = Path(config.class_data_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    note = folder / ".dreamtune.json"
-    origin = {
-        "prompt": config.class_prompt,
-        "base": base.id,
-        "seed": config.seed,
-        "resolution": config.resolution,
-    }
-    if note.is_file() and json.loads(note.read_text()) != origin:
-        was = json.loads(note.read_text())
-        differs = ", ".join(
-            f"{k} {was.get(k)!r}, now {v!r}" for k, v in origin.items() if was.get(k) != v
-        )
-        raise ValueError(
-            f"the class images in `{folder}` were made otherwise: {differs}. Name another "
-            f"--class_data_dir."
-        )
-    own = [p for p in folder.iterdir() if p.name.startswith("class-") and p.suffix == ".png"]
-    others = [
-        p for p in folder.iterdir() if p not in own and not p.name.startswith(".") and p.is_file()
-    ]
-    have = len(own) + len([p for p in others if p.suffix.lower() != ".txt"])
-    missing = [
-        i for i in range(config.num_class_images) if not (folder / f"class-{i:05d}.png").exists()
-    ]
-    missing = missing[: max(0, config.num_class_images - have)]
-    if missing:
-        print(f"Making {len(missing)} class images of `{config.class_prompt}` in {folder}")
-        note.write_text(json.dumps(origin))
-        encoded = base.encode_prompts(["", config.class_prompt]).to(base.dtype)
-        nothing, embeds = encoded.split(1)
-        with base.sampling(config.sampler or "base", prompts=False) as pipe:
-            for start in range(0, len(missing), config.sample_batch_size):
-                part = missing[start : start + config.sample_batch_size]
-                images = sample(
-                    pipe,
-                    [config.class_prompt] * len(part),
-                    [mix(config.seed, i) for i in part],
-                    prompt_embeds=embeds.expand(len(part), -1, -1),
-                    negative_prompt_embeds=nothing,
-                    batch_size=len(part),
-                    **sampling_options(config),
-                )
-                for i, image in zip(part, images, strict=True):
-                    save_png(image, folder / f"class-{i:05d}.png")
-    return read_folder(folder).photos[: config.num_class_images]
 
 
 def sampling_options(config: Config) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from typing import Any
 
 from PIL import Image
 
-from .curves import curve
-from .selection import RULE, Choice, Rating
-from .version import __version__
+from dreamtune.curves import curve
+from dreamtune.selection import RULE, Choice, Rating
+from dreamtune.version import __version__
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 PHOTO_SIDE, IMAGE_SIDE = 256, 448  # longest side in pixels of what is put into the page

@@ -11,25 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 from dreamtune import fused_ops, runstate
 from dreamtune.assemble import build_step
-from dreamtune.base import Base, load_base
+from dreamtune.base import Base
+from dreamtune.cache import build_cache
 from dreamtune.capture import choose, drive, reason_against
+from dreamtune.class_images import class_images
 from dreamtune.config import STACKED, Config
 from dreamtune.configfile import continued
 from dreamtune.data import read_folder
-from dreamtune.evaluate import Evaluator, Tracker, at_step
-from dreamtune.prepare import (
-    build_cache,
-    class_images,
-    device_and_dtype,
-    resolve,
-    subject_of,
-    with_subject,
-)
+from dreamtune.evaluate import Evaluator, at_step
+from dreamtune.load import load_base
+from dreamtune.prepare import device_and_dtype, resolve, subject_of, with_subject
 from dreamtune.runstate import TrainResult as TrainResult
 from dreamtune.selection import Choice, choose_best
 from dreamtune.show import options_text, progress_bar
 from dreamtune.step import Step
 from dreamtune.sweep import PROMPT_FILE, SETTINGS_FILE
+from dreamtune.tracker import Tracker
 
 if TYPE_CHECKING:
     from dreamtune.inject import InjectedAdapter

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dreamtune.cache import Cache, Pool
 from dreamtune.loss import add_noise, min_snr_weight, slot_losses, target
 from dreamtune.optim import SlotAdamW, clip_factors, slot_norms
 
@@ -26,25 +27,6 @@ def mix(seed: int, k: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK64
     return (z ^ (z >> 31)) >> 1
-
-
-@dataclass
-class Cache:
-    """Everything that does not change while training, on the device.
-
-    mean (N, c, h, w): latents; std: of the encoder's distribution, None where it has none; caption
-    (N,): row of prompts (P, tokens, dim).
-    """
-
-    mean: Tensor
-    std: Tensor | None
-    caption: Tensor
-    prompts: Tensor
-
-
-# For each slot the entries of the cache it draws from, (M_s,): an entry that stands twice is
-# drawn twice as often.
-Pool = Sequence[Tensor]
 
 
 @dataclass(frozen=True)

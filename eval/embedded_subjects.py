@@ -25,8 +25,8 @@ from PIL import Image
 
 import dreamtune
 from dreamtune import embedded
-from dreamtune.base import load_base
 from dreamtune.config import Config
+from dreamtune.load import load_base
 from dreamtune.metrics import Scorers, without_identifier
 from dreamtune.sample import grid, sample
 from dreamtune.train import train

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from dreamtune import model_folder
-from dreamtune.base import load_base
+from dreamtune.load import load_base
 from dreamtune.single_file import CONFIGS, clip_tokenizer, family_of
 
 KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"

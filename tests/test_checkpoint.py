@@ -9,7 +9,8 @@ from tiny import cases, disturb, tiny_unet
 
 import dreamtune
 from dreamtune import checkpoint
-from dreamtune.checkpoint import compare_fingerprints, fingerprint, load_adapter_file
+from dreamtune.checkpoint import load_adapter_file
+from dreamtune.fingerprint import compare_fingerprints, fingerprint
 
 all_cases = pytest.mark.parametrize("method,options", cases())
 

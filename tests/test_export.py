@@ -13,9 +13,9 @@ from tiny import cases, disturb, images, tiny_pipeline, tiny_unet
 
 import dreamtune
 from dreamtune import METHODS, model_folder, single_file
-from dreamtune.base import load_network
 from dreamtune.cli import main
-from dreamtune.export import recompress
+from dreamtune.load import load_network
+from dreamtune.lora import recompress
 
 all_cases = pytest.mark.parametrize("method,options", cases())
 ALONE = """

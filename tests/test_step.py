@@ -9,8 +9,9 @@ import torch
 from tiny import tiny_unet
 
 from dreamtune import METHODS, inject
+from dreamtune.cache import Cache
 from dreamtune.optim import SlotAdamW
-from dreamtune.step import Cache, Step, StepSettings, draw, mix
+from dreamtune.step import Step, StepSettings, draw, mix
 
 DTYPE = torch.float64
 RATES, SEEDS = [2e-3, 1e-2, 5e-4], [3, 1, 4]

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dreamtune.adapters.base import Adapter, Generators, register, unit
+from dreamtune.adapters.base import Adapter, Generators, register
+from dreamtune.adapters.maths import unit
 
 
 @register

@@ -6,15 +6,8 @@ import math
 
 from torch import Tensor, nn
 
-from dreamtune.adapters.base import (
-    Adapter,
-    Generators,
-    block_columns,
-    blocks_of,
-    frozen_product,
-    register,
-    unit,
-)
+from dreamtune.adapters.base import Adapter, Generators, register
+from dreamtune.adapters.maths import block_columns, blocks_of, frozen_product, unit
 
 
 @register

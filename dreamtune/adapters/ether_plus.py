@@ -8,14 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreamtune.adapters.base import (
-    Adapter,
-    Generators,
-    blocks_of,
-    frozen_product,
-    register,
-    unit,
-)
+from dreamtune.adapters.base import Adapter, Generators, register
+from dreamtune.adapters.maths import blocks_of, frozen_product, unit
 
 
 @register

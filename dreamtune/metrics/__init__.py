@@ -1,6 +1,6 @@
 """Scores of generated images: extractors (DINO, CLIP) and pure functions on their features."""
 
-from .extractors import Clip, Dino
-from .scorers import References, Scorers, Scores, without_identifier
+from dreamtune.metrics.extractors import Clip, Dino
+from dreamtune.metrics.scorers import References, Scorers, Scores, without_identifier
 
 __all__ = ["Clip", "Dino", "References", "Scorers", "Scores", "without_identifier"]

@@ -17,8 +17,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .features import normalize
-from .names import cache_if_unreachable, cannot_load, clip_arguments, place_of, public_name
+from dreamtune.metrics.features import normalize
+from dreamtune.metrics.names import (
+    cache_if_unreachable,
+    cannot_load,
+    clip_arguments,
+    place_of,
+    public_name,
+)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

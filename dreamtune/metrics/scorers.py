@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .extractors import Clip, Dino
-from .features import matched, mean_among, mean_to_set, shuffled
+from dreamtune.metrics.extractors import Clip, Dino
+from dreamtune.metrics.features import matched, mean_among, mean_to_set, shuffled
 
 PAIRING = {
     "dino, clip_i": "mean cosine of all (generated image, photo) pairs",
