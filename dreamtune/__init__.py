@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from dreamtune.adapters import register as register
     from dreamtune.config import Config as Config
     from dreamtune.export import export as export
-    from dreamtune.inject import InjectedAdapter as InjectedAdapter
-    from dreamtune.inject import inject as inject
+    from dreamtune.injection.inject import InjectedAdapter as InjectedAdapter
+    from dreamtune.injection.inject import inject as inject
     from dreamtune.pipeline import load as load
     from dreamtune.stacked import train_stacked as train_stacked
     from dreamtune.train import train as train
@@ -28,9 +28,9 @@ _PUBLIC = {
     "METHODS": "dreamtune.adapters",
     "Adapter": "dreamtune.adapters",
     "Config": "dreamtune.config",
-    "InjectedAdapter": "dreamtune.inject",
+    "InjectedAdapter": "dreamtune.injection.inject",
     "export": "dreamtune.export",
-    "inject": "dreamtune.inject",
+    "inject": "dreamtune.injection.inject",
     "load": "dreamtune.pipeline",
     "register": "dreamtune.adapters",
     "train": "dreamtune.train",

@@ -14,7 +14,7 @@ from dreamtune.optim import SlotAdamW
 from dreamtune.step import Step, StepSettings
 
 if TYPE_CHECKING:
-    from dreamtune.inject import InjectedAdapter
+    from dreamtune.injection.inject import InjectedAdapter
 
 
 def build_step(
@@ -23,7 +23,7 @@ def build_step(
     """Injects a slot for each config. They differ in seed, learning rate and the method's
     `per_slot` options only; what is common is read from the first.
     """
-    from dreamtune.inject import inject
+    from dreamtune.injection.inject import inject
 
     c = configs[0]
     if c.gradient_checkpointing:

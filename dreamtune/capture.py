@@ -16,7 +16,7 @@ from torch import Tensor
 from dreamtune.step import Step
 
 if TYPE_CHECKING:
-    from dreamtune.inject import InjectedAdapter
+    from dreamtune.injection.inject import InjectedAdapter
 
 WARM_UP = 3  # steps, so that libraries have made their workspaces and chosen their kernels
 

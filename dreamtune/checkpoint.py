@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dreamtune.adapter_file import AdapterFile
 from dreamtune.find import ADAPTER, adapter_file
 from dreamtune.fingerprint import fingerprint
-from dreamtune.inject import InjectedAdapter
+from dreamtune.injection.adapter_file import AdapterFile
+from dreamtune.injection.inject import InjectedAdapter
 from dreamtune.version import __version__
 
 FORMAT_VERSION = 1

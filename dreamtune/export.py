@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreamtune.adapter_file import AdapterFile, Fingerprint
 from dreamtune.adapters import METHODS, find_method
 from dreamtune.checkpoint import load_adapter_file, read_safetensors, write_safetensors
 from dreamtune.find import LORA, adapter_file, run_settings
 from dreamtune.fingerprint import check_base, fingerprint
-from dreamtune.inject import InjectedAdapter
+from dreamtune.injection.adapter_file import AdapterFile, Fingerprint
+from dreamtune.injection.inject import InjectedAdapter
 from dreamtune.load import load_network
 from dreamtune.lora import LayerFactors, diffusers_keys, kohya_keys, recompress, same_rank
 

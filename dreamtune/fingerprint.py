@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dreamtune.adapter_file import Fingerprint
+from dreamtune.injection.adapter_file import Fingerprint
 
 PROJECTIONS = 16
 

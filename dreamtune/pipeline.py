@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreamtune.adapter_file import AdapterFile
 from dreamtune.adapters import find_method
 from dreamtune.checkpoint import load_adapter_file, read_safetensors
 from dreamtune.find import adapter_file
 from dreamtune.fingerprint import check_base, fingerprint
-from dreamtune.groups import TARGET_MODULES, find_targets
-from dreamtune.inject import InjectedAdapter, inject
+from dreamtune.injection.adapter_file import AdapterFile
+from dreamtune.injection.group import TARGET_MODULES, find_targets
+from dreamtune.injection.inject import InjectedAdapter, inject
 from dreamtune.load import load_network
 from dreamtune.lora import plain_lora
 

@@ -29,7 +29,7 @@ from dreamtune.sweep import PROMPT_FILE, SETTINGS_FILE
 from dreamtune.tracker import Tracker
 
 if TYPE_CHECKING:
-    from dreamtune.inject import InjectedAdapter
+    from dreamtune.injection.inject import InjectedAdapter
 
 BAD_STEPS_IN_A_ROW = 25
 SYNC_EVERY = 10  # rounds between reads of the loss: each waits for the device

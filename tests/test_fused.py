@@ -18,8 +18,8 @@ from test_step import make
 from tiny import tiny_unet
 
 from dreamtune import fast_unet, fused_ops
-from dreamtune.attention import JointProjections
 from dreamtune.config import Config
+from dreamtune.injection.attention import JointProjections
 from dreamtune.run import Run
 
 pytest.importorskip("triton", reason="triton is not on this platform")

@@ -7,7 +7,7 @@ from torch import nn
 
 import dreamtune
 from dreamtune import METHODS
-from dreamtune.layer import AdaptedLinear
+from dreamtune.injection.layer import AdaptedLinear
 
 all_cases = pytest.mark.parametrize("method,options", cases())
 COUNTS = [

@@ -8,8 +8,9 @@ import pytest
 import torch
 from tiny import tiny_unet
 
-from dreamtune import METHODS, inject
+from dreamtune import METHODS
 from dreamtune.cache import Cache
+from dreamtune.injection import inject
 from dreamtune.optim import SlotAdamW
 from dreamtune.step import Step, StepSettings, draw, mix
 

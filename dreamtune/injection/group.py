@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamtune.adapters import Adapter
-from dreamtune.layer import AdaptedLinear, Projection, Wide, wide_rank
+from dreamtune.injection.layer import AdaptedLinear, Projection, Wide, wide_rank
 
 TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
 

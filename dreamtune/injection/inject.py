@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dreamtune.adapter_file import AdapterFile
 from dreamtune.adapters import Adapter, find_method, resolve_options
-from dreamtune.attention import JointProjections, joint_layers, project_jointly
-from dreamtune.beside import beside
-from dreamtune.groups import TARGET_MODULES, Group, find_targets
-from dreamtune.layer import AdaptedLinear
+from dreamtune.injection.adapter_file import AdapterFile
+from dreamtune.injection.attention import JointProjections, joint_layers, project_jointly
+from dreamtune.injection.group import TARGET_MODULES, Group, find_targets
+from dreamtune.injection.layer import AdaptedLinear
+from dreamtune.injection.streams import beside
 
 
 def inject(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamtune.layer import AdaptedLinear, Projection
+from dreamtune.injection.layer import AdaptedLinear, Projection
 
 
 class JointProjections:
