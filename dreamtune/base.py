@@ -62,7 +62,7 @@ class Base:
 
     def speed_up(self, fused: bool, compiled: bool) -> None:
         """The UNet's forward through fused kernels, its transformer blocks compiled; once."""
-        from dreamtune import fast_unet
+        from dreamtune.fast import unet as fast_unet
 
         if fused and not self.fused:
             with quiet_diffusers():

@@ -9,16 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreamtune import fused_ops, runstate
+from dreamtune import runstate
 from dreamtune.assemble import build_step
 from dreamtune.base import Base
 from dreamtune.cache import build_cache
-from dreamtune.capture import choose, drive, reason_against
 from dreamtune.class_images import class_images
 from dreamtune.config import STACKED, Config
 from dreamtune.configfile import continued
 from dreamtune.data import read_folder
 from dreamtune.evaluate import Evaluator, at_step
+from dreamtune.fast import ops
+from dreamtune.fast.graphs import choose, drive, reason_against
 from dreamtune.load import load_base
 from dreamtune.prepare import device_and_dtype, resolve, subject_of, with_subject
 from dreamtune.runstate import TrainResult as TrainResult
@@ -60,7 +61,7 @@ class Run:
         device = device_and_dtype(config)[0]
         self.against = reason_against(device, config.gradient_checkpointing)
         self.capturing = choose("capture", config.capture, self.against)
-        self.unfused = fused_ops.reason_against(device, config.gradient_checkpointing)
+        self.unfused = ops.reason_against(device, config.gradient_checkpointing)
         self.fusing = choose("fused", config.fused, self.unfused)
         name = config.name or f"{photo_dir.resolve().name}-{config.method}".replace(" ", "-")
         self.dir = (

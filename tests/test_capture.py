@@ -14,8 +14,8 @@ from tiny import unet_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreamtune import METHODS
-from dreamtune.capture import CapturedForward, CapturedStep, choose, reason_against
 from dreamtune.config import Config
+from dreamtune.fast.graphs import CapturedForward, CapturedStep, choose, reason_against
 from dreamtune.run import Run
 from dreamtune.train import Interrupted, train
 

@@ -25,8 +25,8 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 from common import build_unet, make_step, now  # noqa: E402
 from random_models import build_pipeline, write_photos  # noqa: E402
 
-from dreamtune.capture import CapturedStep  # noqa: E402
 from dreamtune.config import Config  # noqa: E402
+from dreamtune.fast.graphs import CapturedStep  # noqa: E402
 from dreamtune.run import Run  # noqa: E402
 from dreamtune.train import Interrupted, train  # noqa: E402
 

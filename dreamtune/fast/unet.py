@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamtune import fused_ops as ops
+from dreamtune.fast import ops as ops
 
 
 class Fused:

@@ -33,7 +33,7 @@ def reason_against(device: torch.device, gradient_checkpointing: bool = False) -
 
 
 def kernels() -> Any:
-    from dreamtune import kernels
+    from dreamtune.fast import kernels
 
     return kernels
 
