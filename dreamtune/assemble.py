@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dreamtune.base import Base
 from dreamtune.cache import Cache, Pools, join
 from dreamtune.config import Config
+from dreamtune.models.stable_diffusion import Base
 from dreamtune.optim import SlotAdamW
 from dreamtune.step import Step, StepSettings
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dreamtune.base import Base
 from dreamtune.config import Config
 from dreamtune.data import Photo, views
+from dreamtune.models.stable_diffusion import Base
 
 
 @dataclass

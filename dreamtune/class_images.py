@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dreamtune.base import Base, save_png
 from dreamtune.config import Config
 from dreamtune.data import Photo, read_folder
+from dreamtune.models.sample import sample
+from dreamtune.models.stable_diffusion import Base, save_png
 from dreamtune.prepare import sampling_options
-from dreamtune.sample import sample
 from dreamtune.step import mix
 
 

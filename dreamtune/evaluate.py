@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dreamtune.base import Base
 from dreamtune.config import Config
+from dreamtune.models.sample import sample
+from dreamtune.models.stable_diffusion import Base
 from dreamtune.prepare import Subject, sampling_options
-from dreamtune.sample import sample
 
 COLUMNS = 4
 

@@ -16,8 +16,8 @@ from dreamtune.find import LORA, adapter_file, run_settings
 from dreamtune.fingerprint import check_base, fingerprint
 from dreamtune.injection.adapter_file import AdapterFile, Fingerprint
 from dreamtune.injection.inject import InjectedAdapter
-from dreamtune.load import load_network
 from dreamtune.lora import LayerFactors, diffusers_keys, kohya_keys, recompress, same_rank
+from dreamtune.models.load import load_network
 
 FILE_NAMES = {"diffusers": LORA, "kohya": "{name}_kohya.safetensors"}
 DTYPES = {

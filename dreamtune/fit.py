@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from dreamtune.assemble import build_step
-from dreamtune.base import Base
+from dreamtune.models.sample import sample
+from dreamtune.models.stable_diffusion import Base
 from dreamtune.prepare import sampling_options
 from dreamtune.run import Run
-from dreamtune.sample import sample
 
 USABLE = 0.9  # of the memory that is free: pieces between allocations, kernels' workspaces
 

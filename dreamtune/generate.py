@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dreamtune.base import save_png
 from dreamtune.find import adapter_file, base_of_run, run_settings
-from dreamtune.load import load_base
-from dreamtune.sample import grid, sample
+from dreamtune.models.load import load_base
+from dreamtune.models.sample import grid, sample
+from dreamtune.models.stable_diffusion import save_png
 
 
 def generate(

@@ -18,8 +18,8 @@ from dreamtune.fingerprint import check_base, fingerprint
 from dreamtune.injection.adapter_file import AdapterFile
 from dreamtune.injection.group import TARGET_MODULES, find_targets
 from dreamtune.injection.inject import InjectedAdapter, inject
-from dreamtune.load import load_network
 from dreamtune.lora import plain_lora
+from dreamtune.models.load import load_network
 
 
 def load(

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from dreamtune.base import Base
 from dreamtune.config import Config
 from dreamtune.data import Photo
 from dreamtune.metrics.scorers import without_identifier
+from dreamtune.models.stable_diffusion import Base
 
 # Of the 15 prompts that DreamBooth's evaluation asks of animals and of objects alike.
 PROMPTS = (

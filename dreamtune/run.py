@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from dreamtune import runstate
 from dreamtune.assemble import build_step
-from dreamtune.base import Base
 from dreamtune.cache import build_cache
 from dreamtune.class_images import class_images
 from dreamtune.config import STACKED, Config
@@ -20,7 +19,8 @@ from dreamtune.data import read_folder
 from dreamtune.evaluate import Evaluator, at_step
 from dreamtune.fast import ops
 from dreamtune.fast.graphs import choose, drive, reason_against
-from dreamtune.load import load_base
+from dreamtune.models.load import load_base
+from dreamtune.models.stable_diffusion import Base
 from dreamtune.prepare import device_and_dtype, resolve, subject_of, with_subject
 from dreamtune.runstate import TrainResult as TrainResult
 from dreamtune.selection import Choice, choose_best

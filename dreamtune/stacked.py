@@ -17,10 +17,10 @@ from PIL import Image
 
 from dreamtune import runstate
 from dreamtune.assemble import build_step
-from dreamtune.base import Base
 from dreamtune.config import CPU_SLOTS, Config
 from dreamtune.evaluate import at_step, sample_slots
 from dreamtune.fast.graphs import drive
+from dreamtune.models.stable_diffusion import Base
 from dreamtune.optim import learning_rate_factor
 from dreamtune.run import SYNC_EVERY, Run, TrainResult, base_of
 from dreamtune.show import progress_bar, table

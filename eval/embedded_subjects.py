@@ -26,9 +26,9 @@ from PIL import Image
 import dreamtune
 from dreamtune import embedded
 from dreamtune.config import Config
-from dreamtune.load import load_base
 from dreamtune.metrics import Scorers, without_identifier
-from dreamtune.sample import grid, sample
+from dreamtune.models.load import load_base
+from dreamtune.models.sample import grid, sample
 from dreamtune.train import train
 
 PROMPTS = embedded.prompts()[1::3][:8]

@@ -12,10 +12,12 @@ from single_file_layout import write_configs, write_single_file
 from tiny import cases, disturb, images, tiny_pipeline, tiny_unet
 
 import dreamtune
-from dreamtune import METHODS, model_folder, single_file
+from dreamtune import METHODS
 from dreamtune.cli import main
-from dreamtune.load import load_network
 from dreamtune.lora import recompress
+from dreamtune.models import folder as model_folder
+from dreamtune.models import single_file
+from dreamtune.models.load import load_network
 
 all_cases = pytest.mark.parametrize("method,options", cases())
 ALONE = """

@@ -75,7 +75,7 @@ def cache_if_unreachable(name: str) -> Iterator[None]:
     """
     import huggingface_hub.constants
 
-    from dreamtune.model_folder import hub_answers
+    from dreamtune.models.folder import hub_answers
 
     local = name.startswith("local-dir:") or Path(name).exists()
     before = huggingface_hub.constants.HF_HUB_OFFLINE

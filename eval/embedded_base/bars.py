@@ -195,7 +195,7 @@ def measure(args: argparse.Namespace) -> None:
     from embedded_subjects import tunability
 
     from dreamtune.embedded import subjects
-    from dreamtune.load import load_base
+    from dreamtune.models.load import load_base
 
     scenes = stages.scenes_for(args.work / "sprites.npz", args.work / "tokenizer", "cpu")
     scorers, out = Scorers(args.out, "cpu"), args.out

@@ -25,7 +25,7 @@ from common import build_unet, count_kernels, frozen, make_step, median_ms  # no
 from others import DENSE, PEFT, add_dense, add_peft, plain_step  # noqa: E402
 
 from dreamtune.fast.graphs import CapturedStep  # noqa: E402
-from dreamtune.load import load_base  # noqa: E402
+from dreamtune.models.load import load_base  # noqa: E402
 
 OURS = ("lora", "delora", "ether", "ether+")
 # Options that give factors of rank r; DeLoRA's are twice its rank, with the residual start.

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from dreamtune import embedded
-from dreamtune.base import Base, move, quiet_diffusers
 from dreamtune.config import EMBEDDED
-from dreamtune.model_folder import load_folder, load_unet, looks_like_a_path
-from dreamtune.single_file import load_file
+from dreamtune.models.folder import load_folder, load_unet, looks_like_a_path
+from dreamtune.models.single_file import load_file
+from dreamtune.models.stable_diffusion import Base, move, quiet_diffusers
 
 PACKAGED_MODEL = embedded.MODEL
 
