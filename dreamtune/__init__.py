@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dreamtune.adapters import Adapter as Adapter
     from dreamtune.adapters import register as register
     from dreamtune.config import Config as Config
-    from dreamtune.export import export as export
+    from dreamtune.files.export import export as export
     from dreamtune.injection.inject import InjectedAdapter as InjectedAdapter
     from dreamtune.injection.inject import inject as inject
     from dreamtune.pipeline import load as load
@@ -29,7 +29,7 @@ _PUBLIC = {
     "Adapter": "dreamtune.adapters",
     "Config": "dreamtune.config",
     "InjectedAdapter": "dreamtune.injection.inject",
-    "export": "dreamtune.export",
+    "export": "dreamtune.files.export",
     "inject": "dreamtune.injection.inject",
     "load": "dreamtune.pipeline",
     "register": "dreamtune.adapters",
@@ -54,7 +54,7 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module `dreamtune` has no attribute `{name}`")
     if name in ("inject", "InjectedAdapter"):
-        importlib.import_module("dreamtune.checkpoint")  # gives `InjectedAdapter.save` its format
+        importlib.import_module("dreamtune.files.native")  # gives `InjectedAdapter.save` its format
     value = getattr(importlib.import_module(_PUBLIC[name]), name)
     globals()[name] = value
     return value

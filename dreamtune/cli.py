@@ -167,7 +167,7 @@ def export(argv: Sequence[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace a file of that name")
     a = parser.parse_args(argv)
     quieten()
-    from dreamtune.export import export as run
+    from dreamtune.files.export import export as run
 
     print(
         run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dreamtune.find import adapter_file, base_of_run, run_settings
+from dreamtune.files.find import adapter_file, base_of_run, run_settings
 from dreamtune.models.load import load_base
 from dreamtune.models.sample import grid, sample
 from dreamtune.models.stable_diffusion import save_png

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from dreamtune.adapters import find_method
-from dreamtune.checkpoint import load_adapter_file, read_safetensors
-from dreamtune.find import adapter_file
-from dreamtune.fingerprint import check_base, fingerprint
+from dreamtune.files.find import adapter_file
+from dreamtune.files.fingerprint import check_base, fingerprint
+from dreamtune.files.lora import plain_lora
+from dreamtune.files.native import load_adapter_file, read_safetensors
 from dreamtune.injection.adapter_file import AdapterFile
 from dreamtune.injection.group import TARGET_MODULES, find_targets
 from dreamtune.injection.inject import InjectedAdapter, inject
-from dreamtune.lora import plain_lora
 from dreamtune.models.load import load_network
 
 

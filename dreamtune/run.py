@@ -241,7 +241,7 @@ class Run:
         }
 
         def fill(place: Path) -> None:
-            from dreamtune.export import export
+            from dreamtune.files.export import export
 
             self.adapter.save(place / runstate.ADAPTER, self.slot, metadata=metadata)
             if self.exportable():

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dreamtune import find
+from dreamtune.files import find
 
 ADAPTER, LORA, CONFIG, STATE, BEST = find.ADAPTER, find.LORA, find.CONFIG, find.STATE, find.BEST
 METRICS, OPTIMIZER = "metrics.jsonl", "optimizer.safetensors"
@@ -180,7 +180,7 @@ def restore(
     """Puts adapter, step state, best/ and metrics.jsonl back to where the checkpoint was."""
     from safetensors.torch import load_file
 
-    from dreamtune.checkpoint import load_adapter_file
+    from dreamtune.files.native import load_adapter_file
 
     adapter.load_state_dict(load_adapter_file(checkpoint / ADAPTER).tensors, slot)
     load_state(load_file(checkpoint / OPTIMIZER), slot)

@@ -14,7 +14,7 @@ from tiny import cases, disturb, images, tiny_pipeline, tiny_unet
 import dreamtune
 from dreamtune import METHODS
 from dreamtune.cli import main
-from dreamtune.lora import recompress
+from dreamtune.files.lora import recompress
 from dreamtune.models import folder as model_folder
 from dreamtune.models import single_file
 from dreamtune.models.load import load_network

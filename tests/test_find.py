@@ -12,7 +12,7 @@ from tiny import tiny_unet
 import dreamtune
 from dreamtune import pipeline
 from dreamtune.cli import main
-from dreamtune.find import adapter_file, base_of_run, run_settings
+from dreamtune.files.find import adapter_file, base_of_run, run_settings
 from dreamtune.generate import generate
 
 # What each path of the run below means, by the step of its adapter.

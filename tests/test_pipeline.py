@@ -176,7 +176,7 @@ def test_second_adapter_is_an_error(exported, tmp_path):
 
 
 def test_package_names_stay_functions():
-    import dreamtune.export
+    import dreamtune.files.export
     import dreamtune.injection.inject  # noqa: F401
 
     assert callable(dreamtune.inject) and callable(dreamtune.export) and callable(dreamtune.load)

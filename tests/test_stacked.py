@@ -16,8 +16,8 @@ from scorer_folders import write_clip, write_dino
 
 from dreamtune import METHODS
 from dreamtune import run as run_module
-from dreamtune.checkpoint import load_adapter_file
 from dreamtune.config import Config
+from dreamtune.files.native import load_adapter_file
 from dreamtune.run import Run
 from dreamtune.stacked import Wave, train_stacked
 from dreamtune.train import Interrupted, train

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dreamtune.find import ADAPTER, adapter_file
-from dreamtune.fingerprint import fingerprint
+from dreamtune.files.find import ADAPTER, adapter_file
+from dreamtune.files.fingerprint import fingerprint
 from dreamtune.injection.adapter_file import AdapterFile
 from dreamtune.injection.inject import InjectedAdapter
 from dreamtune.version import __version__

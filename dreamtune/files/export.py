@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dreamtune.adapters import METHODS, find_method
-from dreamtune.checkpoint import load_adapter_file, read_safetensors, write_safetensors
-from dreamtune.find import LORA, adapter_file, run_settings
-from dreamtune.fingerprint import check_base, fingerprint
+from dreamtune.files.find import LORA, adapter_file, run_settings
+from dreamtune.files.fingerprint import check_base, fingerprint
+from dreamtune.files.lora import LayerFactors, diffusers_keys, kohya_keys, recompress, same_rank
+from dreamtune.files.native import load_adapter_file, read_safetensors, write_safetensors
 from dreamtune.injection.adapter_file import AdapterFile, Fingerprint
 from dreamtune.injection.inject import InjectedAdapter
-from dreamtune.lora import LayerFactors, diffusers_keys, kohya_keys, recompress, same_rank
 from dreamtune.models.load import load_network
 
 FILE_NAMES = {"diffusers": LORA, "kohya": "{name}_kohya.safetensors"}
