@@ -16,14 +16,14 @@ from dreamtune.class_images import class_images
 from dreamtune.config import STACKED, Config
 from dreamtune.configfile import continued
 from dreamtune.data import read_folder
-from dreamtune.evaluate import Evaluator, at_step
+from dreamtune.evaluation.selection import Choice, choose_best
+from dreamtune.evaluation.validation import Evaluator, at_step
 from dreamtune.fast import ops
 from dreamtune.fast.graphs import choose, drive, reason_against
 from dreamtune.models.load import load_base
 from dreamtune.models.stable_diffusion import Base
 from dreamtune.prepare import device_and_dtype, resolve, subject_of, with_subject
 from dreamtune.runstate import TrainResult as TrainResult
-from dreamtune.selection import Choice, choose_best
 from dreamtune.show import options_text, progress_bar
 from dreamtune.step import Step
 from dreamtune.sweep import PROMPT_FILE, SETTINGS_FILE
@@ -288,7 +288,7 @@ class Run:
         )
 
     def write_report(self) -> None:
-        from dreamtune.report import write_report
+        from dreamtune.evaluation.report import write_report
 
         c, steps = self.config, [r["step"] for r in self.history]
         grids = {s: g for s in steps if (g := self.evaluator.saved(s)) is not None}

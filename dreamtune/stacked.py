@@ -18,7 +18,7 @@ from PIL import Image
 from dreamtune import runstate
 from dreamtune.assemble import build_step
 from dreamtune.config import CPU_SLOTS, Config
-from dreamtune.evaluate import at_step, sample_slots
+from dreamtune.evaluation.validation import at_step, sample_slots
 from dreamtune.fast.graphs import drive
 from dreamtune.models.stable_diffusion import Base
 from dreamtune.optim import learning_rate_factor

@@ -21,10 +21,10 @@ from scorer_folders import write_clip, write_dino
 from dreamtune import run as run_module
 from dreamtune import runstate
 from dreamtune.config import Config
-from dreamtune.evaluate import Evaluator, read_grid
+from dreamtune.evaluation.selection import choose_best
+from dreamtune.evaluation.validation import Evaluator, read_grid
 from dreamtune.models.stable_diffusion import Base
 from dreamtune.run import Run
-from dreamtune.selection import choose_best
 from dreamtune.train import Interrupted, train
 
 

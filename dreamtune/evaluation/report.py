@@ -14,8 +14,8 @@ from typing import Any
 
 from PIL import Image
 
-from dreamtune.curves import curve
-from dreamtune.selection import RULE, Choice, Rating
+from dreamtune.evaluation.curves import curve
+from dreamtune.evaluation.selection import RULE, Choice, Rating
 from dreamtune.version import __version__
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html"
