@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dreamtune.files.export import export as export
     from dreamtune.injection.inject import InjectedAdapter as InjectedAdapter
     from dreamtune.injection.inject import inject as inject
-    from dreamtune.pipeline import load as load
+    from dreamtune.pipeline.load import load as load
     from dreamtune.stacked import train_stacked as train_stacked
     from dreamtune.train import train as train
 
@@ -31,7 +31,7 @@ _PUBLIC = {
     "InjectedAdapter": "dreamtune.injection.inject",
     "export": "dreamtune.files.export",
     "inject": "dreamtune.injection.inject",
-    "load": "dreamtune.pipeline",
+    "load": "dreamtune.pipeline.load",
     "register": "dreamtune.adapters",
     "train": "dreamtune.train",
     "train_stacked": "dreamtune.stacked",

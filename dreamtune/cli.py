@@ -125,7 +125,7 @@ def generate(argv: Sequence[str]) -> int:
     )
     a = parser.parse_args(argv)
     quieten()
-    from dreamtune.generate import generate as run
+    from dreamtune.pipeline.generate import generate as run
 
     paths = run(
         Path(a.adapter),

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from tiny import tiny_unet
 
 import dreamtune
-from dreamtune import pipeline
 from dreamtune.cli import main
 from dreamtune.files.find import adapter_file, base_of_run, run_settings
-from dreamtune.generate import generate
+from dreamtune.pipeline import load as pipeline
+from dreamtune.pipeline.generate import generate
 
 # What each path of the run below means, by the step of its adapter.
 MEANT = {

@@ -35,7 +35,7 @@ def generate(
     if resolution is not None and (resolution < 8 or resolution % 8):
         raise ValueError(f"`resolution` must be a multiple of 8, got {resolution}.")
     from dreamtune.config import Config
-    from dreamtune.pipeline import load
+    from dreamtune.pipeline.load import load
     from dreamtune.prepare import SMALL, device_and_dtype
 
     file = adapter_file(adapter)
