@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dreamtune.config import Config
-from dreamtune.data import Photo, views
+from dreamtune.data.photos import Photo, views
 from dreamtune.models.stable_diffusion import Base
 
 

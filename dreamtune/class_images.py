@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from dreamtune.config import Config
-from dreamtune.data import Photo, read_folder
+from dreamtune.data.photos import Photo, read_folder
 from dreamtune.models.sample import sample
 from dreamtune.models.stable_diffusion import Base, save_png
 from dreamtune.prepare import sampling_options

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dreamtune.config import Config
-from dreamtune.data import Photo
+from dreamtune.data.photos import Photo
 from dreamtune.metrics.scorers import without_identifier
 from dreamtune.models.stable_diffusion import Base
 

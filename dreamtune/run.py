@@ -15,7 +15,7 @@ from dreamtune.cache import build_cache
 from dreamtune.class_images import class_images
 from dreamtune.config import STACKED, Config
 from dreamtune.configfile import continued
-from dreamtune.data import read_folder
+from dreamtune.data.photos import read_folder
 from dreamtune.evaluation.selection import Choice, choose_best
 from dreamtune.evaluation.validation import Evaluator, at_step
 from dreamtune.fast import ops
