@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from dreamtune.injection.inject import InjectedAdapter as InjectedAdapter
     from dreamtune.injection.inject import inject as inject
     from dreamtune.pipeline.load import load as load
-    from dreamtune.stacked import train_stacked as train_stacked
-    from dreamtune.train import train as train
+    from dreamtune.training.train import train as train
+    from dreamtune.training.wave import train_stacked as train_stacked
 
 
 _PUBLIC = {
@@ -33,8 +33,8 @@ _PUBLIC = {
     "inject": "dreamtune.injection.inject",
     "load": "dreamtune.pipeline.load",
     "register": "dreamtune.adapters",
-    "train": "dreamtune.train",
-    "train_stacked": "dreamtune.stacked",
+    "train": "dreamtune.training.train",
+    "train_stacked": "dreamtune.training.wave",
 }
 __all__ = [
     "METHODS",

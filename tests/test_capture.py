@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dreamtune import METHODS
 from dreamtune.config import Config
 from dreamtune.fast.graphs import CapturedForward, CapturedStep, choose, reason_against
-from dreamtune.run import Run
-from dreamtune.train import Interrupted, train
+from dreamtune.training.run import Run
+from dreamtune.training.train import Interrupted, train
 
 STEPS = 50
 # Parameters and losses of float64 runs, relative to the largest: the same kernels run, only the

@@ -21,7 +21,7 @@ from dreamtune.config import Config
 from dreamtune.fast import ops
 from dreamtune.fast import unet as fast_unet
 from dreamtune.injection.attention import JointProjections
-from dreamtune.run import Run
+from dreamtune.training.run import Run
 
 pytest.importorskip("triton", reason="triton is not on this platform")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

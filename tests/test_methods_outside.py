@@ -18,7 +18,7 @@ from dreamtune.cli import main
 from dreamtune.config import Config
 from dreamtune.configfile import from_mapping, read_yaml
 from dreamtune.flags import options_of_methods, train_config
-from dreamtune.sweep import expand
+from dreamtune.training.sweep import expand
 
 SOURCE = '''
 import torch

@@ -15,7 +15,7 @@ from torch import Tensor
 from dreamtune.config import Config
 from dreamtune.models.sample import sample
 from dreamtune.models.stable_diffusion import Base
-from dreamtune.prepare import Subject, sampling_options
+from dreamtune.training.defaults import Subject, sampling_options
 
 COLUMNS = 4
 

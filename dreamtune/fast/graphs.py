@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dreamtune.step import Step
+from dreamtune.training.step import Step
 
 if TYPE_CHECKING:
     from dreamtune.injection.inject import InjectedAdapter

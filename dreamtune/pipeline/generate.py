@@ -36,7 +36,7 @@ def generate(
         raise ValueError(f"`resolution` must be a multiple of 8, got {resolution}.")
     from dreamtune.config import Config
     from dreamtune.pipeline.load import load
-    from dreamtune.prepare import SMALL, device_and_dtype
+    from dreamtune.training.defaults import SMALL, device_and_dtype
 
     file = adapter_file(adapter)
     settings = run_settings(file)

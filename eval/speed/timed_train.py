@@ -36,9 +36,9 @@ def clocked(owner: Any, name: str, label: str) -> None:
 
 
 def main() -> int:
-    from dreamtune import run
     from dreamtune.cli import main as command
     from dreamtune.evaluation import validation
+    from dreamtune.training import run
 
     start = time.perf_counter()
     import diffusers

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dreamtune.runstate import TrainResult
+    from dreamtune.training.run_folder import TrainResult
 
 
 def options_text(options: dict[str, Any]) -> str:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreamtune.cache import Cache, Pool
-from dreamtune.loss import add_noise, min_snr_weight, slot_losses, target
-from dreamtune.optim import SlotAdamW, clip_factors, slot_norms
+from dreamtune.training.cache import Cache, Pool
+from dreamtune.training.loss import add_noise, min_snr_weight, slot_losses, target
+from dreamtune.training.optim import SlotAdamW, clip_factors, slot_norms
 
 MASK64 = (1 << 64) - 1
 

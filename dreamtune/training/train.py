@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from dreamtune.config import Config
-from dreamtune.optim import learning_rate_factor
-from dreamtune.run import Run, TrainResult
+from dreamtune.training.optim import learning_rate_factor
+from dreamtune.training.run import Run, TrainResult
 
 
 class Interrupted(KeyboardInterrupt):

@@ -9,10 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreamtune import runstate
-from dreamtune.assemble import build_step
-from dreamtune.cache import build_cache
-from dreamtune.class_images import class_images
 from dreamtune.config import STACKED, Config
 from dreamtune.configfile import continued
 from dreamtune.data.photos import read_folder
@@ -22,12 +18,16 @@ from dreamtune.fast import ops
 from dreamtune.fast.graphs import choose, drive, reason_against
 from dreamtune.models.load import load_base
 from dreamtune.models.stable_diffusion import Base
-from dreamtune.prepare import device_and_dtype, resolve, subject_of, with_subject
-from dreamtune.runstate import TrainResult as TrainResult
-from dreamtune.show import options_text, progress_bar
-from dreamtune.step import Step
-from dreamtune.sweep import PROMPT_FILE, SETTINGS_FILE
-from dreamtune.tracker import Tracker
+from dreamtune.training import run_folder
+from dreamtune.training.assemble import build_step
+from dreamtune.training.cache import build_cache
+from dreamtune.training.class_images import class_images
+from dreamtune.training.console import options_text, progress_bar
+from dreamtune.training.defaults import device_and_dtype, resolve, subject_of, with_subject
+from dreamtune.training.run_folder import TrainResult as TrainResult
+from dreamtune.training.step import Step
+from dreamtune.training.sweep import PROMPT_FILE, SETTINGS_FILE
+from dreamtune.training.tracker import Tracker
 
 if TYPE_CHECKING:
     from dreamtune.injection.inject import InjectedAdapter
@@ -49,11 +49,11 @@ class Run:
         self.began = time.perf_counter()
         self.checkpoint, self.start = None, 0
         if config.resume_from_checkpoint is not None:
-            self.checkpoint = runstate.find_checkpoint(
+            self.checkpoint = run_folder.find_checkpoint(
                 config.resume_from_checkpoint, config.output_dir
             )
-            config = continued(config, self.checkpoint.parent / runstate.CONFIG)
-            self.start = runstate.read_state(self.checkpoint)["step"]
+            config = continued(config, self.checkpoint.parent / run_folder.CONFIG)
+            self.start = run_folder.read_state(self.checkpoint)["step"]
         resolve_options(find_method(config.method), config.options)
         self.config, photo_dir = with_subject(config)
         folder = read_folder(photo_dir)
@@ -67,10 +67,10 @@ class Run:
         self.dir = (
             self.checkpoint.parent
             if self.checkpoint
-            else runstate.choose_run_dir(config.output_dir, name)
+            else run_folder.choose_run_dir(config.output_dir, name)
         )
         digests = [p.digest for p in folder.photos]
-        if self.checkpoint and runstate.read_state(self.checkpoint)["photos"] != digests:
+        if self.checkpoint and run_folder.read_state(self.checkpoint)["photos"] != digests:
             raise ValueError(
                 f"the photos in `{photo_dir}` are not those that {self.dir} was started with."
             )
@@ -123,9 +123,9 @@ class Run:
         """Trains in `slot` from here on; a resumed run goes back to its checkpoint, once."""
         self.adapter, self._step, self.slot = adapter, step, slot
         if self.checkpoint:
-            runstate.restore(self.checkpoint, self.dir, adapter, step.load_state_dict, slot)
+            run_folder.restore(self.checkpoint, self.dir, adapter, step.load_state_dict, slot)
             self.checkpoint = None
-            self.history = runstate.read_metrics(self.dir)
+            self.history = run_folder.read_metrics(self.dir)
             self.choose()
 
     def write_config(self) -> None:
@@ -133,7 +133,7 @@ class Run:
 
         self.dir.mkdir(parents=True, exist_ok=True)
         values = {**self.config.to_dict(), "resume_from_checkpoint": None}
-        (self.dir / runstate.CONFIG).write_text(yaml.safe_dump(values, sort_keys=False))
+        (self.dir / run_folder.CONFIG).write_text(yaml.safe_dump(values, sort_keys=False))
 
     def step(self, k: int, factor: float) -> None:
         self.do_step(k, factor)
@@ -214,8 +214,8 @@ class Run:
         self.history.append(record)
         self.choose()
         if self.best_step == k:
-            self.save_files(self.dir / runstate.BEST, record)
-        runstate.append_metrics(self.dir, record)
+            self.save_files(self.dir / run_folder.BEST, record)
+        run_folder.append_metrics(self.dir, record)
         self.tracker.log(record, k, images)
 
     def choose(self) -> None:
@@ -243,11 +243,11 @@ class Run:
         def fill(place: Path) -> None:
             from dreamtune.files.export import export
 
-            self.adapter.save(place / runstate.ADAPTER, self.slot, metadata=metadata)
+            self.adapter.save(place / run_folder.ADAPTER, self.slot, metadata=metadata)
             if self.exportable():
                 export(self.adapter, place, slot=self.slot, overwrite=True)
 
-        runstate.replace_folder(folder, fill)
+        run_folder.replace_folder(folder, fill)
 
     def exportable(self) -> bool:
         from dreamtune.adapters import find_method
@@ -256,7 +256,7 @@ class Run:
 
     def save(self, k: int) -> Path:
         state, limit = self._step.state_dict(self.slot), self.config.checkpoints_total_limit
-        return runstate.save_checkpoint(
+        return run_folder.save_checkpoint(
             self.dir, k, self.adapter, state, self.info, limit, self.slot
         )
 
@@ -271,15 +271,15 @@ class Run:
         shutil.rmtree(final)
         if self.evaluator.scorers is not None:
             self.write_report()
-        best = self.dir / runstate.BEST
-        lora = best / runstate.LORA if self.exportable() else None
+        best = self.dir / run_folder.BEST
+        lora = best / run_folder.LORA if self.exportable() else None
         scores = self.history[self.choice.index]
-        print(f"{self.choice.reason}\nBest: {lora or best / runstate.ADAPTER}")
+        print(f"{self.choice.reason}\nBest: {lora or best / run_folder.ADAPTER}")
         if skipped := self._step.skipped[self.slot].item():
             print(f"{skipped:.0f} steps were skipped: their loss or gradient was not finite.")
         return TrainResult(
             self.dir,
-            best / runstate.ADAPTER,
+            best / run_folder.ADAPTER,
             lora,
             self.best_step,
             scores,

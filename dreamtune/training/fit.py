@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from dreamtune.assemble import build_step
 from dreamtune.models.sample import sample
 from dreamtune.models.stable_diffusion import Base
-from dreamtune.prepare import sampling_options
-from dreamtune.run import Run
+from dreamtune.training.assemble import build_step
+from dreamtune.training.defaults import sampling_options
+from dreamtune.training.run import Run
 
 USABLE = 0.9  # of the memory that is free: pieces between allocations, kernels' workspaces
 

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dreamtune import runstate
-from dreamtune.assemble import build_step
 from dreamtune.config import CPU_SLOTS, Config
 from dreamtune.evaluation.validation import at_step, sample_slots
 from dreamtune.fast.graphs import drive
 from dreamtune.models.stable_diffusion import Base
-from dreamtune.optim import learning_rate_factor
-from dreamtune.run import SYNC_EVERY, Run, TrainResult, base_of
-from dreamtune.show import progress_bar, table
-from dreamtune.sweep import alone, expand
-from dreamtune.train import Interrupted, Interrupts
+from dreamtune.training import run_folder
+from dreamtune.training.assemble import build_step
+from dreamtune.training.console import progress_bar, table
+from dreamtune.training.optim import learning_rate_factor
+from dreamtune.training.run import SYNC_EVERY, Run, TrainResult, base_of
+from dreamtune.training.sweep import alone, expand
+from dreamtune.training.train import Interrupted, Interrupts
 
 
 @dataclass(frozen=True)
@@ -218,11 +218,11 @@ def get_ready(config: Config) -> tuple[Path, dict[str, Run], Base]:
     source = Path(config.subjects or config.instance_data_dir or "default").name.split(":")[-1]
     name = config.name or f"{source}-{'sweep' if config.sweep else config.method}"
     root = Path(config.output_dir).expanduser() if config.output_dir else None
-    root = root if resume and root else runstate.choose_run_dir(config.output_dir, name)
+    root = root if resume and root else run_folder.choose_run_dir(config.output_dir, name)
     runs = {}
     for label, own in configs.items():
         try:
-            there = bool(resume and runstate.checkpoints(root / label))
+            there = bool(resume and run_folder.checkpoints(root / label))
             runs[label] = Run(alone(own, root / label, there), alone=False)
         except ValueError as error:
             raise ValueError(f"`{label}`: {error}") from error
@@ -259,7 +259,7 @@ def fitting(base: Base, runs: dict[str, Run]) -> int:
     """How many of the runs fit on the device at once."""
     if base.device.type != "cuda":
         return min(CPU_SLOTS, len(runs))
-    from dreamtune.fit import largest_wave
+    from dreamtune.training.fit import largest_wave
 
     return largest_wave(base, list(runs.values()))
 

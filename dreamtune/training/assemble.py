@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dreamtune.cache import Cache, Pools, join
 from dreamtune.config import Config
 from dreamtune.models.stable_diffusion import Base
-from dreamtune.optim import SlotAdamW
-from dreamtune.step import Step, StepSettings
+from dreamtune.training.cache import Cache, Pools, join
+from dreamtune.training.optim import SlotAdamW
+from dreamtune.training.step import Step, StepSettings
 
 if TYPE_CHECKING:
     from dreamtune.injection.inject import InjectedAdapter

@@ -9,8 +9,8 @@ from dreamtune.config import Config
 from dreamtune.data.photos import Photo, read_folder
 from dreamtune.models.sample import sample
 from dreamtune.models.stable_diffusion import Base, save_png
-from dreamtune.prepare import sampling_options
-from dreamtune.step import mix
+from dreamtune.training.defaults import sampling_options
+from dreamtune.training.step import mix
 
 
 def class_images(config: Config, base: Base) -> list[Photo]:
