@@ -15,8 +15,9 @@ from torch import Tensor
 
 from dreamtune.base import Base
 from dreamtune.config import Config
-from dreamtune.prepare import Subject, sampling_options
+from dreamtune.prepare import sampling_options
 from dreamtune.sample import sample
+from dreamtune.words import SubjectWords
 
 COLUMNS = 4
 
@@ -32,21 +33,19 @@ class Evaluator:
         self,
         config: Config,
         base: Base,
-        subject: Subject,
+        subject: SubjectWords,
         photos: Sequence[Image.Image],
         scorers: Any = None,
     ) -> None:
-        from dreamtune.metrics.scorers import without_identifier
-
         self.config, self.base = config, base
         self.prompts = [
-            p.replace("{}", subject.name)
+            subject.prompt(p)
             for p in config.validation_prompt
             for _ in range(config.num_validation_images)
         ]
         self.seeds = [config.validation_seed + i for i in range(len(self.prompts))]
         # the identifier means nothing to a scorer
-        self.plain = [without_identifier(p, subject.identifier) for p in self.prompts]
+        self.plain = [subject.plain(p) for p in self.prompts]
         self.scorers = scorers or load_scorers(config, base)
         self.references = self.scorers.references(list(photos)) if self.scorers else None
         self.embeds: dict[str, Tensor] = {}

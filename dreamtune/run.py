@@ -81,7 +81,7 @@ class Run:
         if not alone:  # what `sweep.words` has read was not skipped
             others = [n for n in folder.skipped if n not in (PROMPT_FILE, SETTINGS_FILE)]
             folder = replace(folder, skipped=others)
-        print(f"Subject `{self.subject.name}`: {folder.summary()}. Run: {self.dir}")
+        print(f"Subject {self.subject.summary()}: {folder.summary()}. Run: {self.dir}")
         self.best_step, self.reason, self.slot = 0, "", 0
         self.bar: Any = None
         if alone:
@@ -95,6 +95,8 @@ class Run:
         base.speed_up(self.fusing, self.config.compile)
         self.config = resolve(self.config, base, self.subject, self.dir)
         self.evaluator = Evaluator(self.config, base, self.subject, self.images, scorers)
+        prompt, plain = self.evaluator.prompts[0], self.evaluator.plain[0]
+        print(f"First validation prompt: `{prompt}`; without the identifier: `{plain}`")
         self.tracker = Tracker(self.config.report_to, self.dir)
         self.write_config()
 
