@@ -76,7 +76,7 @@ class Config:
         None,
         "the rare word that names the subject",
         "subject",
-        "the words of --instance_prompt beyond --class_prompt, else sks",
+        "sks if it stands there, else the words beyond --class_prompt",
     )
     resolution: int | None = opt(
         None, "side of the training images in pixels", "subject", "the base's own"

@@ -86,7 +86,7 @@ def test_the_quickstart_finds_its_base() -> None:
 
 
 def test_the_scorers_tell_subjects_and_captions_apart() -> None:
-    from dreamtune.metrics.scorers import Scorers, without_identifier
+    from dreamtune.metrics import Scorers, without_identifier
 
     scorers = Scorers.load(str(embedded.DINO), f"local-dir:{embedded.CLIP}")
     subjects = embedded.subjects("dev")

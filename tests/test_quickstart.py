@@ -31,12 +31,16 @@ def test_a_process_without_dreamtune_gets_the_trained_images(tmp_path: Path) -> 
     """Same seeds, float32: at most 1e-3 of the range apart, where training moved far more."""
     from dreamtune.config import Config
     from dreamtune.training.run import Run
+    from dreamtune.training.train import base_of
+    from dreamtune.training.wave import Wave
 
     settings = {"max_train_steps": 6, "validation_steps": 0, "num_inference_steps": 1}
     config = Config(**settings, device="cpu", output_dir=str(tmp_path / "run"))
     run = Run(config)
+    run.open(base_of(run.config))
+    wave = Wave(run.base, {"fox": run})
     for k in range(6):
-        run.step(k, 1.0)
+        wave.advance(k)
 
     def images() -> torch.Tensor:
         seeds = [torch.Generator().manual_seed(i) for i in range(2)]
@@ -48,10 +52,10 @@ def test_a_process_without_dreamtune_gets_the_trained_images(tmp_path: Path) -> 
             ).images  # fmt: skip
 
     trained = images()
-    run.save_files(tmp_path / "run" / "best", {"step": 6})
-    run.adapter.eject()
+    run.save_files(wave.slots["fox"], tmp_path / "run" / "best", {"step": 6})
+    wave.unload()
     base = images()
-    run.close()
+    wave.close()
     out = tmp_path / "images.pt"
     command = [sys.executable, "-c", ALONE, embedded.MODEL, tmp_path / "run" / "best", out]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

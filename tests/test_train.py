@@ -360,6 +360,22 @@ def test_divergence_is_an_error(settings: dict[str, Any], monkeypatch: pytest.Mo
         train(Config(**settings))
 
 
+def test_the_subjects_words_are_said_before_training(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {"instance_prompt": "a sks apple", "class_prompt": "an apple"}
+    run = opened(Config(**settings | own))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(
+        "Subject `sks apple` (identifier `sks`, class `apple`): 3 photos, 1 other file skipped"
+    )
+    assert said[1] == (
+        "First validation prompt: `a sks apple on a red chair`; without the identifier: "
+        "`an apple on a red chair`"
+    )
+    assert not run.history
+
+
 def test_refusals_come_before_any_model(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

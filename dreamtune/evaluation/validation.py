@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from dreamtune.config import Config
+from dreamtune.data.words import SubjectWords
 from dreamtune.models.sample import sample
 from dreamtune.models.stable_diffusion import Base
-from dreamtune.training.defaults import Subject, sampling_options
+from dreamtune.training.defaults import sampling_options
 
 COLUMNS = 4
 
@@ -31,21 +32,19 @@ class Evaluator:
         self,
         config: Config,
         base: Base,
-        subject: Subject,
+        subject: SubjectWords,
         photos: Sequence[Image.Image],
         scorers: Any = None,
     ) -> None:
-        from dreamtune.metrics.scorers import without_identifier
-
         self.config, self.base = config, base
         self.prompts = [
-            p.replace("{}", subject.name)
+            subject.prompt(p)
             for p in config.validation_prompt
             for _ in range(config.num_validation_images)
         ]
         self.seeds = [config.validation_seed + i for i in range(len(self.prompts))]
         # the identifier means nothing to a scorer
-        self.plain = [without_identifier(p, subject.identifier) for p in self.prompts]
+        self.plain = [subject.plain(p) for p in self.prompts]
         self.scorers = scorers or load_scorers(config, base)
         self.references = self.scorers.references(list(photos)) if self.scorers else None
         self.embeds: dict[str, Tensor] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -122,11 +121,3 @@ class Scorers:
             clip_i_per_image=clip_i.tolist(),
             clip_t_per_image=clip_t.tolist(),
         )
-
-
-def without_identifier(prompt: str, identifier: str) -> str:
-    """`a photo of sks dog` -> `a photo of dog`; whole words only."""
-    if not identifier:
-        return prompt
-    words = re.sub(rf"(?<!\w){re.escape(identifier)}(?!\w)", " ", prompt)
-    return re.sub(r"\s+([,.;:!?])", r"\1", " ".join(words.split()))

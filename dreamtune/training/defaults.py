@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 
 from dreamtune.config import Config
 from dreamtune.data.photos import Photo
-from dreamtune.metrics.scorers import without_identifier
+from dreamtune.data.words import SubjectWords, fill, read_words
 from dreamtune.models.stable_diffusion import Base
 
 # Of the 15 prompts that DreamBooth's evaluation asks of animals and of objects alike.
@@ -30,18 +29,6 @@ PROMPTS = (
     "a red {}",
 )
 SMALL = 256  # pixels; a base of this size or less takes a step in a fraction of a second
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The words of a subject. name: "sks dog", identifier: "sks", class_name: "dog"."""
-
-    name: str
-    identifier: str
-
-    @property
-    def class_name(self) -> str:
-        return without_identifier(self.name, self.identifier)
 
 
 def with_subject(config: Config) -> tuple[Config, Path]:
@@ -60,14 +47,14 @@ def with_subject(config: Config) -> tuple[Config, Path]:
         config,
         instance_data_dir=f"embedded:{subject.id}",
         identifier=config.identifier or subject.identifier,
-        instance_prompt=config.instance_prompt or f"a {subject.name}",
+        instance_prompt=config.instance_prompt or fill("a {}", subject.name),
     )
     return config, subject.folder
 
 
-def subject_of(config: Config, photos: Sequence[Photo]) -> Subject:
-    """The subject's words, from the prompts. Raises ValueError if there is no telling the
-    identifier.
+def subject_of(config: Config, photos: Sequence[Photo]) -> SubjectWords:
+    """The subject's words, from the prompts, else from the captions. Raises ValueError if there is
+    no telling them.
     """
     captions = [p.caption or p.folder_caption for p in photos]
     if config.instance_prompt is None and None in captions:
@@ -76,43 +63,15 @@ def subject_of(config: Config, photos: Sequence[Photo]) -> Subject:
             f"`instance_prompt` is missing (for instance 'a sks dog'), and `{missing.name}` has no "
             "caption file."
         )
-    prompt = config.instance_prompt or common_words(
-        [c or "" for c in captions], config.identifier or "sks"
+    return read_words(
+        config.instance_prompt,
+        config.class_prompt,
+        config.identifier,
+        [c for c in captions if c is not None],
     )
-    identifier = config.identifier
-    if (
-        identifier is None
-        and config.class_prompt is not None
-        and config.instance_prompt is not None
-    ):
-        known = config.class_prompt.lower().split()
-        identifier = " ".join(w for w in prompt.split() if w.lower() not in known) or None
-    identifier = identifier or "sks"
-    words, wanted = prompt.split(), identifier.split()
-    places = [i for i in range(len(words)) if words[i : i + len(wanted)] == wanted]
-    if not places:
-        raise ValueError(
-            f"the identifier `{identifier}` is not in the prompt `{prompt}`: name the rare word "
-            f"that stands "
-            "for the subject with --identifier."
-        )
-    return Subject(" ".join(words[places[0] :]), identifier)
 
 
-def common_words(captions: Sequence[str], identifier: str) -> str:
-    """The words from the identifier on that all captions share: "sks fox" of "a sks fox on a red
-    ...", ...
-    """
-    tails = [c[c.find(identifier) :].split() if identifier in c.split() else [] for c in captions]
-    shared = []
-    for column in zip(*tails):
-        if len(set(column)) > 1:
-            break
-        shared.append(column[0])
-    return " ".join(shared)
-
-
-def resolve(config: Config, base: Base, subject: Subject, run_dir: Path) -> Config:
+def resolve(config: Config, base: Base, subject: SubjectWords, run_dir: Path) -> Config:
     """Every `None` with a default filled in. What is written to config.yaml."""
     from dreamtune.adapters import find_method, resolve_options
 
@@ -146,9 +105,8 @@ def resolve(config: Config, base: Base, subject: Subject, run_dir: Path) -> Conf
         "device": base.device.type,
     }
     if config.with_prior_preservation:
-        before, _, _ = (config.instance_prompt or "a " + subject.name).partition(subject.name)
         defaults |= {
-            "class_prompt": (before + subject.class_name).strip(),
+            "class_prompt": config.class_prompt or subject.class_prompt(config.instance_prompt),
             "class_data_dir": str(run_dir / "class"),
         }
     filled: dict[str, Any] = {k: v for k, v in defaults.items() if getattr(config, k) is None}

@@ -68,7 +68,7 @@ class Run:
         self.history: list[dict[str, Any]] = []
         self.choice = Choice(0, 0, "")
         folder = replace(folder, skipped=[n for n in folder.skipped if n not in read])
-        print(f"Subject `{self.subject.name}`: {folder.summary()}. Run: {self.dir}")
+        print(f"Subject {self.subject.summary()}: {folder.summary()}. Run: {self.dir}")
 
     def open(self, base: Base, scorers: Any = None) -> None:
         """What needs the base: the rest of the settings, and what scores."""
@@ -76,6 +76,8 @@ class Run:
         speed_up(base, self.speed)
         self.config = resolve(self.config, base, self.subject, self.dir)
         self.evaluator = Evaluator(self.config, base, self.subject, self.images, scorers)
+        prompt, plain = self.evaluator.prompts[0], self.evaluator.plain[0]
+        print(f"First validation prompt: `{prompt}`; without the identifier: `{plain}`")
         self.tracker = Tracker(self.config.report_to, self.dir)
         self.write_config()
 
