@@ -28,6 +28,7 @@ from dreamtune.models.load import load_base  # noqa: E402
 from dreamtune.models.sample import sample_tensor  # noqa: E402
 from dreamtune.training.run import Run  # noqa: E402
 from dreamtune.training.train import train  # noqa: E402
+from dreamtune.training.wave import Wave  # noqa: E402
 
 PROMPTS = ["a {} on the beach", "a {} in the snow", "a red {}", "a {} on a wooden floor"]
 LORA = "pytorch_lora_weights.safetensors"
@@ -50,12 +51,12 @@ class Watch:
         self.parts[name] = self.parts.get(name, 0.0) + self.now() - began
         return result
 
-    def around(self, name: str) -> None:
-        """Times a method of Run."""
-        original = getattr(Run, name)
+    def around(self, owner: type[Run] | type[Wave], name: str) -> None:
+        """Times a method."""
+        original = getattr(owner, name)
 
-        def timed(run: Run, *args: Any) -> Any:
-            if name != "step":
+        def timed(run: Run | Wave, *args: Any) -> Any:
+            if name != "advance":
                 return self.part(f"run: {name.strip('_')}", lambda: original(run, *args))
             began = self.now()
             if self.cuda:
@@ -65,7 +66,7 @@ class Watch:
             if self.cuda:
                 self.peak = max(self.peak, torch.cuda.max_memory_allocated())
 
-        setattr(Run, name, timed)
+        setattr(owner, name, timed)
 
 
 def fresh(folder: Path) -> Path:
@@ -159,8 +160,11 @@ def main() -> int:
         sizes["DINO"] = watch.part("write DINO", lambda: build_dino(work / "dino", args.size))
         write_photos(work / "photos", side=side)
     print("weights: " + ", ".join(f"{name} {n:.1f}M" for name, n in sizes.items()))
-    for name in ("__init__", "step", "score", "save", "finish"):
-        watch.around(name)
+    for owner, name in (
+        (Run, "__init__"), (Run, "open"), (Wave, "__init__"), (Wave, "advance"), (Wave, "score"),
+        (Run, "save"), (Run, "finish"),
+    ):  # fmt: skip
+        watch.around(owner, name)
     if cuda:
         torch.cuda.empty_cache()
     result = watch.part("train, all of it", lambda: train(config_of(args, work, args.device)))
