@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from dreamtune.files.find import ADAPTER, adapter_file
 from dreamtune.files.fingerprint import fingerprint
+from dreamtune.files.whole import whole
 from dreamtune.injection.adapter_file import AdapterFile
 from dreamtune.injection.inject import InjectedAdapter
 from dreamtune.version import __version__
@@ -89,18 +88,5 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """Writes beside the target and renames, so that the target is always a whole file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata=header)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's is 0600
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with whole(path) as partial:
+        save_file(tensors, partial, metadata=header)

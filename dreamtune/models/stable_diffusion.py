@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 
@@ -219,10 +216,3 @@ def quiet_diffusers() -> Iterator[None]:
         diffusers_logging.enable_progress_bar()
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def save_png(image: Image.Image, path: Path) -> None:
-    """Whole or not at all: a class image that was cut off must not be taken for one."""
-    partial = path.with_name(f".{path.name}.part")
-    image.save(partial, "PNG")
-    os.replace(partial, path)

@@ -16,6 +16,7 @@ from dreamtune.evaluation.selection import Choice, choose_best
 from dreamtune.evaluation.validation import Evaluator, at_step
 from dreamtune.fast import ops
 from dreamtune.fast.graphs import choose, drive, reason_against
+from dreamtune.files.whole import whole_folder
 from dreamtune.models.load import load_base
 from dreamtune.models.stable_diffusion import Base
 from dreamtune.training import run_folder
@@ -240,14 +241,12 @@ class Run:
             "scores": {k: v for k, v in record.items() if k in ("dino", "clip_i", "clip_t")},
         }
 
-        def fill(place: Path) -> None:
-            from dreamtune.files.export import export
+        from dreamtune.files.export import export
 
+        with whole_folder(folder) as place:
             self.adapter.save(place / run_folder.ADAPTER, self.slot, metadata=metadata)
             if self.exportable():
                 export(self.adapter, place, slot=self.slot, overwrite=True)
-
-        run_folder.replace_folder(folder, fill)
 
     def exportable(self) -> bool:
         from dreamtune.adapters import find_method

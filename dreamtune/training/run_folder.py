@@ -7,7 +7,6 @@ is whole or not there.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from dreamtune.files import find
+from dreamtune.files.whole import remove_folder, whole, whole_folder
 
 ADAPTER, LORA, CONFIG, STATE, BEST = find.ADAPTER, find.LORA, find.CONFIG, find.STATE, find.BEST
 METRICS, OPTIMIZER = "metrics.jsonl", "optimizer.safetensors"
@@ -108,31 +108,6 @@ def find_checkpoint(resume: str, output_dir: str | None) -> Path:
     return folder
 
 
-def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fills a hidden folder beside `folder` and renames it into place; an old one is removed after
-    that.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    fill(partial)
-    for path in [p for p in partial.rglob("*") if p.is_file()]:
-        sync(path)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Onto the disk before the rename, else a power cut leaves a whole name with empty files."""
-    with path.open("rb") as f:
-        os.fsync(f.fileno())
-
-
 def save_checkpoint(
     run_dir: Path,
     k: int,
@@ -147,22 +122,16 @@ def save_checkpoint(
     """
     from safetensors.torch import save_file
 
-    def fill(folder: Path) -> None:
-        adapter.save(folder / ADAPTER, slot, metadata={"step": k})
-        save_file({n: t.detach().cpu().contiguous() for n, t in state.items()}, folder / OPTIMIZER)
-        if (run_dir / BEST).is_dir():
-            shutil.copytree(run_dir / BEST, folder / BEST)
-        (folder / STATE).write_text(json.dumps({"step": k, **info}, indent=1))
-
     folder = run_dir / f"checkpoint-{k}"
-    replace_folder(folder, fill)
+    with whole_folder(folder) as partial:
+        adapter.save(partial / ADAPTER, slot, metadata={"step": k})
+        save_file({n: t.detach().cpu().contiguous() for n, t in state.items()}, partial / OPTIMIZER)
+        if (run_dir / BEST).is_dir():
+            shutil.copytree(run_dir / BEST, partial / BEST)
+        (partial / STATE).write_text(json.dumps({"step": k, **info}, indent=1))
     if limit is not None:
         for old in checkpoints(run_dir)[:-limit]:
-            # renamed first: a half-removed folder must not look like a checkpoint
-            doomed = old.with_name(f".{old.name}.old")
-            shutil.rmtree(doomed, ignore_errors=True)
-            os.replace(old, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            remove_folder(old)
     return folder
 
 
@@ -185,11 +154,8 @@ def restore(
     adapter.load_state_dict(load_adapter_file(checkpoint / ADAPTER).tensors, slot)
     load_state(load_file(checkpoint / OPTIMIZER), slot)
     if (checkpoint / BEST).is_dir():
-
-        def fill(folder: Path) -> None:
-            shutil.copytree(checkpoint / BEST, folder, dirs_exist_ok=True)
-
-        replace_folder(run_dir / BEST, fill)
+        with whole_folder(run_dir / BEST) as partial:
+            shutil.copytree(checkpoint / BEST, partial, dirs_exist_ok=True)
     else:
         shutil.rmtree(run_dir / BEST, ignore_errors=True)
     truncate_metrics(run_dir, read_state(checkpoint)["step"])
@@ -215,6 +181,5 @@ def append_metrics(run_dir: Path, record: Mapping[str, Any]) -> None:
 def truncate_metrics(run_dir: Path, step: int) -> None:
     """Drops what was scored after `step`."""
     kept = [r for r in read_metrics(run_dir) if r["step"] <= step]
-    partial = run_dir / f".{METRICS}.part"
-    partial.write_text("".join(json.dumps(r) + "\n" for r in kept))
-    os.replace(partial, run_dir / METRICS)
+    with whole(run_dir / METRICS) as partial:
+        partial.write_text("".join(json.dumps(r) + "\n" for r in kept))
