@@ -16,10 +16,11 @@ from typing import Any
 
 from torch import Tensor
 
-from dreamtune.files import find
+from dreamtune.files import diffusers, find, native
 from dreamtune.files.whole import remove_folder, whole, whole_folder
 
-ADAPTER, LORA, CONFIG, STATE, BEST = find.ADAPTER, find.LORA, find.CONFIG, find.STATE, find.BEST
+CONFIG, STATE, BEST = find.CONFIG, find.STATE, find.BEST
+ADAPTER, LORA = native.FORMAT.file_name, diffusers.FORMAT.file_name
 METRICS, OPTIMIZER = "metrics.jsonl", "optimizer.safetensors"
 OURS = (CONFIG, METRICS, ADAPTER, LORA, "report.html", "samples", BEST)
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -149,9 +150,7 @@ def restore(
     """Puts adapter, step state, best/ and metrics.jsonl back to where the checkpoint was."""
     from safetensors.torch import load_file
 
-    from dreamtune.files.native import load_adapter_file
-
-    adapter.load_state_dict(load_adapter_file(checkpoint / ADAPTER).tensors, slot)
+    adapter.load_state_dict(native.load_adapter_file(checkpoint / ADAPTER).tensors, slot)
     load_state(load_file(checkpoint / OPTIMIZER), slot)
     if (checkpoint / BEST).is_dir():
         with whole_folder(run_dir / BEST) as partial:
