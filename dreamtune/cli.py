@@ -144,6 +144,7 @@ def generate(argv: Sequence[str]) -> int:
 
 
 def export(argv: Sequence[str]) -> int:
+    from dreamtune.files.formats import EXPORTS
     from dreamtune.flags import HelpFormatter, Parser
 
     parser = Parser(
@@ -157,7 +158,10 @@ def export(argv: Sequence[str]) -> int:
     )
     parser.add_argument("output_dir", help="folder for the file")
     parser.add_argument(
-        "--format", default="diffusers", help="diffusers, or kohya (ComfyUI, A1111)"
+        "--format",
+        default="diffusers",
+        choices=tuple(EXPORTS),
+        help="what the file is for: " + "; ".join(f"{k} ({v})" for k, v in EXPORTS.items()),
     )
     parser.add_argument(
         "--pretrained_model_name_or_path",

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny import cases, disturb, tiny_unet
 
 import dreamtune
-from dreamtune.files import native
+from dreamtune.files import native, tensors
 from dreamtune.files.fingerprint import compare_fingerprints, fingerprint
 from dreamtune.files.native import load_adapter_file
 
@@ -59,7 +59,7 @@ def test_crash_while_writing_leaves_the_file_before(tmp_path, monkeypatch):
             handle.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(native, "save_file", crash)
+    monkeypatch.setattr(tensors, "save_file", crash)
     with pytest.raises(KeyboardInterrupt):
         adapter.save(tmp_path)
     assert path.read_bytes() == before

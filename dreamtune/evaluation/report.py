@@ -16,6 +16,7 @@ from PIL import Image
 
 from dreamtune.evaluation.curves import curve
 from dreamtune.evaluation.selection import RULE, Choice, Rating
+from dreamtune.files.whole import whole
 from dreamtune.version import __version__
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html"
@@ -102,9 +103,8 @@ def write_report(
         version=__version__,
     )
     path = run_dir / "report.html"
-    temporary = path.with_suffix(".html.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    with whole(path) as partial:
+        partial.write_text(page, encoding="utf-8")
     return path
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from dreamtune.configfile import read_yaml
+from dreamtune.files.formats import formats
 
-ADAPTER, LORA = "adapter.safetensors", "pytorch_lora_weights.safetensors"
 CONFIG, STATE, BEST = "config.yaml", "run_state.json", "best"
 
 
 def adapter_file(path: str | Path) -> Path:
-    """The file itself, or of a folder: the one in its best/, else its own; native before LoRA.
+    """The file itself, or of a folder: the one in its best/, else its own, in the order of
+    `formats`, the native first.
 
     A checkpoint-N folder (one with a run_state.json) means its own step, though it keeps a copy of
     best/, which is there to resume from. Raises ValueError where there is none.
@@ -25,14 +26,19 @@ def adapter_file(path: str | Path) -> Path:
     if path.suffix == ".safetensors" and not path.is_dir():
         raise ValueError(f"no adapter file at `{path}`")
     places = [path] if (path / STATE).is_file() else [path / BEST, path]
+    patterns = [f.file_name.format(name="*") for f in formats().values()]
     for place in places:
-        for name in (ADAPTER, LORA):
-            if (place / name).is_file():
-                return place / name
+        for pattern in patterns:
+            found = sorted(p for p in place.glob(pattern) if p.is_file())
+            if len(found) > 1:
+                names = ", ".join(p.name for p in found)
+                raise ValueError(f"`{place}` holds several adapters: give one of {names}")
+            if found:
+                return found[0]
     also = " or in its best/" if len(places) > 1 else ""
     raise ValueError(
-        f"no adapter at `{path}`: no `{ADAPTER}` or `{LORA}` in it{also}. Give such a file, or the "
-        "folder of a run"
+        f"no adapter at `{path}`: no {' or '.join(f'`{p}`' for p in patterns)} in it{also}. Give "
+        "such a file, or the folder of a run"
     )
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dreamtune.injection.adapter_file import Fingerprint
+from dreamtune.adapters import find_method
+from dreamtune.injection.adapter_file import AdapterFile, Fingerprint
 
 PROJECTIONS = 16
 
@@ -59,18 +60,19 @@ def compare_fingerprints(saved: Fingerprint, here: Fingerprint) -> list[str]:
     return sorted(far, key=lambda name: -distances[name])
 
 
-def check_base(
-    method: str, depends_on_weight: bool, saved: Fingerprint, here: Fingerprint, force: bool = False
-) -> str | None:
-    """None on the base of training; else a warning, or a ValueError where the method needs W."""
-    far = compare_fingerprints(saved, here)
+def check_base(file: AdapterFile, here: Fingerprint, force: bool = False) -> str | None:
+    """None on the base of training; else a warning, or a ValueError where the method needs W. With
+    `force`, factors alone, which nothing can recompute, are tried as they are.
+    """
+    far = compare_fingerprints(file.fingerprint, here)
     if not far:
         return None
+    method = file.exported_from or file.method
     what = (
-        f"this base is not the one that the adapter was trained on: {len(far)} of {len(saved)}"
-        f" layers differ, most `{far[0]}`"
+        "this base is not the one that the adapter was trained on: "
+        f"{len(far)} of {len(file.fingerprint)} layers differ, most `{far[0]}`"
     )
-    if not depends_on_weight:
+    if not find_method(method).depends_on_weight or (force and file.exported_from is not None):
         return f"{what}; a `{method}` adapter can be tried on it"
     if force:
         return f"{what}; the factors of `{method}` were recomputed on this base's weights"

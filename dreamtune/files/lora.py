@@ -1,15 +1,21 @@
-"""Plain LoRA: factors to the keys of diffusers and kohya files, and back."""
+"""Plain LoRA: what its formats share, and factors that keep their accuracy in fp16."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-LayerFactors = dict[str, tuple[Tensor, Tensor]]
+from dreamtune.adapters import METHODS, Adapter
+from dreamtune.files.formats import Change, ExportFormat, LayerFactors, Prefixes
+from dreamtune.files.tensors import TensorFile, write_new
+from dreamtune.injection.adapter_file import AdapterFile
+from dreamtune.injection.group import TARGET_MODULES, find_targets
 
 
 def recompress(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,49 +40,117 @@ def same_rank(factors: LayerFactors) -> LayerFactors:
     }
 
 
-def diffusers_keys(factors: LayerFactors, dtype: torch.dtype) -> dict[str, Tensor]:
-    # No alpha: diffusers then takes alpha = rank, a scale of 1.
-    tensors = {}
-    for path, (up, down) in factors.items():
-        tensors[f"unet.{path}.lora_A.weight"] = down.to(dtype).cpu().contiguous()
-        tensors[f"unet.{path}.lora_B.weight"] = up.to(dtype).cpu().contiguous()
-    return tensors
+class PlainLora(ExportFormat):
+    """What the formats of plain LoRA share: a file has the two factors of a layer, and its alpha if
+    any, under three keys that begin with the layer.
+    """
+
+    def check(self, method: type[Adapter], network: nn.Module | None) -> None:
+        if not method.low_rank:
+            low = ", ".join(sorted(name for name, cls in METHODS.items() if cls.low_rank))
+            raise ValueError(
+                f"`{method.name}` is not a low-rank change and no plain LoRA holds it: use "
+                "`adapter.merge()` and save the model, the native file with `dreamtune.load`, or "
+                f"train one of {low}"
+            )
+
+    @abstractmethod
+    def prefix(self, prefixes: Prefixes) -> str:
+        """Of every key."""
+
+    @abstractmethod
+    def tensors(self, factors: LayerFactors, prefix: str) -> dict[str, Tensor]:
+        """Key -> tensor, of scale 1."""
+
+    def paths(self, names: Iterable[str], layers: Iterable[str] | None) -> dict[str, str]:
+        """Name of a layer in the file -> module path; unknown names stay. layers: module paths of
+        the network.
+        """
+        return {name: name for name in names}
+
+    def write(self, path: Path, change: Change, overwrite: bool) -> None:
+        cast = {p: (u.to(change.dtype), d.to(change.dtype)) for p, (u, d) in change.factors.items()}
+        tensors = self.tensors(cast, self.prefix(change.prefixes))
+        write_new(path, tensors, change.about, overwrite)
+
+    def reads(self, file: TensorFile, prefixes: Prefixes) -> bool:
+        return any(key.startswith(self.prefix(prefixes)) for key in file.tensors)
+
+    def read(self, file: TensorFile, network: nn.Module | None, prefixes: Prefixes) -> AdapterFile:
+        """As an adapter of the method LoRA."""
+        layers = None
+        if network is not None:
+            targets = find_targets(network, TARGET_MODULES)
+            layers = {path: tuple(layer.weight.shape) for path, layer in targets.items()}
+        by_name, unknown = plain_factors(file.tensors, self.prefix(prefixes))
+        paths = self.paths(by_name, layers)
+        factors = {paths[name]: pair for name, pair in by_name.items()}
+        if layers is not None:
+            unknown += [path for path in factors if path not in layers]
+        if unknown or not factors:
+            raise ValueError(
+                f"`{file.name}`: {len(unknown)} keys match no attention projection,"
+                f" `{[*unknown, 'none'][0]}` first. For a LoRA of other layers use"
+                " `pipe.load_lora_weights`"
+            )
+        used = tuple(t for t in TARGET_MODULES if any(p.endswith(f".{t}") for p in factors))
+        shapes = {path: (up.shape[0], down.shape[1]) for path, (up, down) in factors.items()}
+        if layers is not None:
+            _check_layers(file.name, shapes, layers, used)
+        tensors = {}
+        for path, (up, down) in same_rank(factors).items():
+            tensors[f"{path}.A"], tensors[f"{path}.B"] = down, up
+        return AdapterFile(
+            method="lora",
+            options={"rank": max(down.shape[0] for _, down in factors.values())},
+            target_modules=used,
+            tensors=tensors,
+            metadata=file.about.get("metadata", {}),
+            shapes=shapes,
+            fingerprint=file.about.get("fingerprint", {}),
+            exported_from=file.about.get("exported_from"),
+        )
 
 
-def kohya_keys(factors: LayerFactors, dtype: torch.dtype) -> dict[str, Tensor]:
-    tensors = {}
-    for path, (up, down) in factors.items():
-        key = f"lora_unet_{path.replace('.', '_')}"
-        tensors[f"{key}.lora_down.weight"] = down.to(dtype).cpu().contiguous()
-        tensors[f"{key}.lora_up.weight"] = up.to(dtype).cpu().contiguous()
-        tensors[f"{key}.alpha"] = torch.tensor(float(down.shape[0]))
-    return tensors
+def _check_layers(
+    file: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    layers: Mapping[str, tuple[int, ...]],
+    used: tuple[str, ...],
+) -> None:
+    """Every layer of a projection that is in the file, and of the network's shapes."""
+    expected = [path for path in layers if path.endswith(tuple(f".{t}" for t in used))]
+    missing = [path for path in expected if path not in shapes]
+    if missing:
+        raise ValueError(f"`{file}`: {len(missing)} layers have no keys, `{missing[0]}` first")
+    for path, got in shapes.items():
+        if got != layers[path]:
+            raise ValueError(f"`{file}`: `{path}` is {layers[path]} here and {got} in the file")
 
 
-def plain_lora(
-    tensors: Mapping[str, Tensor],
-) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
-    """Layer key -> (up, down) of a diffusers or kohya file, alpha in up; keys not understood.
+ENDINGS = {
+    ".lora_A.weight": "down", ".lora_down.weight": "down", ".lora.down.weight": "down",
+    ".lora_B.weight": "up", ".lora_up.weight": "up", ".lora.up.weight": "up", ".alpha": "alpha",
+}  # fmt: skip
 
-    Layer keys are module paths, or kohya's `lora_unet_...` names.
+
+def plain_factors(tensors: Mapping[str, Tensor], prefix: str) -> tuple[LayerFactors, list[str]]:
+    """Name of a layer, which is what stands between prefix and ending -> (up, down) in float32,
+    alpha in up; and the keys that are not understood.
     """
     parts: dict[str, dict[str, Tensor]] = {}
     unknown = []
-    endings = {
-        ".lora_A.weight": "down", ".lora_down.weight": "down", ".lora.down.weight": "down",
-        ".lora_B.weight": "up", ".lora_up.weight": "up", ".lora.up.weight": "up", ".alpha": "alpha",
-    }  # fmt: skip
     for key, tensor in tensors.items():
-        ending = next((e for e in endings if key.endswith(e)), None)
-        if ending is None or not key.startswith(("unet.", "lora_unet_")):
+        ending = next((e for e in ENDINGS if key.endswith(e)), None)
+        if ending is None or not key.startswith(prefix):
             unknown.append(key)
             continue
-        layer = key.removesuffix(ending).removeprefix("unet.")
-        parts.setdefault(layer, {})[endings[ending]] = tensor
+        layer = key.removesuffix(ending).removeprefix(prefix)
+        parts.setdefault(layer, {})[ENDINGS[ending]] = tensor
     factors = {}
     for layer, found in parts.items():
         if "up" not in found or "down" not in found or found["up"].dim() != 2:
-            unknown.append(layer)
+            unknown.append(prefix + layer)
             continue
         up, down = found["up"].float(), found["down"].float()
         rank = down.shape[0]

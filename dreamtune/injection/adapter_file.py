@@ -22,6 +22,8 @@ class AdapterFile:
         fingerprint: of the base's weights, as it was read from a file; empty where `weights` are
             here.
         weights: module path -> frozen weight (out, in). Not written: their fingerprint is.
+        exported_from: the method whose change it is, where a file holds only the factors of it;
+            `method` is then LoRA.
     """
 
     method: str
@@ -32,3 +34,4 @@ class AdapterFile:
     shapes: dict[str, tuple[int, int]]
     fingerprint: Fingerprint = field(default_factory=dict)
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    exported_from: str | None = None

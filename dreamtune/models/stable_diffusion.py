@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dreamtune.models.quiet import move, quiet_diffusers
@@ -175,10 +172,3 @@ class Base:
             )
         pipe.set_progress_bar_config(disable=True)
         return pipe
-
-
-def save_png(image: Image.Image, path: Path) -> None:
-    """Whole or not at all: a class image that was cut off must not be taken for one."""
-    partial = path.with_name(f".{path.name}.part")
-    image.save(partial, "PNG")
-    os.replace(partial, path)

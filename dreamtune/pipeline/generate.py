@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dreamtune.files.find import adapter_file, base_of_run, run_settings
+from dreamtune.files.whole import whole
 from dreamtune.models.load import load_base
 from dreamtune.models.sample import grid, sample
-from dreamtune.models.stable_diffusion import save_png
 
 
 def generate(
@@ -73,6 +73,7 @@ def generate(
     for image in images:
         while (path := output_dir / f"{number:04d}.png").exists():
             number += 1
-        save_png(image, path)
+        with whole(path) as partial:
+            image.save(partial, "PNG")
         paths.append(path)
     return paths

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from dreamtune.config import Config
 from dreamtune.data.photos import Photo, read_folder
+from dreamtune.files.whole import whole
 from dreamtune.models.sample import sample
-from dreamtune.models.stable_diffusion import Base, save_png
+from dreamtune.models.stable_diffusion import Base
 from dreamtune.training.defaults import sampling_options
 from dreamtune.training.step import mix
 
@@ -63,5 +64,7 @@ def class_images(config: Config, base: Base) -> list[Photo]:
                     **sampling_options(config),
                 )
                 for i, image in zip(part, images, strict=True):
-                    save_png(image, folder / f"class-{i:05d}.png")
+                    # an image that was cut off must not be taken for one
+                    with whole(folder / f"class-{i:05d}.png") as partial:
+                        image.save(partial, "PNG")
     return read_folder(folder).photos[: config.num_class_images]

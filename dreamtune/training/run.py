@@ -15,6 +15,8 @@ from dreamtune.configfile import continued
 from dreamtune.data.photos import read_folder
 from dreamtune.evaluation.selection import Choice, choose_best
 from dreamtune.evaluation.validation import Evaluator
+from dreamtune.files.export import export
+from dreamtune.files.whole import whole_folder
 from dreamtune.models.stable_diffusion import Base
 from dreamtune.training import run_folder
 from dreamtune.training.cache import build_cache
@@ -182,15 +184,10 @@ class Run:
             "step": record["step"],
             "scores": {k: v for k, v in record.items() if k in ("dino", "clip_i", "clip_t")},
         }
-
-        def fill(place: Path) -> None:
-            from dreamtune.files.export import export
-
+        with whole_folder(folder) as place:
             slot.save(place / run_folder.ADAPTER, metadata)
             if self.method.low_rank:
                 export(slot.adapter, place, slot=slot.index, overwrite=True)
-
-        run_folder.replace_folder(folder, fill)
 
     def save(self, slot: Slot, k: int) -> Path:
         limit = self.config.checkpoints_total_limit

@@ -7,10 +7,9 @@ is whole or not there.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dreamtune.training.slots import Slot
 
-from dreamtune.files import find
+from dreamtune.files import diffusers, find, native
+from dreamtune.files.whole import remove_folder, whole, whole_folder
 
-ADAPTER, LORA, CONFIG, STATE, BEST = find.ADAPTER, find.LORA, find.CONFIG, find.STATE, find.BEST
+CONFIG, STATE, BEST = find.CONFIG, find.STATE, find.BEST
+ADAPTER, LORA = native.FORMAT.file_name, diffusers.FORMAT.file_name
 METRICS, OPTIMIZER = "metrics.jsonl", "optimizer.safetensors"
 OURS = (CONFIG, METRICS, ADAPTER, LORA, "report.html", "samples", BEST)
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -109,31 +110,6 @@ def find_checkpoint(resume: str, output_dir: str | None) -> Path:
     return folder
 
 
-def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fills a hidden folder beside `folder` and renames it into place; an old one is removed after
-    that.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    fill(partial)
-    for path in [p for p in partial.rglob("*") if p.is_file()]:
-        sync(path)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Onto the disk before the rename, else a power cut leaves a whole name with empty files."""
-    with path.open("rb") as f:
-        os.fsync(f.fileno())
-
-
 def save_checkpoint(
     run_dir: Path, k: int, slot: Slot, info: Mapping[str, Any], limit: int | None
 ) -> Path:
@@ -142,23 +118,17 @@ def save_checkpoint(
     """
     from safetensors.torch import save_file
 
-    def fill(folder: Path) -> None:
-        slot.save(folder / ADAPTER, {"step": k})
-        state = slot.step.state_dict(slot.index)
-        save_file({n: t.detach().cpu().contiguous() for n, t in state.items()}, folder / OPTIMIZER)
-        if (run_dir / BEST).is_dir():
-            shutil.copytree(run_dir / BEST, folder / BEST)
-        (folder / STATE).write_text(json.dumps({"step": k, **info}, indent=1))
-
     folder = run_dir / f"checkpoint-{k}"
-    replace_folder(folder, fill)
+    with whole_folder(folder) as partial:
+        slot.save(partial / ADAPTER, {"step": k})
+        state = slot.step.state_dict(slot.index)
+        save_file({n: t.detach().cpu().contiguous() for n, t in state.items()}, partial / OPTIMIZER)
+        if (run_dir / BEST).is_dir():
+            shutil.copytree(run_dir / BEST, partial / BEST)
+        (partial / STATE).write_text(json.dumps({"step": k, **info}, indent=1))
     if limit is not None:
         for old in checkpoints(run_dir)[:-limit]:
-            # renamed first: a half-removed folder must not look like a checkpoint
-            doomed = old.with_name(f".{old.name}.old")
-            shutil.rmtree(doomed, ignore_errors=True)
-            os.replace(old, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            remove_folder(old)
     return folder
 
 
@@ -170,15 +140,11 @@ def restore(checkpoint: Path, run_dir: Path, slot: Slot) -> None:
     """Puts adapter, step state, best/ and metrics.jsonl back to where the checkpoint was."""
     from safetensors.torch import load_file
 
-    from dreamtune.files.native import load_adapter_file
-
-    slot.load(load_adapter_file(checkpoint / ADAPTER).tensors, load_file(checkpoint / OPTIMIZER))
+    adapter = native.load_adapter_file(checkpoint / ADAPTER).tensors
+    slot.load(adapter, load_file(checkpoint / OPTIMIZER))
     if (checkpoint / BEST).is_dir():
-
-        def fill(folder: Path) -> None:
-            shutil.copytree(checkpoint / BEST, folder, dirs_exist_ok=True)
-
-        replace_folder(run_dir / BEST, fill)
+        with whole_folder(run_dir / BEST) as partial:
+            shutil.copytree(checkpoint / BEST, partial, dirs_exist_ok=True)
     else:
         shutil.rmtree(run_dir / BEST, ignore_errors=True)
     truncate_metrics(run_dir, read_state(checkpoint)["step"])
@@ -204,6 +170,5 @@ def append_metrics(run_dir: Path, record: Mapping[str, Any]) -> None:
 def truncate_metrics(run_dir: Path, step: int) -> None:
     """Drops what was scored after `step`."""
     kept = [r for r in read_metrics(run_dir) if r["step"] <= step]
-    partial = run_dir / f".{METRICS}.part"
-    partial.write_text("".join(json.dumps(r) + "\n" for r in kept))
-    os.replace(partial, run_dir / METRICS)
+    with whole(run_dir / METRICS) as partial:
+        partial.write_text("".join(json.dumps(r) + "\n" for r in kept))

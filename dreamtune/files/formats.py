@@ -1,0 +1,142 @@
+"""The formats of adapter files: the contract of one, and the table of all.
+
+A new format is a module in this folder and a line in `EXPORTS`: `dreamtune.export`,
+`dreamtune.load`, the command's --format and the search for the file of a folder go over the table.
+It is plain, and a module is imported when its format is needed, so that `--help` costs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from dreamtune.adapters import Adapter
+    from dreamtune.files.tensors import TensorFile
+    from dreamtune.injection.adapter_file import AdapterFile
+
+# What `export` writes: name, which is the module's -> what reads it.
+EXPORTS = {
+    "diffusers": "`pipe.load_lora_weights`",
+    "kohya": "ComfyUI, A1111",
+}
+NATIVE = "native"  # what `InjectedAdapter.save` writes
+
+LayerFactors = dict[str, "tuple[Tensor, Tensor]"]  # module path -> up (out, r), down (r, in)
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """What stands before a module path in the keys of a file: a base family's names for its trained
+    network.
+    """
+
+    peft: str = "unet."
+    kohya: str = "lora_unet_"
+
+
+PREFIXES = Prefixes()
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is written: a low-rank change of a network.
+
+    Attributes:
+        factors: in float64, recompressed, all of one rank.
+        dtype: of the file's tensors.
+        about: JSON values for its header: the method, the base's fingerprint, metadata.
+        network: the base, None where it was not needed.
+    """
+
+    factors: LayerFactors
+    dtype: torch.dtype
+    about: Mapping[str, Any]
+    prefixes: Prefixes = PREFIXES
+    network: nn.Module | None = None
+
+
+class Format(ABC):
+    """A format that is read.
+
+    Attributes:
+        file_name: of its files; "{name}" stands for the user's word.
+    """
+
+    file_name: ClassVar[str]
+
+    def reads(self, file: TensorFile, prefixes: Prefixes) -> bool:
+        """Whether a file is of this format, by its keys and header."""
+        return False
+
+    def read(self, file: TensorFile, network: nn.Module | None, prefixes: Prefixes) -> AdapterFile:
+        """The adapter in a file that it `reads`.
+
+        network: where there is one, the layers must be its own. Names that the file shortens are
+            looked up there.
+
+        Raises ValueError for keys that are not understood, and for layers that do not fit.
+        """
+        raise NotImplementedError
+
+
+class ExportFormat(Format):
+    """A format that `export` writes, and may read."""
+
+    @abstractmethod
+    def check(self, method: type[Adapter], network: nn.Module | None) -> None:
+        """Raises ValueError for what such a file cannot hold, and says what can."""
+
+    @abstractmethod
+    def write(self, path: Path, change: Change, overwrite: bool) -> None:
+        """Whole or not at all. Raises ValueError where other contents would be replaced without
+        `overwrite`.
+        """
+
+
+def export_format(name: str) -> ExportFormat:
+    """Raises ValueError for an unknown name."""
+    if name not in EXPORTS:
+        raise ValueError(f"`format` must be one of {', '.join(EXPORTS)}, got {name!r}")
+    found = _load(name)
+    assert isinstance(found, ExportFormat)
+    return found
+
+
+def formats() -> dict[str, Format]:
+    """All, in the order in which a file or a folder is asked for them."""
+    return {name: _load(name) for name in (NATIVE, *EXPORTS)}
+
+
+def _load(name: str) -> Format:
+    found = importlib.import_module(f"dreamtune.files.{name}").FORMAT
+    assert isinstance(found, Format)
+    return found
+
+
+def read_adapter(
+    path: Path, network: nn.Module | None = None, prefixes: Prefixes = PREFIXES
+) -> AdapterFile:
+    """The adapter in a file of any format. Raises ValueError where none reads it.
+
+    network: see `Format.read`.
+    """
+    from dreamtune.files.tensors import read_tensors
+
+    file = read_tensors(path)
+    for found in formats().values():
+        if found.reads(file, prefixes):
+            return found.read(file, network, prefixes)
+    first = next(iter(file.tensors), "none")
+    raise ValueError(
+        f"`{file.name}` is in none of the formats {', '.join(formats())}: its {len(file.tensors)} "
+        f"keys match no attention projection, `{first}` first. For a LoRA of other layers use "
+        "`pipe.load_lora_weights`"
+    )

@@ -1,0 +1,53 @@
+"""LoRA as kohya's scripts name it: `lora_unet_<module path, _ for .>.lora_down.weight`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from dreamtune.adapters import Adapter
+from dreamtune.files.formats import LayerFactors, Prefixes
+from dreamtune.files.lora import PlainLora
+
+
+class Kohya(PlainLora):
+    """With alpha = rank, a scale of 1."""
+
+    file_name = "{name}_kohya.safetensors"
+
+    def check(self, method: type[Adapter], network: nn.Module | None) -> None:
+        super().check(method, network)
+        if getattr(network, "config", {}).get("addition_embed_type") == "text_time":
+            raise ValueError(
+                "kohya files of SDXL use other block names: export `diffusers` instead"
+            )
+
+    def prefix(self, prefixes: Prefixes) -> str:
+        return prefixes.kohya
+
+    def tensors(self, factors: LayerFactors, prefix: str) -> dict[str, Tensor]:
+        found = {}
+        for path, (up, down) in factors.items():
+            key = prefix + _flat(path)
+            found[f"{key}.lora_down.weight"] = down
+            found[f"{key}.lora_up.weight"] = up
+            found[f"{key}.alpha"] = torch.tensor(float(down.shape[0]))
+        return found
+
+    def paths(self, names: Iterable[str], layers: Iterable[str] | None) -> dict[str, str]:
+        if layers is None:
+            raise ValueError(
+                "a kohya file shortens the names of its layers, and only the network tells them: "
+                "pass the UNet as `base`, in the command as --pretrained_model_name_or_path"
+            )
+        known = {_flat(path): path for path in layers}
+        return {name: known.get(name, name) for name in names}
+
+
+def _flat(path: str) -> str:
+    return path.replace(".", "_")
+
+
+FORMAT = Kohya()
