@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    from dreamtune.configfile import nearest
+    from dreamtune.fields import nearest
 
     if command not in COMMANDS:
         print(

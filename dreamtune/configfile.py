@@ -1,42 +1,26 @@
-"""Configs from YAML files, flags and earlier runs."""
+"""Configs from YAML files, flags and earlier runs; the methods there are, and their options."""
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
-import typing
+import importlib.util
+import sys
 from collections.abc import Mapping
-from difflib import get_close_matches
+from functools import partial
+from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 from dreamtune.config import FIELDS, Config, plain_default
+from dreamtune.fields import checker, nearest, validated
 
 METHODS_GROUP = "dreamtune.methods"
-# Changing these between a run and its continuation leaves the numbers of the run as they were.
-FREE_ON_RESUME = frozenset(
-    [
-        "output_dir",
-        "name",
-        "resume_from_checkpoint",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "report_to",
-        "sample_batch_size",
-        "class_data_dir",
-        "device",
-        "capture",
-        "compile",
-        "fused",
-        "early_stop",
-    ]
-)
-
-
-def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """' Did you mean `x`?' or ''."""
-    found = get_close_matches(word, list(known), 2, 0.55)
-    return f" Did you mean {' or '.join(f'`{n}`' for n in found)}?" if found else ""
+# What a method's annotations may come from: modules that are imported here anyway.
+LIGHT = ("typing", "typing_extensions", "pydantic", "annotated_types")
+NOT_OPTIONS = ("slots", "generator")
+Signature = dict[str, tuple[Any, Any]]  # option -> type with its range, default
 
 
 def entry_points() -> dict[str, EntryPoint]:
@@ -64,26 +48,116 @@ def wrong(point: EntryPoint, why: str) -> ValueError:
     )
 
 
-def from_mapping(
-    values: Mapping[str, Any], method_options: Mapping[str, Mapping[str, Any]]
-) -> Config:
-    """A config from YAML or flags. Keys that are options of the method go to `options`.
+def signatures() -> dict[str, Signature]:
+    """The options of every method that `find_method` knows.
 
-    method_options: method -> option -> default, as `options_of_methods` gives it.
+    Parsed, not imported: importing a method costs a second of torch, which `--help` must not take.
+    What this process has registered by itself is asked directly.
+    """
+    found = packaged()
+    for name, point in entry_points().items():
+        if name in found:
+            raise wrong(point, "dreamtune has a method of that name")
+        node, source = class_of(point)
+        found[name] = source.signature(node)
+    adapters = sys.modules.get("dreamtune.adapters")
+    return found if adapters is None else found | adapters.registered_signatures()
+
+
+def packaged() -> dict[str, Signature]:
+    """The methods of the package, from adapters/*.py."""
+    files = map(Source, sorted((Path(__file__).parent / "adapters").glob("*.py")))
+    named = [(name_of(node), node, file) for file in files for node in file.classes.values()]
+    return {name: file.signature(node) for name, node, file in named if name is not None}
+
+
+def class_of(point: EntryPoint) -> tuple[ast.ClassDef, Source]:
+    """The class that an entry point names, from the file of its module."""
+    parts, places, spec = point.module.split("."), None, None
+    for n in range(1, len(parts) + 1):
+        name = ".".join(parts[:n])
+        find = importlib.util.find_spec if n == 1 else partial(PathFinder.find_spec, path=places)
+        spec = find(name)  # it imports nothing: the package above was found, not imported
+        if spec is None:
+            raise wrong(point, f"there is no module `{name}`")
+        places = spec.submodule_search_locations
+    if spec is None or not str(spec.origin).endswith(".py"):
+        raise wrong(point, f"`{point.module}` has no source file")
+    source = Source(Path(str(spec.origin)))
+    if point.attr not in source.classes:
+        raise wrong(point, f"`{source.path.name}` defines no class `{point.attr}`")
+    node = source.classes[point.attr]
+    if name_of(node) != point.name:
+        raise wrong(point, f"the `name` of `{point.attr}` is {name_of(node)!r}")
+    return node, source
+
+
+class Source:
+    """A parsed file: its classes, and what their annotations may be made of."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        self.classes = {node.name: node for node in body if isinstance(node, ast.ClassDef)}
+        light = [n for n in body if isinstance(n, ast.ImportFrom) and n.module in LIGHT]
+        self.names: dict[str, Any] = {}
+        exec(compile(ast.Module(light, []), str(path), "exec"), self.names)  # type: ignore[arg-type]
+
+    def signature(self, node: ast.ClassDef) -> Signature:
+        """Of the class's `__init__`, or of the one that it has from a class in its file."""
+        inits = (s for s in node.body if isinstance(s, ast.FunctionDef) and s.name == "__init__")
+        init = next(inits, None)
+        if init is None:
+            parents = [b.id for b in node.bases if isinstance(b, ast.Name) and b.id in self.classes]
+            return self.signature(self.classes[parents[0]]) if parents else {}
+        pairs = zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True)
+        options = {a.arg: (a.annotation, d) for a, d in pairs if a.arg not in NOT_OPTIONS}
+        return {
+            name: (self.value(kind, Any), self.value(default, None))
+            for name, (kind, default) in options.items()
+        }
+
+    def value(self, node: ast.expr | None, otherwise: Any) -> Any:
+        """Otherwise: what is made of other names. The class itself knows, when it is imported."""
+        try:
+            expression = ast.Expression(node or ast.Constant(otherwise))
+            return eval(compile(ast.fix_missing_locations(expression), "", "eval"), self.names)
+        except NameError:
+            return otherwise
+
+
+def name_of(node: ast.ClassDef) -> str | None:
+    """What the class sets `name` to."""
+    for statement in node.body:
+        match statement:
+            case (
+                ast.Assign(targets=[ast.Name("name")], value=ast.Constant(str(name)))
+                | ast.AnnAssign(target=ast.Name("name"), value=ast.Constant(str(name)))
+            ):
+                return name
+    return None
+
+
+def from_mapping(values: Mapping[str, Any], methods: Mapping[str, Signature]) -> Config:
+    """A config from YAML or flags. Keys that are options of the method go to `options`, and are
+    checked there. methods: what `signatures` gives.
     """
     values = dict(values)
     options = dict(values.pop("options", {}))
+    options |= {k: values.pop(k) for k in [k for k in values if k not in FIELDS]}
     method = values.get("method", FIELDS["method"].default)
-    for key in [k for k in values if k not in FIELDS]:
-        known = {**FIELDS, **dict.fromkeys(method_options.get(method, ()))}
-        if key in method_options.get(method, ()):
-            options[key] = values.pop(key)
-            continue
-        owners = [m for m, o in method_options.items() if key in o]
-        if owners and method in method_options:
-            raise ValueError(f"`{key}` is an option of {', '.join(owners)}, not of {method}.")
-        raise ValueError(f"unknown option `{key}`.{nearest(key, known)}")
-    return Config(**values, options=options)
+    known = methods.get(method, {})
+    if method not in methods:
+        there = f"There are {', '.join(methods)}."
+        raise ValueError(f"unknown method `{method}`.{nearest(str(method), methods)} {there}")
+    for key in options:
+        if key not in known:
+            owners = [m for m, o in methods.items() if key in o]
+            if owners:
+                raise ValueError(f"`{key}` is an option of {', '.join(owners)}, not of {method}.")
+            raise ValueError(f"unknown option `{key}`.{nearest(key, [*FIELDS, *known])}")
+    rules = checker({name: kind for name, (kind, _) in known.items()})
+    return Config(**values, options=validated(rules, options))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -119,10 +193,8 @@ def continued(config: Config, saved_file: Path) -> Config:
         merged[key] = old if now == default[key] and key != "resume_from_checkpoint" else now
         if key == "options":
             merged[key] = {**old, **now}
-        free = key in FREE_ON_RESUME or (
-            key == "max_train_steps" and str(saved.get("lr_scheduler")).startswith("constant")
-        )
-        if merged[key] != old and not free:
+        free = FIELDS[key].metadata["resume"]
+        if merged[key] != old and not (free(saved) if callable(free) else free):
             clashes.append(f"`{key}` was {old!r}, is {now!r}")
     if clashes:
         raise ValueError(

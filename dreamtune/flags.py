@@ -5,17 +5,13 @@ without importing torch.
 from __future__ import annotations
 
 import argparse
-import ast
-import importlib.util
-import sys
 import typing
 from collections.abc import Sequence
-from importlib.metadata import EntryPoint
-from pathlib import Path
 from typing import Any
 
 from dreamtune.config import FIELDS, HINTS, Config, plain_default
-from dreamtune.configfile import entry_points, from_mapping, nearest, read_yaml, wrong
+from dreamtune.configfile import from_mapping, read_yaml, signatures
+from dreamtune.fields import choices, nearest
 
 # Flags of diffusers' train_dreambooth_lora.py that have no counterpart here, and what to do
 # instead.
@@ -84,102 +80,6 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return f"{action.help} [default: %(default)s]"
 
 
-def options_of_methods() -> dict[str, dict[str, Any]]:
-    """method -> option -> default, of every method that `find_method` knows.
-
-    Signatures are parsed, not imported: importing a method costs a second of torch, which `--help`
-    must not take. What this process has registered by itself is asked directly.
-    """
-    found = packaged_methods()
-    for name, options in outside_methods().items():
-        if name in found:
-            raise wrong(entry_points()[name], "dreamtune has a method of that name")
-        found[name] = options
-    adapters = sys.modules.get("dreamtune.adapters")
-    if adapters is None:
-        return found
-    here = adapters.registered()
-    return found | {name: adapters.resolve_options(m, {}) for name, m in here.items()}
-
-
-def packaged_methods() -> dict[str, dict[str, Any]]:
-    """The methods of the package, from adapters/*.py."""
-    found = {}
-    for path in sorted((Path(__file__).parent / "adapters").glob("*.py")):
-        for node in classes(path).values():
-            name = name_of(node)
-            if isinstance(name, str):
-                found[name] = keyword_defaults(node)
-    return found
-
-
-def outside_methods() -> dict[str, dict[str, Any]]:
-    """The methods of other packages, from the source of their entry points. Raises ValueError that
-    names an entry point that gives no method.
-    """
-    return {name: keyword_defaults(class_of(point)) for name, point in entry_points().items()}
-
-
-def class_of(point: EntryPoint) -> ast.ClassDef:
-    """The class that an entry point names, from the file of its module."""
-    top, *inner = point.module.split(".")
-    try:
-        spec = importlib.util.find_spec(top)  # of a top-level name: it imports nothing
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None:
-        raise wrong(point, f"there is no package `{top}`")
-    roots = [Path(p) for p in spec.submodule_search_locations or ()]
-    candidates = [Path(spec.origin)] if spec.origin and not inner else []
-    for root in roots if inner else ():
-        place = root.joinpath(*inner)
-        candidates += [place.with_name(f"{place.name}.py"), place / "__init__.py"]
-    path = next((p for p in candidates if p.suffix == ".py" and p.is_file()), None)
-    if path is None:
-        raise wrong(point, f"`{point.module}` has no source file")
-    node = classes(path).get(point.attr)
-    if node is None:
-        raise wrong(point, f"`{path.name}` defines no class `{point.attr}`")
-    if name_of(node) != point.name:
-        raise wrong(point, f"the `name` of `{point.attr}` is {name_of(node)!r}")
-    return node
-
-
-def classes(path: Path) -> dict[str, ast.ClassDef]:
-    body = ast.parse(path.read_text(encoding="utf-8")).body
-    return {node.name: node for node in body if isinstance(node, ast.ClassDef)}
-
-
-def name_of(node: ast.ClassDef) -> Any:
-    return next((constant(s.value) for s in node.body if assigns_name(s)), None)
-
-
-def assigns_name(statement: ast.stmt) -> typing.TypeGuard[ast.Assign | ast.AnnAssign]:
-    if isinstance(statement, ast.Assign):
-        targets: list[ast.expr] = statement.targets
-    else:
-        targets = (
-            [statement.target] if isinstance(statement, ast.AnnAssign) and statement.value else []
-        )
-    return any(isinstance(t, ast.Name) and t.id == "name" for t in targets)
-
-
-def constant(node: ast.expr | None) -> Any:
-    try:
-        return ast.literal_eval(node) if node is not None else None
-    except ValueError:
-        return None
-
-
-def keyword_defaults(node: ast.ClassDef) -> dict[str, Any]:
-    functions = [s for s in node.body if isinstance(s, ast.FunctionDef)]
-    init = next((f for f in functions if f.name == "__init__"), None)
-    if init is None:
-        return {}
-    pairs = zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True)
-    return {a.arg: constant(d) for a, d in pairs if a.arg not in ("slots", "generator")}
-
-
 def shown_default(name: str) -> str:
     value, shown = plain_default(name), FIELDS[name].metadata["shown"]
     if shown:
@@ -192,18 +92,16 @@ def shown_default(name: str) -> str:
 def train_parser() -> Parser:
     parser = Parser(
         prog="dreamtune train",
-        add_help=True,
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # only what was given
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Teach a Stable Diffusion model one subject from a few photos. Without any "
-        "flag: the embedded "
-        "base\nand the subject that ships with it. Flags are spelled as in diffusers' DreamBooth "
-        "script; defaults "
-        "are ours.",
+        "flag: the embedded base\nand the subject that ships with it. Flags are spelled as in "
+        "diffusers' DreamBooth script; defaults are ours.",
         epilog="options of the methods, each a flag (--rank 8):\n"
         + "\n".join(
-            f"  {method:<12}" + (" ".join(f"--{k} {v}" for k, v in options.items()) or "none")
-            for method, options in options_of_methods().items()
+            f"  {method:<12}" + (" ".join(f"--{k} {v}" for k, (_, v) in options.items()) or "none")
+            for method, options in signatures().items()
         ),
     )
     parser.add_argument(
@@ -217,27 +115,19 @@ def train_parser() -> Parser:
     for name, f in FIELDS.items():
         if name == "options":
             continue
-        group = groups.setdefault(
-            f.metadata["group"], parser.add_argument_group(f.metadata["group"])
-        )
+        title, hint = f.metadata["group"], HINTS[name]
+        group = groups.setdefault(title, parser.add_argument_group(title))
         text = f"{f.metadata['help']} [default: {shown_default(name)}]".replace("%", "%%")
-        hint = HINTS[name]
         if hint is bool:
-            group.add_argument(f"--{name}", action="store_true", default=None, help=text)
-            group.add_argument(
-                f"--no_{name}",
-                dest=name,
-                action="store_false",
-                default=None,
-                help=argparse.SUPPRESS,
-            )
+            group.add_argument(f"--{name}", action="store_true", help=text)
+            off, hidden = f"--no_{name}", argparse.SUPPRESS
+            group.add_argument(off, dest=name, action="store_false", help=hidden)
         elif typing.get_origin(hint) is list:
-            group.add_argument(
-                f"--{name}", nargs="+", action="extend", default=None, metavar="X", help=text
-            )
+            group.add_argument(f"--{name}", nargs="+", action="extend", metavar="X", help=text)
         else:
-            meta = "{" + ",".join(f.metadata["choices"]) + "}" if f.metadata["choices"] else "X"
-            group.add_argument(f"--{name}", default=None, metavar=meta, help=text)
+            words = choices(hint)
+            meta = "{" + ",".join(words) + "}" if words else "X"
+            group.add_argument(f"--{name}", metavar=meta, help=text)
     return parser
 
 
@@ -247,13 +137,13 @@ def train_config(argv: Sequence[str]) -> Config:
     """
     import yaml
 
-    methods = options_of_methods()
-    parser = train_parser()
-    known, extra = parser.parse_known_args(argv)
+    methods = signatures()
+    known, extra = train_parser().parse_known_args(argv)
+    given = vars(known)
     values: dict[str, Any] = {}
-    for path in known.config:
+    for path in given.pop("config"):
         values |= read_yaml(path)
-    values |= {k: v for k, v in vars(known).items() if k != "config" and v is not None}
+    values |= given
     every = {k for o in methods.values() for k in o}
     while extra:
         flag = extra.pop(0)
@@ -272,9 +162,4 @@ def train_config(argv: Sequence[str]) -> Config:
                 raise FlagError(f"--{name} needs a value.")
             value = extra.pop(0)
         values.setdefault("options", {})[name] = yaml.safe_load(value)
-    method = values.get("method", FIELDS["method"].default)
-    if method not in methods:
-        raise FlagError(
-            f"unknown method `{method}`.{nearest(method, methods)} There are {', '.join(methods)}."
-        )
     return from_mapping({**values, **values.pop("options", {})}, methods)

@@ -182,14 +182,14 @@ def test_factors_follow_the_weight(method, options):
     torch.testing.assert_close(adapter.merged(other), fresh.merged(other.clone()))
 
 
+@pytest.mark.parametrize("method", ["ether", "ether+"])
 @pytest.mark.parametrize(
-    "shape,options",
-    [(24, {"blocks": 5}), (24, {"blocks": 0})],
+    "blocks,message",
+    [(5, "must divide every .* width, here 24, got 5"), (0, "must be at least 1, got 0")],
 )
-def test_blocks_must_divide(shape, options):
-    for method in ("ether", "ether+"):
-        with pytest.raises(ValueError, match="`blocks` must divide every .* width, here 24"):
-            METHODS[method](torch.zeros(shape, shape), **options)
+def test_blocks_must_divide(method, blocks, message):
+    with pytest.raises(ValueError, match=f"`blocks` {message}"):
+        METHODS[method](torch.zeros(24, 24), blocks=blocks)
 
 
 @pytest.mark.parametrize(
@@ -197,9 +197,9 @@ def test_blocks_must_divide(shape, options):
     [
         ("lora", {"rank": 0}, "`rank` must be at least 1, got 0"),
         ("delora", {"rank": -1}, "`rank` must be at least 1"),
-        ("delora", {"start": "zero"}, '`start` must be "residual" or "peft", got'),
-        ("ether", {"side": "left"}, '`side` must be "input" or "output"'),
-        ("ether+", {"sides": 3}, "`sides` must be 1 or 2, got 3"),
+        ("delora", {"start": "zero"}, "`start` must be one of residual or peft; got 'zero'"),
+        ("ether", {"side": "left"}, "`side` must be one of input or output; got 'left'"),
+        ("ether+", {"sides": 3}, "`sides` must be one of 1 or 2; got 3"),
         ("lora", {"slots": 0}, "`slots` must be at least 1"),
     ],
 )

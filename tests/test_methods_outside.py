@@ -16,8 +16,8 @@ from dreamtune.adapters import METHODS, Adapter, find_method, register
 from dreamtune.adapters.base import _REGISTRY
 from dreamtune.cli import main
 from dreamtune.config import Config
-from dreamtune.configfile import from_mapping, read_yaml
-from dreamtune.flags import options_of_methods, train_config
+from dreamtune.configfile import from_mapping, read_yaml, signatures
+from dreamtune.flags import train_config
 from dreamtune.training.sweep import expand
 
 SOURCE = '''
@@ -86,7 +86,7 @@ def assert_known(method: str, folder: Path) -> None:
     file = folder / "c.yaml"
     file.write_text(f"method: {method}\nby: 0.25\n")
     assert train_config(["--config", str(file)]).options == {"by": 0.25}
-    assert from_mapping(read_yaml(file), options_of_methods()).method == method
+    assert from_mapping(read_yaml(file), signatures()).method == method
     runs = expand(Config(method=method, sweep=["by=0.5,1"]))
     assert [c.options for c in runs.values()] == [{"by": 0.5}, {"by": 1.0}]
     runs = expand(Config(sweep=[f"method=lora,{method}"]))
@@ -138,12 +138,12 @@ def test_help_knows_it_without_importing_it(outside: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "why"),
     [
-        ("scaled = no_such_pkg:Scaled", "there is no package `no_such_pkg`"),
-        ("scaled = outside_pkg.other:Scaled", "`outside_pkg.other` has no source file"),
+        ("scaled = no_such_pkg:Scaled", "there is no module `no_such_pkg`"),
+        ("scaled = outside_pkg.other:Scaled", "there is no module `outside_pkg.other`"),
         ("scaled = outside_pkg.methods:Scald", "`methods.py` defines no class `Scald`"),
         ("scaled = outside_pkg.methods", "it must name `module:Class`"),
         ("scald = outside_pkg.methods:Scaled", "the `name` of `Scaled` is 'scaled'"),
-        ("lora = outside_pkg.methods:Scaled", "the `name` of `Scaled` is 'scaled'"),
+        ("lora = outside_pkg.methods:Scaled", "dreamtune has a method of that name"),
     ],
 )
 def test_a_wrong_entry_point_is_named(

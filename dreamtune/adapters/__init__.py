@@ -9,8 +9,15 @@ from dreamtune.adapters.base import (
     Adapter,
     find_method,
     register,
-    registered,
+    registered_signatures,
     resolve_options,
 )
 
-__all__ = ["METHODS", "Adapter", "find_method", "register", "registered", "resolve_options"]
+__all__ = [
+    "METHODS",
+    "Adapter",
+    "find_method",
+    "register",
+    "registered_signatures",
+    "resolve_options",
+]

@@ -9,15 +9,18 @@ dimensions.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from functools import cache, wraps
 from importlib.metadata import EntryPoint
 from typing import Any, ClassVar
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from dreamtune.configfile import entry_points, wrong
+from dreamtune.configfile import NOT_OPTIONS, entry_points, wrong
+from dreamtune.fields import checker, validated
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -26,9 +29,9 @@ class Adapter(nn.Module):
     """`W' = W + up @ down`, with the factors that a subclass computes from its parameters.
 
     A subclass sets the class attributes, makes its parameters in `__init__` (its options are the
-    keyword arguments there) and gives `factors`. Forward, merge, export, count and checkpoint are
-    built on that. Parameters are float32, float64 for a float64 weight; buffers of a subclass are
-    saved with them.
+    keyword arguments there, checked by their annotations: `rank: PositiveInt`) and gives
+    `factors`. Forward, merge, export, count and checkpoint are built on that. Parameters are
+    float32, float64 for a float64 weight; buffers of a subclass are saved with them.
 
     Args:
         weight: the frozen weights of same-shape layers; only its values at construction are looked
@@ -48,6 +51,11 @@ class Adapter(nn.Module):
     own_learning_rates: ClassVar[Mapping[str, float]] = {}  # parameters with an absolute rate
     no_decay: ClassVar[frozenset[str]] = frozenset()
     per_slot: ClassVar[frozenset[str]] = frozenset()  # options that may be a list, one a slot
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if "__init__" in vars(cls):
+            cls.__init__ = _checking(cls.__init__)  # type: ignore[method-assign]
 
     def __init__(
         self, weight: Tensor, slots: int, generator: Generators, options: dict[str, Any]
@@ -143,11 +151,6 @@ class _Methods(Mapping[str, type[Adapter]]):
 METHODS: Mapping[str, type[Adapter]] = _Methods()
 
 
-def registered() -> dict[str, type[Adapter]]:
-    """The methods of this process, without those of other packages that nobody asked for yet."""
-    return dict(_REGISTRY)
-
-
 def register(method: type[Adapter]) -> type[Adapter]:
     """Class decorator: `METHODS[method.name]`. A taken name is an error."""
     if method.name in _REGISTRY:
@@ -178,17 +181,52 @@ def find_method(name: str) -> type[Adapter]:
     return METHODS[name]
 
 
-def resolve_options(method: type[Adapter], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with defaults filled in; a ValueError names the nearest for an unknown one."""
-    known = {
-        name: parameter.default
-        for name, parameter in inspect.signature(method).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in ("slots", "generator")
+def _checking(init: Callable[..., None]) -> Callable[..., None]:
+    """The `__init__` of a method with its options checked first, whoever calls it."""
+
+    @wraps(init)
+    def checked(self: Adapter, *args: Any, **given: Any) -> None:
+        options = {name: value for name, value in given.items() if name in options_of(init)}
+        init(self, *args, **{**given, **validated(_rules(init), options)})
+
+    return checked
+
+
+@cache
+def options_of(init: Callable[..., None]) -> dict[str, tuple[Any, Any]]:
+    """option -> type with its range, default: the keyword arguments of an `__init__`."""
+    found = {
+        name: parameter
+        for name, parameter in inspect.signature(init).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in NOT_OPTIONS
     }
+    names = inspect.unwrap(init).__globals__
+    kinds = {n: p.annotation for n, p in found.items()}
+    kinds = {n: eval(k, names) if isinstance(k, str) else k for n, k in kinds.items()}
+    nothing = inspect.Parameter.empty
+    return {n: (Any if kinds[n] is nothing else kinds[n], p.default) for n, p in found.items()}
+
+
+@cache
+def _rules(init: Callable[..., None]) -> TypeAdapter[dict[str, Any]]:
+    return checker({name: kind for name, (kind, _) in options_of(init).items()})
+
+
+def registered_signatures() -> dict[str, dict[str, tuple[Any, Any]]]:
+    """method -> `options_of` it, for what this process has registered."""
+    return {name: options_of(method.__init__) for name, method in _REGISTRY.items()}
+
+
+def resolve_options(method: type[Adapter], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in their types, with defaults filled in. A ValueError names the nearest for an
+    unknown one, and option, rule and value for one that is out of range.
+    """
+    known = options_of(method.__init__)
     for name in options:
         if name not in known:
             near = get_close_matches(name, known, n=1, cutoff=0.4)
             hint = f"did you mean `{near[0]}`? " if near else ""
             listed = ", ".join(known) or "none"
             raise ValueError(f"`{method.name}` has no option `{name}`: {hint}Options: {listed}")
-    return {**known, **options}
+    defaults = {name: default for name, (_, default) in known.items()}
+    return {**defaults, **validated(_rules(method.__init__), options)}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from dreamtune.adapters.base import Adapter, Generators, register
@@ -52,18 +54,10 @@ class DeLoRA(Adapter):
         *,
         slots: int = 1,
         generator: Generators = None,
-        rank: int = 16,
+        rank: PositiveInt = 16,
         lambda_init: float | list[float] = 4.0,
-        start: str = "residual",
+        start: Literal["residual", "peft"] = "residual",
     ) -> None:
-        if rank < 1:
-            raise ValueError(f"`rank` must be at least 1, got {rank}")
-        if start not in ("residual", "peft"):
-            raise ValueError(f'`start` must be "residual" or "peft", got {start!r}')
-        if isinstance(lambda_init, list):
-            lambda_init = [float(x) for x in lambda_init]
-        else:
-            lambda_init = float(lambda_init)
         options = {"rank": rank, "lambda_init": lambda_init, "start": start}
         super().__init__(weight, slots, generator, options)
         out, width = weight.shape[-2:]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from dreamtune.adapters.base import Adapter, Generators, register
@@ -35,11 +37,9 @@ class ETHER(Adapter):
         *,
         slots: int = 1,
         generator: Generators = None,
-        blocks: int = 1,
-        side: str = "input",
+        blocks: PositiveInt = 1,
+        side: Literal["input", "output"] = "input",
     ) -> None:
-        if side not in ("input", "output"):
-            raise ValueError(f'`side` must be "input" or "output", got {side!r}')
         super().__init__(weight, slots, generator, {"blocks": blocks, "side": side})
         size = blocks_of(weight.shape[-1 if side == "input" else -2], blocks, side)
         self.u = nn.Parameter(self.uniform(weight, generator, (blocks, size), 1 / math.sqrt(size)))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from dreamtune.adapters.base import Adapter, Generators, register
@@ -39,11 +40,9 @@ class ETHERPlus(Adapter):
         *,
         slots: int = 1,
         generator: Generators = None,
-        blocks: int = 4,
-        sides: int = 2,
+        blocks: PositiveInt = 4,
+        sides: Literal[1, 2] = 2,
     ) -> None:
-        if sides not in (1, 2):
-            raise ValueError(f"`sides` must be 1 or 2, got {sides}")
         super().__init__(weight, slots, generator, {"blocks": blocks, "sides": sides})
         self.u, self.v = self._pair(weight, generator, -2, "output")
         if sides == 2:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from dreamtune.adapters.base import Adapter, Generators, register
@@ -35,11 +36,9 @@ class LoRA(Adapter):
         *,
         slots: int = 1,
         generator: Generators = None,
-        rank: int = 16,
+        rank: PositiveInt = 16,
         alpha: float | list[float | None] | None = None,
     ) -> None:
-        if rank < 1:
-            raise ValueError(f"`rank` must be at least 1, got {rank}")
         given = alpha if isinstance(alpha, list) else [alpha]
         alphas = [float(rank if a is None else a) for a in given]
         own = alphas if isinstance(alpha, list) else alphas[0]

@@ -43,7 +43,7 @@ def block_columns(u: Tensor) -> Tensor:
 
 def blocks_of(width: int, blocks: int, side: str) -> int:
     """Size of each of `blocks` equal blocks of a side; ValueError where they do not fit."""
-    if blocks < 1 or width % blocks:
+    if width % blocks:
         raise ValueError(f"`blocks` must divide every {side} width, here {width}, got {blocks}")
     return width // blocks
 

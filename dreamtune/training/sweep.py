@@ -7,22 +7,13 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from dreamtune.config import STACKED, Config, plain_default
-from dreamtune.configfile import from_mapping, nearest, read_yaml
-from dreamtune.flags import options_of_methods
+from dreamtune.config import STACKED, Config, having, plain_default
+from dreamtune.configfile import from_mapping, read_yaml, signatures
+from dreamtune.fields import nearest
 
 PROMPT_FILE, SETTINGS_FILE = "prompt.txt", "config.yaml"
-# What config.yaml in a subject's folder may set.
-OWN = (
-    "instance_prompt",
-    "class_prompt",
-    "class_data_dir",
-    "identifier",
-    "validation_prompt",
-    "learning_rate",
-    "seed",
-)
-SWEPT = ("learning_rate", "seed", "method")
+OWN = having("own")  # what config.yaml in a subject's folder may set
+SWEPT = having("swept")
 
 
 def expand(config: Config) -> dict[str, Config]:
@@ -43,7 +34,7 @@ def expand(config: Config) -> dict[str, Config]:
     names = [name for name, _ in axes]
     if repeated := [n for n in names if names.count(n) > 1]:
         raise ValueError(f"`sweep` names `{repeated[0]}` twice: put its values into one list.")
-    methods, runs = options_of_methods(), {}
+    methods, runs = signatures(), {}
     for label, values in named.items():
         for combination in itertools.product(*(v for _, v in axes)):
             chosen = dict(zip(names, combination, strict=True))

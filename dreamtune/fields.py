@@ -1,0 +1,159 @@
+"""Settings field by field: the facts that stand on a field, and values checked against types and
+ranges, by pydantic's rules in our sentences. The same for flags, YAML, sweeps and Python, for the
+config and for the options of methods.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import field
+from difflib import get_close_matches
+from functools import partial
+from pathlib import PurePath
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
+
+Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+AtLeast0 = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Pixels = Annotated[int, Field(ge=1, multiple_of=8)]
+# YAML 1.1 reads bare `no` and `off` as false, `on` as true.
+YAML_WORDS = {"no": False, "off": False, "on": True}
+KINDS = {
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "bool_parsing": "true or false",
+}
+
+
+def opt(
+    default: Any,
+    help: str,
+    group: str,
+    shown: str = "",
+    *,
+    resume: bool | Callable[[Mapping[str, Any]], bool] = False,
+    own: bool = False,
+    swept: bool = False,
+) -> Any:
+    """A field with all that is known of it; type, range and choices stand in its annotation.
+
+    Args:
+        group: the heading in the help; "stacked" makes several runs of one command, a run alone
+            has none of it.
+        shown: the words for a default that is computed.
+        resume: a continuation may change it, the numbers of the run stay as they were; or what
+            tells so from the settings of the run.
+        own: config.yaml in a subject's folder may set it.
+        swept: it may be swept.
+    """
+    facts = {"help": help, "group": group, "shown": shown}
+    rules = {"resume": resume, "own": own, "swept": swept}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: default.copy(), metadata={**facts, **rules})
+    return field(default=default, metadata={**facts, **rules})
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """' Did you mean `x`?' or ''."""
+    found = get_close_matches(word, list(known), 2, 0.55)
+    return f" Did you mean {' or '.join(f'`{n}`' for n in found)}?" if found else ""
+
+
+def checker(hints: Mapping[str, Any]) -> TypeAdapter[dict[str, Any]]:
+    """What `validated` checks by. hints: name -> type with its range, for instance
+    `Annotated[int, Field(ge=1)]` or `Literal["auto", "off"]`.
+    """
+    fields = {n: Annotated[h, BeforeValidator(partial(plain, h))] for n, h in hints.items()}
+    make: Any = TypedDict  # for fields that are not written out
+    kind = make("Values", fields, total=False)
+    kind.__pydantic_config__ = ConfigDict(
+        extra="forbid", coerce_numbers_to_str=True, arbitrary_types_allowed=True
+    )
+    return TypeAdapter(kind)
+
+
+def validated(rules: TypeAdapter[dict[str, Any]], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values in their types. Raises ValueError that names each field, its rule and the value
+    that breaks it.
+    """
+    try:
+        return rules.validate_python(dict(values))
+    except ValidationError as error:
+        worst: dict[Any, Any] = {}
+        for found in error.errors(include_url=False):
+            name = found["loc"][0]
+            # A union fails once for each of its types; the deepest is the type that was meant.
+            if name not in worst or len(found["loc"]) > len(worst[name]["loc"]):
+                worst[name] = found
+        raise ValueError(" ".join(sentence(f) for f in worst.values())) from None
+
+
+def sentence(found: Mapping[str, Any]) -> str:
+    """One of pydantic's errors as "`name` must be <rule>, got <value>."."""
+    kind, value, context = found["type"], found["input"], found.get("ctx", {})
+    start, got = f"`{found['loc'][0]}` must be", f"got {value!r}."
+    bounds = [v for v in context.values() if isinstance(v, (int, float))]
+    if value is None:
+        return f"`{found['loc'][0]}` cannot be empty."
+    if kind == "literal_error":
+        return f"{start} one of {context['expected'].replace(chr(39), '')}; {got}"
+    if kind == "finite_number":
+        return f"{start} finite, got {float(value)}."
+    if kind in KINDS:
+        return f"{start} {KINDS[kind]}, {got}"
+    if bounds:
+        number = type(bounds[0])(value) if isinstance(value, str) else value
+        return f"{start} {limit(kind, bounds[0])}, got {number}{near(kind, bounds[0], number)}."
+    if kind.endswith("_type"):
+        return f"{start} of type {kind.removesuffix('_type').replace('string', 'str')}, {got}"
+    return f"`{found['loc'][0]}`: {found['msg']}, {got}"
+
+
+def limit(kind: str, bound: float) -> str:
+    whole = isinstance(bound, int)
+    if kind == "greater_than":
+        return f"at least {bound + 1}" if whole else f"above {bound:g} and finite"
+    if kind == "less_than":
+        return f"below {bound:g}"
+    words = {"greater_than_equal": "at least", "less_than_equal": "at most"}
+    return f"{words.get(kind, 'a multiple of')} {bound:g}"
+
+
+def near(kind: str, bound: float, number: float) -> str:
+    close = max(1, round(number / bound)) * bound if kind == "multiple_of" else None
+    return "" if close is None else f"; the nearest is {close:g}"
+
+
+def plain(hint: Any, value: Any) -> Any:
+    """The value as Python writes it: YAML's bare words, one word for a list, a path for a text."""
+    kinds = parts(hint)
+    if isinstance(value, bool) and (words := choices(hint)):
+        return next((w for w in words if YAML_WORDS.get(w) is value), value)
+    if isinstance(value, bool) and bool not in kinds and {int, float} & set(kinds):
+        wanted: Any = "int_type" if int in kinds else "float_type"
+        raise PydanticCustomError(wanted, "true and false are no numbers")
+    if isinstance(value, str) and str not in kinds and list[str] in kinds:
+        return [value]
+    return str(value) if isinstance(value, PurePath) else value
+
+
+def parts(hint: Any) -> list[Any]:
+    """The types of a union, without their ranges."""
+    if typing.get_origin(hint) is Annotated:
+        return parts(typing.get_args(hint)[0])
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return [p for a in typing.get_args(hint) for p in parts(a)]
+    return [hint]
+
+
+def choices(hint: Any) -> tuple[Any, ...]:
+    """The words of a Literal, () for other types."""
+    literals = [p for p in parts(hint) if typing.get_origin(p) is Literal]
+    return tuple(w for p in literals for w in typing.get_args(p))
