@@ -25,6 +25,7 @@ from random_models import build_clip, build_dino, build_pipeline, write_photos  
 
 from dreamtune.base import load_base  # noqa: E402
 from dreamtune.config import Config  # noqa: E402
+from dreamtune.metrics.table import scores_of  # noqa: E402
 from dreamtune.run import Run  # noqa: E402
 from dreamtune.sample import sample_tensor  # noqa: E402
 from dreamtune.train import train  # noqa: E402
@@ -191,7 +192,7 @@ def report(
     for name, value in differences.items():
         print(f"| largest difference of a pixel, {name} | {value:.2e} |")
     for record in result.history:
-        line = ", ".join(f"{k} {record[k]:.4f}" for k in ("dino", "clip_i", "clip_t"))
+        line = ", ".join(f"{k} {v:.4f}" for k, v in scores_of(record).items())
         print(f"| scores at {record['step']} | {line}, loss {record['loss'] or float('nan'):.4f} |")
     print(f"| chosen | {result.reason} |")
     base, reloaded, effect = differences.values()

@@ -1,6 +1,33 @@
-"""Scores of generated images: extractors (DINO, CLIP) and pure functions on their features."""
+"""Scores of generated images. A new metric is a file in this folder and its line below.
 
-from .extractors import Clip, Dino
+A file holds an extractor where it needs one of its own, and registers its metric; the order of the
+lines is that of records, pages and tables.
+"""
+
+# isort: off
+from . import dino  # noqa: F401  (importing registers)
+from . import clip  # noqa: F401
+# isort: on
+
+from .clip import Clip
+from .dino import Dino
+from .extractor import Extractor, TextExtractor
 from .scorers import References, Scorers, Scores, without_identifier
+from .table import METRICS, Comparison, Features, Metric, find_metrics, register
 
-__all__ = ["Clip", "Dino", "References", "Scorers", "Scores", "without_identifier"]
+__all__ = [
+    "METRICS",
+    "Clip",
+    "Comparison",
+    "Dino",
+    "Extractor",
+    "Features",
+    "Metric",
+    "References",
+    "Scorers",
+    "Scores",
+    "TextExtractor",
+    "find_metrics",
+    "register",
+    "without_identifier",
+]
