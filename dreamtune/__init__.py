@@ -9,31 +9,32 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from dreamtune.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from dreamtune.adapters import METHODS as METHODS
     from dreamtune.adapters import Adapter as Adapter
     from dreamtune.adapters import register as register
     from dreamtune.config import Config as Config
-    from dreamtune.export import export as export
-    from dreamtune.inject import InjectedAdapter as InjectedAdapter
-    from dreamtune.inject import inject as inject
-    from dreamtune.pipeline import load as load
-    from dreamtune.stacked import train_stacked as train_stacked
-    from dreamtune.train import train as train
+    from dreamtune.files.export import export as export
+    from dreamtune.injection.inject import InjectedAdapter as InjectedAdapter
+    from dreamtune.injection.inject import inject as inject
+    from dreamtune.pipeline.load import load as load
+    from dreamtune.training.train import train as train
+    from dreamtune.training.wave import train_stacked as train_stacked
 
-__version__ = "0.1.0"
 
 _PUBLIC = {
     "METHODS": "dreamtune.adapters",
     "Adapter": "dreamtune.adapters",
     "Config": "dreamtune.config",
-    "InjectedAdapter": "dreamtune.inject",
-    "export": "dreamtune.export",
-    "inject": "dreamtune.inject",
-    "load": "dreamtune.pipeline",
+    "InjectedAdapter": "dreamtune.injection.inject",
+    "export": "dreamtune.files.export",
+    "inject": "dreamtune.injection.inject",
+    "load": "dreamtune.pipeline.load",
     "register": "dreamtune.adapters",
-    "train": "dreamtune.train",
-    "train_stacked": "dreamtune.stacked",
+    "train": "dreamtune.training.train",
+    "train_stacked": "dreamtune.training.wave",
 }
 __all__ = [
     "METHODS",
@@ -52,6 +53,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module `dreamtune` has no attribute `{name}`")
+    if name in ("inject", "InjectedAdapter"):
+        importlib.import_module("dreamtune.files.native")  # gives `InjectedAdapter.save` its format
     value = getattr(importlib.import_module(_PUBLIC[name]), name)
     globals()[name] = value
     return value

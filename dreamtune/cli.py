@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 0
     if command == "--version":
-        from dreamtune import __version__
+        from dreamtune.version import __version__
 
         print(__version__)
         return 0
@@ -61,10 +61,10 @@ def train(argv: Sequence[str]) -> int:
     config = train_config(argv)
     quieten()
     if config.subjects or config.sweep:
-        from dreamtune.stacked import train_stacked
+        from dreamtune.training.wave import train_stacked
 
         return 1 if train_stacked(config).failed else 0
-    from dreamtune.train import train as run
+    from dreamtune.training.train import train as run
 
     run(config)
     return 0
@@ -125,7 +125,7 @@ def generate(argv: Sequence[str]) -> int:
     )
     a = parser.parse_args(argv)
     quieten()
-    from dreamtune.generate import generate as run
+    from dreamtune.pipeline.generate import generate as run
 
     paths = run(
         Path(a.adapter),
@@ -160,29 +160,22 @@ def export(argv: Sequence[str]) -> int:
         "--format", default="diffusers", help="diffusers, or kohya (ComfyUI, A1111)"
     )
     parser.add_argument(
-        "--pretrained_model_name_or_path", help="the base [default: the one of the run]"
+        "--pretrained_model_name_or_path",
+        help="the base, where the method contains its weights [default: the one of the run]",
     )
-    parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "float16"), help="of the file's tensors"
-    )
+    parser.add_argument("--dtype", default="fp32", help="of the file's tensors: fp32, fp16 or bf16")
     parser.add_argument("--overwrite", action="store_true", help="replace a file of that name")
     a = parser.parse_args(argv)
     quieten()
-    import torch
+    from dreamtune.files.export import export as run
 
-    from dreamtune.base import load_base
-    from dreamtune.export import export as run
-    from dreamtune.generate import adapter_file, base_of_run
-
-    path = adapter_file(Path(a.adapter))
-    base = load_base(a.pretrained_model_name_or_path or base_of_run(path))
     print(
         run(
-            path,
+            a.adapter,
             a.output_dir,
             format=a.format,
-            base=base.unet,
-            dtype=getattr(torch, a.dtype),
+            base=a.pretrained_model_name_or_path,
+            dtype=a.dtype,
             overwrite=a.overwrite,
         )
     )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import typing
 from collections.abc import Mapping
 from difflib import get_close_matches
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 from dreamtune.config import FIELDS, Config, plain_default
 
+METHODS_GROUP = "dreamtune.methods"
 # Changing these between a run and its continuation leaves the numbers of the run as they were.
 FREE_ON_RESUME = frozenset(
     [
@@ -34,6 +37,31 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
     """' Did you mean `x`?' or ''."""
     found = get_close_matches(word, list(known), 2, 0.55)
     return f" Did you mean {' or '.join(f'`{n}`' for n in found)}?" if found else ""
+
+
+def entry_points() -> dict[str, EntryPoint]:
+    """name -> entry point of the methods that other packages offer: their group is
+    `dreamtune.methods`, each is named like its method, its value is `module:Class`.
+
+    Raises ValueError for one without a class, or a second of one name.
+    """
+    found: dict[str, EntryPoint] = {}
+    for point in importlib.metadata.entry_points(group=METHODS_GROUP):
+        if not point.attr:
+            raise wrong(point, "it must name `module:Class`")
+        if found.get(point.name, point).value != point.value:
+            raise wrong(point, f"`{found[point.name].value}` has that name too")
+        found[point.name] = point
+    return found
+
+
+def wrong(point: EntryPoint, why: str) -> ValueError:
+    """What is wrong with an entry point, and whose it is."""
+    owner = f" of `{point.dist.name}`" if point.dist is not None else ""
+    return ValueError(
+        f"the entry point `{point.name} = {point.value}`{owner} in {METHODS_GROUP} gives no "
+        f"method: {why}. Mend that package, or uninstall it."
+    )
 
 
 def from_mapping(

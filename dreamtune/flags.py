@@ -6,13 +6,16 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib.util
+import sys
 import typing
 from collections.abc import Sequence
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 from dreamtune.config import FIELDS, HINTS, Config, plain_default
-from dreamtune.configfile import from_mapping, nearest, read_yaml
+from dreamtune.configfile import entry_points, from_mapping, nearest, read_yaml, wrong
 
 # Flags of diffusers' train_dreambooth_lora.py that have no counterpart here, and what to do
 # instead.
@@ -82,26 +85,73 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def options_of_methods() -> dict[str, dict[str, Any]]:
-    """method -> option -> default, read from the signatures in adapters/*.py.
+    """method -> option -> default, of every method that `find_method` knows.
 
-    Parsed, not imported: importing them costs a second of torch, which `--help` must not take.
+    Signatures are parsed, not imported: importing a method costs a second of torch, which `--help`
+    must not take. What this process has registered by itself is asked directly.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found = packaged_methods()
+    for name, options in outside_methods().items():
+        if name in found:
+            raise wrong(entry_points()[name], "dreamtune has a method of that name")
+        found[name] = options
+    adapters = sys.modules.get("dreamtune.adapters")
+    if adapters is None:
+        return found
+    here = adapters.registered()
+    return found | {name: adapters.resolve_options(m, {}) for name, m in here.items()}
+
+
+def packaged_methods() -> dict[str, dict[str, Any]]:
+    """The methods of the package, from adapters/*.py."""
+    found = {}
     for path in sorted((Path(__file__).parent / "adapters").glob("*.py")):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef):
-                name = next((constant(s.value) for s in node.body if assigns_name(s)), None)
-                init = next(
-                    (
-                        s
-                        for s in node.body
-                        if isinstance(s, ast.FunctionDef) and s.name == "__init__"
-                    ),
-                    None,
-                )
-                if isinstance(name, str):
-                    found[name] = keyword_defaults(init) if init else {}
+        for node in classes(path).values():
+            name = name_of(node)
+            if isinstance(name, str):
+                found[name] = keyword_defaults(node)
     return found
+
+
+def outside_methods() -> dict[str, dict[str, Any]]:
+    """The methods of other packages, from the source of their entry points. Raises ValueError that
+    names an entry point that gives no method.
+    """
+    return {name: keyword_defaults(class_of(point)) for name, point in entry_points().items()}
+
+
+def class_of(point: EntryPoint) -> ast.ClassDef:
+    """The class that an entry point names, from the file of its module."""
+    top, *inner = point.module.split(".")
+    try:
+        spec = importlib.util.find_spec(top)  # of a top-level name: it imports nothing
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None:
+        raise wrong(point, f"there is no package `{top}`")
+    roots = [Path(p) for p in spec.submodule_search_locations or ()]
+    candidates = [Path(spec.origin)] if spec.origin and not inner else []
+    for root in roots if inner else ():
+        place = root.joinpath(*inner)
+        candidates += [place.with_name(f"{place.name}.py"), place / "__init__.py"]
+    path = next((p for p in candidates if p.suffix == ".py" and p.is_file()), None)
+    if path is None:
+        raise wrong(point, f"`{point.module}` has no source file")
+    node = classes(path).get(point.attr)
+    if node is None:
+        raise wrong(point, f"`{path.name}` defines no class `{point.attr}`")
+    if name_of(node) != point.name:
+        raise wrong(point, f"the `name` of `{point.attr}` is {name_of(node)!r}")
+    return node
+
+
+def classes(path: Path) -> dict[str, ast.ClassDef]:
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    return {node.name: node for node in body if isinstance(node, ast.ClassDef)}
+
+
+def name_of(node: ast.ClassDef) -> Any:
+    return next((constant(s.value) for s in node.body if assigns_name(s)), None)
 
 
 def assigns_name(statement: ast.stmt) -> typing.TypeGuard[ast.Assign | ast.AnnAssign]:
@@ -121,7 +171,11 @@ def constant(node: ast.expr | None) -> Any:
         return None
 
 
-def keyword_defaults(init: ast.FunctionDef) -> dict[str, Any]:
+def keyword_defaults(node: ast.ClassDef) -> dict[str, Any]:
+    functions = [s for s in node.body if isinstance(s, ast.FunctionDef)]
+    init = next((f for f in functions if f.name == "__init__"), None)
+    if init is None:
+        return {}
     pairs = zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True)
     return {a.arg: constant(d) for a, d in pairs if a.arg not in ("slots", "generator")}
 

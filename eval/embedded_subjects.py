@@ -25,11 +25,11 @@ from PIL import Image
 
 import dreamtune
 from dreamtune import embedded
-from dreamtune.base import load_base
 from dreamtune.config import Config
 from dreamtune.metrics import Scorers, without_identifier
-from dreamtune.sample import grid, sample
-from dreamtune.train import train
+from dreamtune.models.load import load_base
+from dreamtune.models.sample import grid, sample
+from dreamtune.training.train import train
 
 PROMPTS = embedded.prompts()[1::3][:8]
 SEEDS = range(100, 104)

@@ -23,12 +23,12 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from random_models import build_clip, build_dino, build_pipeline, write_photos  # noqa: E402
 
-from dreamtune.base import load_base  # noqa: E402
 from dreamtune.config import Config  # noqa: E402
 from dreamtune.metrics.table import scores_of  # noqa: E402
-from dreamtune.run import Run  # noqa: E402
-from dreamtune.sample import sample_tensor  # noqa: E402
-from dreamtune.train import train  # noqa: E402
+from dreamtune.models.load import load_base  # noqa: E402
+from dreamtune.models.sample import sample_tensor  # noqa: E402
+from dreamtune.training.run import Run  # noqa: E402
+from dreamtune.training.train import train  # noqa: E402
 
 PROMPTS = ["a {} on the beach", "a {} in the snow", "a red {}", "a {} on a wooden floor"]
 LORA = "pytorch_lora_weights.safetensors"

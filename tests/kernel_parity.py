@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_step import make
 
-from dreamtune import fast_unet, fused_ops
+from dreamtune.fast import ops
+from dreamtune.fast import unet as fast_unet
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -54,7 +55,7 @@ def test_group_norm(shape: tuple[int, ...], silu: bool, add: bool, seed: int) ->
     more = randn(n, channels) if add else None
     given_x = x if more is None else x + more[:, :, None, None]
     y = F.group_norm(given_x, groups, weight, bias, 1e-5)
-    ours = fused_ops.group_norm(x, weight, bias, groups, 1e-5, silu, more)
+    ours = ops.group_norm(x, weight, bias, groups, 1e-5, silu, more)
     assert_same(ours, (F.silu(y) if silu else y, x + 0), [x])
 
 
@@ -65,17 +66,17 @@ def test_layer_norm(width: int, sum_up: bool) -> None:
     weight, bias = randn(2, width)
     total = x + more if sum_up else x + 0
     theirs = F.layer_norm(total, (width,), weight, bias, 1e-5), total
-    ours = fused_ops.layer_norm(x, weight, bias, 1e-5, more if sum_up else None)
+    ours = ops.layer_norm(x, weight, bias, 1e-5, more if sum_up else None)
     assert_same(ours, theirs, [x, more] if sum_up else [x])
 
 
 def test_geglu_and_sums() -> None:
     x = randn(2, 9, 2 * 40).requires_grad_()
     a, b = x.chunk(2, -1)
-    assert_same((fused_ops.geglu(x),), (a * F.gelu(b),), [x])
+    assert_same((ops.geglu(x),), (a * F.gelu(b),), [x])
     p, q, bias = picture(2, 24, 3, 5), picture(2, 24, 3, 5), randn(24)
     p, q = p.requires_grad_(), q.requires_grad_()
-    assert_same((fused_ops.add_bias(p, q, bias),), (p + q + bias[:, None, None],), [p, q])
+    assert_same((ops.add_bias(p, q, bias),), (p + q + bias[:, None, None],), [p, q])
 
 
 def test_a_fused_step_is_the_step() -> None:

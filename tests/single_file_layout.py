@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from dreamtune.single_file import CONFIGS
+from dreamtune.models.single_file import CONFIGS
 
 SMALL = {
     "unet": {"block_out_channels": [32] * 4},

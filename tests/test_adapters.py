@@ -11,14 +11,8 @@ from torch import Tensor, nn
 
 import dreamtune
 from dreamtune import METHODS, Adapter, register
-from dreamtune.adapters.base import (
-    _REGISTRY,
-    bf16_parts,
-    block_columns,
-    find_method,
-    resolve_options,
-    unit,
-)
+from dreamtune.adapters.base import _REGISTRY, find_method, resolve_options
+from dreamtune.adapters.maths import bf16_parts, block_columns, unit
 
 
 def make(method, options, shape=(24, 16), slots=1, dtype=torch.float64, seed=0):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dreamtune import model_folder
-from dreamtune.base import load_base
-from dreamtune.single_file import CONFIGS, clip_tokenizer, family_of
+from dreamtune.models import folder as model_folder
+from dreamtune.models.load import load_base
+from dreamtune.models.single_file import CONFIGS, clip_tokenizer, family_of
 
 KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 TEXT = "cond_stage_model.transformer.text_model.final_layer_norm.bias"
@@ -137,7 +137,7 @@ def test_single_file_loads_offline_as_the_same_models(
     """Every tensor of a checkpoint in the original layout arrives where it belongs."""
     from single_file_layout import write_configs, write_single_file
 
-    from dreamtune import single_file
+    from dreamtune.models import single_file
 
     monkeypatch.setattr(single_file, "CONFIGS", write_configs(tmp_path / "configs"))
     file = tmp_path / "model.safetensors"

@@ -14,10 +14,10 @@ from tiny import unet_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreamtune import METHODS
-from dreamtune.capture import CapturedForward, CapturedStep, choose, reason_against
 from dreamtune.config import Config
-from dreamtune.run import Run
-from dreamtune.train import Interrupted, train
+from dreamtune.fast.graphs import CapturedForward, CapturedStep, choose, reason_against
+from dreamtune.training.run import Run
+from dreamtune.training.train import Interrupted, train
 
 STEPS = 50
 # Parameters and losses of float64 runs, relative to the largest: the same kernels run, only the
@@ -157,7 +157,7 @@ def test_a_refresh_lets_go_of_the_graph_before() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             type(adapter.groups[0].adapter), "factors",
-            lambda self, weight: seen.append(before()) or original(self, weight),
+            lambda self, *given: seen.append(before()) or original(self, *given),
         )  # fmt: skip
         adapter.refresh()
     assert seen and all(x is None for x in seen)

@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 from tiny import cases, disturb, tiny_unet
 
 import dreamtune
-from dreamtune import checkpoint
-from dreamtune.checkpoint import compare_fingerprints, fingerprint, load_adapter_file
+from dreamtune.files import native
+from dreamtune.files.fingerprint import compare_fingerprints, fingerprint
+from dreamtune.files.native import load_adapter_file
 
 all_cases = pytest.mark.parametrize("method,options", cases())
 
@@ -58,7 +59,7 @@ def test_crash_while_writing_leaves_the_file_before(tmp_path, monkeypatch):
             handle.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save_file", crash)
+    monkeypatch.setattr(native, "save_file", crash)
     with pytest.raises(KeyboardInterrupt):
         adapter.save(tmp_path)
     assert path.read_bytes() == before
@@ -87,7 +88,7 @@ def test_damaged_and_foreign_files(tmp_path):
 
 
 def test_a_newer_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(native, "FORMAT_VERSION", 2)
     path = dreamtune.inject(tiny_unet(), "lora", rank=2).save(tmp_path)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="format version 2, this dreamtune reads up to 1"):

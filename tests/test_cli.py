@@ -12,7 +12,7 @@ import yaml
 from dreamtune.cli import main
 from dreamtune.config import FIELDS, Config
 from dreamtune.configfile import continued
-from dreamtune.flags import options_of_methods, train_config, train_parser
+from dreamtune.flags import options_of_methods, packaged_methods, train_config, train_parser
 
 PHOTOS = ["--instance_data_dir", "photos", "--instance_prompt", "a sks dog"]
 
@@ -45,7 +45,7 @@ def test_help_states_every_default_and_every_method_option() -> None:
 def test_options_in_the_help_are_those_of_the_classes() -> None:
     from dreamtune.adapters import METHODS, resolve_options
 
-    assert options_of_methods() == {n: resolve_options(m, {}) for n, m in METHODS.items()}
+    assert packaged_methods() == {n: resolve_options(m, {}) for n, m in METHODS.items()}
 
 
 def test_flags_make_a_config() -> None:

@@ -78,7 +78,7 @@ def test_diffusers_alone_draws_what_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_the_quickstart_finds_its_base() -> None:
-    from dreamtune.base import load_base
+    from dreamtune.models.load import load_base
 
     base = load_base("embedded")
     assert (base.embedded, base.resolution, base.zero_snr) == (True, 128, True)

@@ -8,11 +8,16 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from single_file_layout import write_configs, write_single_file
 from tiny import cases, disturb, images, tiny_pipeline, tiny_unet
 
 import dreamtune
 from dreamtune import METHODS
-from dreamtune.export import recompress
+from dreamtune.cli import main
+from dreamtune.files.lora import recompress
+from dreamtune.models import folder as model_folder
+from dreamtune.models import single_file
+from dreamtune.models.load import load_network
 
 all_cases = pytest.mark.parametrize("method,options", cases())
 ALONE = """
@@ -163,6 +168,79 @@ def test_base_can_be_a_folder_or_a_pipeline(tmp_path):
         torch.testing.assert_close(change, changes[0], rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="`base` must be a UNet, a pipeline, a folder"):
         dreamtune.export(native, tmp_path / "x", base=3)
+
+
+def native_and_lora(unet, tmp_path):
+    """An ETHER file, which needs its base, and what it must be exported as."""
+    adapter = dreamtune.inject(unet, "ether")
+    disturb(adapter)
+    native = adapter.save(tmp_path)
+    lora = load_file(dreamtune.export(adapter, tmp_path / "lora"))
+    adapter.eject()
+    return native, lora
+
+
+def test_base_can_be_the_embedded_one(tmp_path):
+    native, lora = native_and_lora(load_network("embedded"), tmp_path)
+    here = load_file(dreamtune.export(native, tmp_path / "a", base="embedded"))
+    for key, tensor in lora.items():
+        torch.testing.assert_close(here[key], tensor, rtol=0, atol=1e-6)
+    out = str(tmp_path / "b")
+    assert main(["export", str(native), out, "--pretrained_model_name_or_path", "embedded"]) == 0
+    there = load_file(tmp_path / "b" / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(there[k], here[k]) for k in here)
+
+
+def test_base_can_be_a_single_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(single_file, "CONFIGS", write_configs(tmp_path / "configs"))
+    file = tmp_path / "model.safetensors"
+    unet = write_single_file(file, tmp_path / "configs")["unet"]
+    native, lora = native_and_lora(unet, tmp_path)
+    here = load_file(dreamtune.export(native, tmp_path / "a", base=file))
+    for key, tensor in lora.items():
+        torch.testing.assert_close(here[key], tensor, rtol=0, atol=1e-6)
+
+
+def test_bases_that_cannot_be_had_are_explained(tmp_path, monkeypatch, tiny_pipeline_dir):
+    unet = tiny_unet()
+    native, _ = native_and_lora(unet, tmp_path)
+    monkeypatch.setattr(model_folder, "hub_answers", lambda: False)
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    (tmp_path / "empty").mkdir()
+    for base, message in (
+        ("nobody/nothing", "hf download nobody/nothing --local-dir FOLDER"),
+        ("./nowhere", "there is no base model at `./nowhere`: a folder with model_index.json, a"),
+        (tmp_path / "other.safetensors", "is not a Stable Diffusion 1.x/2.x checkpoint"),
+        (tmp_path / "empty", "holds no UNet: a config.json of a UNet2DConditionModel must .* None"),
+        (tiny_pipeline_dir / "vae", "holds no UNet: .* got AutoencoderKL"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dreamtune.export(native, tmp_path / "x", base=base)
+    assert not (tmp_path / "x").exists()
+
+
+def test_base_of_the_run_where_a_method_needs_one(tmp_path, tiny_pipeline_dir):
+    native, lora = native_and_lora(load_network(tiny_pipeline_dir), tmp_path)
+    with pytest.raises(ValueError, match="pass the UNet as `base`, in the command as --pretrained"):
+        dreamtune.export(native, tmp_path / "a")
+    (tmp_path / "config.yaml").write_text(f"pretrained_model_name_or_path: {tiny_pipeline_dir}\n")
+    here = load_file(dreamtune.export(native, tmp_path / "a"))
+    for key, tensor in lora.items():
+        torch.testing.assert_close(here[key], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "dtype,written",
+    [("fp32", "float32"), ("fp16", "float16"), ("bf16", "bfloat16"), ("bfloat16", "bfloat16")],
+)
+def test_command_exports_a_lora_outside_a_run_in_every_dtype(dtype, written, tmp_path, capsys):
+    native = dreamtune.inject(tiny_unet(), "lora", rank=2).save(tmp_path)
+    assert main(["export", str(native), str(tmp_path / "out"), "--dtype", dtype]) == 0
+    path = tmp_path / "out" / "pytorch_lora_weights.safetensors"
+    assert capsys.readouterr().out.strip() == str(path)
+    assert {t.dtype for t in load_file(path).values()} == {getattr(torch, written)}
+    assert main(["export", str(native), str(tmp_path / "out"), "--dtype", "int8"]) == 1
+    assert "`dtype` must be one of fp32, fp16, bf16" in capsys.readouterr().err
 
 
 def test_slot_is_exported(tmp_path):

@@ -17,14 +17,15 @@ import torch
 from test_step import make
 from tiny import tiny_unet
 
-from dreamtune import fast_unet, fused_ops
-from dreamtune.attention import JointProjections
 from dreamtune.config import Config
-from dreamtune.run import Run
+from dreamtune.fast import ops
+from dreamtune.fast import unet as fast_unet
+from dreamtune.injection.attention import JointProjections
+from dreamtune.training.run import Run
 
 pytest.importorskip("triton", reason="triton is not on this platform")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROOT = Path(fused_ops.__file__).parent
+ROOT = Path(ops.__file__).parent
 
 
 def load_kernels(name: str) -> ModuleType:
@@ -93,8 +94,8 @@ def test_refused_before_any_work(tmp_path: Path) -> None:
         Run(Config(device="cpu", fused="on", output_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
     gpu = torch.device("cuda")
-    assert fused_ops.reason_against(gpu) is None
-    assert "checkpointing" in (fused_ops.reason_against(gpu, True) or "")
+    assert ops.reason_against(gpu) is None
+    assert "checkpointing" in (ops.reason_against(gpu, True) or "")
 
 
 @pytest.mark.parametrize("slots", [1, 2])

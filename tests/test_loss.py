@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dreamtune.loss import add_noise, min_snr_weight, slot_losses, target
+from dreamtune.training.loss import add_noise, min_snr_weight, slot_losses, target
 
 
 def test_noise_and_targets() -> None:

@@ -17,13 +17,14 @@ from scorer_folders import PROMPTS, write_clip, write_dino
 from torch import Tensor
 
 from dreamtune.config import Config
-from dreamtune.evaluate import Tracker, read_grid
+from dreamtune.evaluation.selection import NEEDED
+from dreamtune.evaluation.validation import read_grid
 from dreamtune.metrics import METRICS, Comparison, Extractor, Features, Metric, Scorers, register
 from dreamtune.metrics import table as table_module
 from dreamtune.metrics.table import find_metrics, scores_of, scores_text
-from dreamtune.selection import NEEDED
-from dreamtune.show import table
-from dreamtune.train import train
+from dreamtune.training.console import table
+from dreamtune.training.tracker import Tracker
+from dreamtune.training.train import train
 
 OLD_KEYS = {"dino", "dino_photos", "clip_i", "clip_i_photos", "clip_t", "clip_t_shuffled"}
 
@@ -164,7 +165,7 @@ def test_a_made_up_metric_is_seen_everywhere(
 
 
 def photos_of(folder: Path) -> list[Image.Image]:
-    from dreamtune.data import read_folder
+    from dreamtune.data.photos import read_folder
 
     return [p.image for p in read_folder(folder).photos]
 

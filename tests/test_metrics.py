@@ -13,7 +13,7 @@ from scorer_folders import PROMPTS, write_clip, write_dino
 from torch.nn.functional import cosine_similarity
 
 from dreamtune.config import Config
-from dreamtune.evaluate import load_scorers
+from dreamtune.evaluation.validation import load_scorers
 from dreamtune.metrics import Clip, Dino, Scorers, without_identifier
 from dreamtune.metrics.features import matched, mean_among, mean_to_set, normalize, shuffled
 from dreamtune.metrics.names import clip_arguments, public_name

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dreamtune.optim import SlotAdamW, clip_factors, learning_rate_factor, slot_norms
+from dreamtune.training.optim import SlotAdamW, clip_factors, learning_rate_factor, slot_norms
 
 
 def stacked(slots: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:

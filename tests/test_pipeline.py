@@ -176,8 +176,8 @@ def test_second_adapter_is_an_error(exported, tmp_path):
 
 
 def test_package_names_stay_functions():
-    import dreamtune.export
-    import dreamtune.inject  # noqa: F401
+    import dreamtune.files.export
+    import dreamtune.injection.inject  # noqa: F401
 
     assert callable(dreamtune.inject) and callable(dreamtune.export) and callable(dreamtune.load)
     with pytest.raises(AttributeError, match="has no attribute `injekt`"):

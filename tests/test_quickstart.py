@@ -30,7 +30,7 @@ torch.save(images, out)
 def test_a_process_without_dreamtune_gets_the_trained_images(tmp_path: Path) -> None:
     """Same seeds, float32: at most 1e-3 of the range apart, where training moved far more."""
     from dreamtune.config import Config
-    from dreamtune.run import Run
+    from dreamtune.training.run import Run
 
     settings = {"max_train_steps": 6, "validation_steps": 0, "num_inference_steps": 1}
     config = Config(**settings, device="cpu", output_dir=str(tmp_path / "run"))
@@ -67,7 +67,7 @@ def test_a_process_without_dreamtune_gets_the_trained_images(tmp_path: Path) -> 
 def test_the_embedded_scorers_are_the_default(tmp_path: Path) -> None:
     """With no flag but sizes: every file of a run, scores at step 0, a subject of the package."""
     from dreamtune.config import Config
-    from dreamtune.train import train
+    from dreamtune.training.train import train
 
     quick = {"max_train_steps": 2, "num_inference_steps": 1, "validation_steps": 0}
     result = train(Config(**quick, device="cpu", output_dir=str(tmp_path / "run")))

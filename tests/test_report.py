@@ -10,9 +10,9 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from dreamtune.curves import curve
-from dreamtune.report import snippet, write_report
-from dreamtune.selection import choose_best
+from dreamtune.evaluation.curves import curve
+from dreamtune.evaluation.report import snippet, write_report
+from dreamtune.evaluation.selection import choose_best
 
 HISTORY = [
     {"step": s, "dino": d, "clip_i": i, "clip_t": t, "clip_t_shuffled": 0.16, "dino_photos": 0.71,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scorer_folders import write_tokenizer
 
-from dreamtune.sample import grid, sample, sample_tensor
+from dreamtune.models.sample import grid, sample, sample_tensor
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dreamtune.selection import MIN_PROMPT_KEPT, choose_best, rate
+from dreamtune.evaluation.selection import MIN_PROMPT_KEPT, choose_best, rate
 
 
 def record(step, subject, prompt, **other):

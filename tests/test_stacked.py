@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from scorer_folders import write_clip, write_dino
 
 from dreamtune import METHODS
-from dreamtune import run as run_module
-from dreamtune.checkpoint import load_adapter_file
 from dreamtune.config import Config
-from dreamtune.run import Run
-from dreamtune.stacked import Wave, train_stacked
-from dreamtune.train import Interrupted, train
+from dreamtune.files.native import load_adapter_file
+from dreamtune.training import run as run_module
+from dreamtune.training.run import Run
+from dreamtune.training.train import Interrupted, train
+from dreamtune.training.wave import Wave, train_stacked
 
 # Of a tensor's norm: float32 sums in another order.
 TOLERANCE = 1e-4
@@ -381,8 +381,8 @@ def test_the_largest_wave_that_fits(
     common: dict[str, Any], photo_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With made-up memory: sampling 8, one slot 30, two 35, so 0.9 * 100 - 8 - 30 leaves ten."""
-    from dreamtune import fit
-    from dreamtune.stacked import get_ready
+    from dreamtune.training import fit
+    from dreamtune.training.wave import get_ready
 
     common |= photos_of(photo_dir)
     _, runs, base = get_ready(Config(**common, sweep=[f"seed={','.join(map(str, range(16)))}"]))

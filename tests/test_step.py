@@ -8,9 +8,11 @@ import pytest
 import torch
 from tiny import tiny_unet
 
-from dreamtune import METHODS, inject
-from dreamtune.optim import SlotAdamW
-from dreamtune.step import Cache, Step, StepSettings, draw, mix
+from dreamtune import METHODS
+from dreamtune.injection import inject
+from dreamtune.training.cache import Cache
+from dreamtune.training.optim import SlotAdamW
+from dreamtune.training.step import Step, StepSettings, draw, mix
 
 DTYPE = torch.float64
 RATES, SEEDS = [2e-3, 1e-2, 5e-4], [3, 1, 4]

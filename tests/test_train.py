@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import load_file
 from scorer_folders import write_clip, write_dino
 
-from dreamtune import run as run_module
-from dreamtune import runstate
-from dreamtune.base import Base
 from dreamtune.config import Config
-from dreamtune.evaluate import Evaluator, read_grid
-from dreamtune.run import Run
-from dreamtune.selection import choose_best
-from dreamtune.train import Interrupted, train
+from dreamtune.evaluation.selection import choose_best
+from dreamtune.evaluation.validation import Evaluator, read_grid
+from dreamtune.models.stable_diffusion import Base
+from dreamtune.training import run as run_module
+from dreamtune.training import run_folder
+from dreamtune.training.run import Run
+from dreamtune.training.train import Interrupted, train
 
 
 @pytest.fixture(scope="session")
@@ -252,7 +252,7 @@ def test_kill_leaves_the_previous_checkpoint_whole(
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     run_dir = Path(settings["output_dir"])
-    assert [p.name for p in runstate.checkpoints(run_dir)] == ["checkpoint-2"]
+    assert [p.name for p in run_folder.checkpoints(run_dir)] == ["checkpoint-2"]
     result = train(Config(resume_from_checkpoint="latest", output_dir=str(run_dir)))
     assert [r["step"] for r in result.history] == [0, 3, 6]
     assert not list(run_dir.glob(".checkpoint*"))
@@ -275,8 +275,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(settings: dict[str, Any], tmp_path: 
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert "Stopped after step" in error and "--resume_from_checkpoint latest" in error
-    (saved,) = runstate.checkpoints(tmp_path / "run")
-    assert runstate.read_state(saved)["step"] == int(saved.name.split("-")[1]) > 0
+    (saved,) = run_folder.checkpoints(tmp_path / "run")
+    assert run_folder.read_state(saved)["step"] == int(saved.name.split("-")[1]) > 0
 
 
 def test_checkpoint_limit_and_default_run_names(
@@ -285,7 +285,7 @@ def test_checkpoint_limit_and_default_run_names(
     monkeypatch.chdir(tmp_path)
     quick = {**settings, "output_dir": None, "name": "dog", "checkpointing_steps": 1}
     first = train(Config(**quick, checkpoints_total_limit=3))
-    steps = [p.name for p in runstate.checkpoints(first.run_dir)]
+    steps = [p.name for p in run_folder.checkpoints(first.run_dir)]
     assert steps == ["checkpoint-4", "checkpoint-5", "checkpoint-6"]
     second = train(Config(**{**quick, "max_train_steps": 1}))
     assert (str(first.run_dir), str(second.run_dir)) == ("runs/dog", "runs/dog-2")
@@ -398,7 +398,7 @@ def test_a_run_without_a_checkpoint_is_not_overwritten(settings: dict[str, Any])
     folder = Path(settings["output_dir"])
     folder.mkdir()
     (folder / "config.yaml").write_text("seed: 0")  # stopped while it got ready
-    assert runstate.choose_run_dir(str(folder), "x") == folder
+    assert run_folder.choose_run_dir(str(folder), "x") == folder
     (folder / "metrics.jsonl").write_text("{}")
     with pytest.raises(ValueError, match=r"another run \(metrics.jsonl\).*Remove it, or name"):
-        runstate.choose_run_dir(str(folder), "x")
+        run_folder.choose_run_dir(str(folder), "x")

@@ -1,6 +1,16 @@
-"""The methods. A new one is a file in this folder and its line below."""
+"""The methods. A new one is a file in this folder and its line below.
+
+A package of its own gives one through the entry-point group `dreamtune.methods`.
+"""
 
 from dreamtune.adapters import delora, ether, ether_plus, lora  # noqa: F401  (importing registers)
-from dreamtune.adapters.base import METHODS, Adapter, find_method, register, resolve_options
+from dreamtune.adapters.base import (
+    METHODS,
+    Adapter,
+    find_method,
+    register,
+    registered,
+    resolve_options,
+)
 
-__all__ = ["METHODS", "Adapter", "find_method", "register", "resolve_options"]
+__all__ = ["METHODS", "Adapter", "find_method", "register", "registered", "resolve_options"]

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dreamtune.adapters.base import Adapter, Generators, register, unit
+from dreamtune.adapters.base import Adapter, Generators, register
+from dreamtune.adapters.maths import unit
 
 
 @register
@@ -74,21 +75,18 @@ class DeLoRA(Adapter):
         else:
             self.B = nn.Parameter(self.constant(weight, (out, rank), 0.0))
         self.lambda_ = nn.Parameter(self.constant(weight, (1,), lambda_init))
-        self._norms: tuple[tuple[int, int], Tensor] | None = None
 
-    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, weight: Tensor, *constants: Tensor) -> tuple[Tensor, Tensor]:
+        (norms,) = constants or self.constants(weight)
         a, b = unit(self.A, -1), unit(self.B, -2)
-        strength = (self.lambda_ / self.A.shape[-2]).unsqueeze(-1) * self.column_norms(weight)
+        strength = (self.lambda_ / self.A.shape[-2]).unsqueeze(-1) * norms
         if self.options["start"] == "peft":
             return b, strength * a
         a0, b0 = unit(self.A0, -1), unit(self.B0, -2)
         return torch.cat([b - b0, b0], -1), strength * torch.cat([a, a - a0], -2)
 
-    def column_norms(self, weight: Tensor) -> Tensor:
-        """w, (*L, 1, 1, in): the norms of the columns of W; computed once for a weight."""
-        key = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-        if self._norms is None or self._norms[0] != key or self._norms[1].device != weight.device:
-            with torch.no_grad():
-                norms = torch.linalg.vector_norm(weight, dim=-2, dtype=self.A.dtype)
-            self._norms = key, norms[..., None, None, :]
-        return self._norms[1]
+    @torch.no_grad()
+    def constants(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """w, (*L, 1, 1, in): the norms of the columns of W."""
+        norms = torch.linalg.vector_norm(weight, dim=-2, dtype=self.A.dtype)
+        return (norms[..., None, None, :],)

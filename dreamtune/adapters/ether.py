@@ -6,15 +6,8 @@ import math
 
 from torch import Tensor, nn
 
-from dreamtune.adapters.base import (
-    Adapter,
-    Generators,
-    block_columns,
-    blocks_of,
-    frozen_product,
-    register,
-    unit,
-)
+from dreamtune.adapters.base import Adapter, Generators, register
+from dreamtune.adapters.maths import block_columns, blocks_of, frozen_product, unit
 
 
 @register
@@ -51,7 +44,7 @@ class ETHER(Adapter):
         size = blocks_of(weight.shape[-1 if side == "input" else -2], blocks, side)
         self.u = nn.Parameter(self.uniform(weight, generator, (blocks, size), 1 / math.sqrt(size)))
 
-    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, weight: Tensor, *constants: Tensor) -> tuple[Tensor, Tensor]:
         columns = block_columns(unit(self.u, -1))
         if self.options["side"] == "input":
             return -2 * frozen_product(weight, columns), columns.mT

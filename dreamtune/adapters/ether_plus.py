@@ -8,14 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreamtune.adapters.base import (
-    Adapter,
-    Generators,
-    blocks_of,
-    frozen_product,
-    register,
-    unit,
-)
+from dreamtune.adapters.base import Adapter, Generators, register
+from dreamtune.adapters.maths import blocks_of, frozen_product, unit
 
 
 @register
@@ -63,7 +57,7 @@ class ETHERPlus(Adapter):
         u = self.uniform(weight, generator, (blocks, size), 1 / math.sqrt(size))
         return nn.Parameter(u), nn.Parameter(-u)
 
-    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, weight: Tensor, *constants: Tensor) -> tuple[Tensor, Tensor]:
         if self.options["sides"] == 1:
             ((p, q),) = _opposed((self.u, self.v))
             return p, frozen_product(weight.mT, q).mT

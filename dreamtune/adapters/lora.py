@@ -55,7 +55,7 @@ class LoRA(Adapter):
             each = each.view(-1, 1, 1)
         self.register_buffer("strengths", each, persistent=False)
 
-    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, weight: Tensor, *constants: Tensor) -> tuple[Tensor, Tensor]:
         if self.strengths is not None:
             return self.strengths * self.B, self.A
         up = self.B if self.strength == 1 else self.strength * self.B

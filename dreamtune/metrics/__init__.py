@@ -5,15 +5,15 @@ lines is that of records, pages and tables.
 """
 
 # isort: off
-from . import dino  # noqa: F401  (importing registers)
-from . import clip  # noqa: F401
+from dreamtune.metrics import dino  # noqa: F401  (importing registers)
+from dreamtune.metrics import clip  # noqa: F401
 # isort: on
 
-from .clip import Clip
-from .dino import Dino
-from .extractor import Extractor, TextExtractor
-from .scorers import References, Scorers, Scores, without_identifier
-from .table import METRICS, Comparison, Features, Metric, find_metrics, register
+from dreamtune.metrics.clip import Clip
+from dreamtune.metrics.dino import Dino
+from dreamtune.metrics.extractor import Extractor, TextExtractor
+from dreamtune.metrics.scorers import References, Scorers, Scores, without_identifier
+from dreamtune.metrics.table import METRICS, Comparison, Features, Metric, find_metrics, register
 
 __all__ = [
     "METRICS",

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .extractor import TextExtractor, weights_hash
-from .features import normalize
-from .names import cache_if_unreachable, cannot_load, clip_arguments, public_name
-from .similarity import photo_similarity, prompt_similarity
-from .table import register
+from dreamtune.metrics.extractor import TextExtractor, weights_hash
+from dreamtune.metrics.features import normalize
+from dreamtune.metrics.names import cache_if_unreachable, cannot_load, clip_arguments, public_name
+from dreamtune.metrics.similarity import photo_similarity, prompt_similarity
+from dreamtune.metrics.table import register
 
 
 class Clip(TextExtractor):

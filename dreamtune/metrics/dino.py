@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .extractor import Extractor, weights_hash
-from .features import normalize
-from .names import cache_if_unreachable, cannot_load, place_of, public_name
-from .similarity import photo_similarity
-from .table import register
+from dreamtune.metrics.extractor import Extractor, weights_hash
+from dreamtune.metrics.features import normalize
+from dreamtune.metrics.names import cache_if_unreachable, cannot_load, place_of, public_name
+from dreamtune.metrics.similarity import photo_similarity
+from dreamtune.metrics.table import register
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..embedded import CLIP, DINO
+from dreamtune.embedded import CLIP, DINO
 
 EMBEDDED = "embedded"
 PACKAGED = {"dino": DINO, "clip": CLIP}
@@ -75,7 +75,7 @@ def cache_if_unreachable(name: str) -> Iterator[None]:
     """
     import huggingface_hub.constants
 
-    from ..model_folder import hub_answers
+    from dreamtune.models.folder import hub_answers
 
     local = name.startswith("local-dir:") or Path(name).exists()
     before = huggingface_hub.constants.HF_HUB_OFFLINE

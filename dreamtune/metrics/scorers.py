@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .extractor import Extractor, TextExtractor
-from .table import Features, Metric, find_metrics
+from dreamtune.metrics.extractor import Extractor, TextExtractor
+from dreamtune.metrics.table import Features, Metric, find_metrics
 
 
 @dataclass(frozen=True)

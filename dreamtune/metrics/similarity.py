@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .extractor import Extractor, TextExtractor
-from .features import matched, mean_among, mean_to_set, shuffled
-from .table import Comparison, Features, Metric
+from dreamtune.metrics.extractor import Extractor, TextExtractor
+from dreamtune.metrics.features import matched, mean_among, mean_to_set, shuffled
+from dreamtune.metrics.table import Comparison, Features, Metric
 
 PHOTOS = Comparison(
     suffix="photos",

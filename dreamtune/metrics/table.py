@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .extractor import Extractor
+from dreamtune.metrics.extractor import Extractor
 
 
 @dataclass(frozen=True)

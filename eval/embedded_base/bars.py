@@ -195,8 +195,8 @@ def measure(args: argparse.Namespace) -> None:
     from diffusers import StableDiffusionPipeline
     from embedded_subjects import tunability
 
-    from dreamtune.base import load_base
     from dreamtune.embedded import subjects
+    from dreamtune.models.load import load_base
 
     scenes = stages.scenes_for(args.work / "sprites.npz", args.work / "tokenizer", "cpu")
     scorers, out = Scorers(args.out, "cpu"), args.out

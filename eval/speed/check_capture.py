@@ -25,10 +25,10 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 from common import build_unet, make_step, now  # noqa: E402
 from random_models import build_pipeline, write_photos  # noqa: E402
 
-from dreamtune.capture import CapturedStep  # noqa: E402
 from dreamtune.config import Config  # noqa: E402
-from dreamtune.run import Run  # noqa: E402
-from dreamtune.train import Interrupted, train  # noqa: E402
+from dreamtune.fast.graphs import CapturedStep  # noqa: E402
+from dreamtune.training.run import Run  # noqa: E402
+from dreamtune.training.train import Interrupted, train  # noqa: E402
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2}
 Parameters = dict[str, torch.Tensor]

@@ -17,11 +17,12 @@ sys.path[:0] = [str(ROOT / "eval"), str(ROOT)]
 
 from random_models import build_unet  # noqa: E402, F401
 
-from dreamtune import fast_unet  # noqa: E402
-from dreamtune.base import quiet_diffusers  # noqa: E402
-from dreamtune.inject import inject  # noqa: E402
-from dreamtune.optim import SlotAdamW  # noqa: E402
-from dreamtune.step import Cache, Step, StepSettings  # noqa: E402
+from dreamtune.fast import unet as fast_unet  # noqa: E402
+from dreamtune.injection.inject import inject  # noqa: E402
+from dreamtune.models.stable_diffusion import quiet_diffusers  # noqa: E402
+from dreamtune.training.cache import Cache  # noqa: E402
+from dreamtune.training.optim import SlotAdamW  # noqa: E402
+from dreamtune.training.step import Step, StepSettings  # noqa: E402
 
 TOKENS = 77
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from common import build_unet, count_kernels, frozen, median_ms  # noqa: E402
 
-from dreamtune.inject import inject  # noqa: E402
+from dreamtune.injection.inject import inject  # noqa: E402
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import build_unet, make_step, median_ms  # noqa: E402
 from others import add_peft, plain_step  # noqa: E402
 
-from dreamtune.capture import CapturedStep  # noqa: E402
+from dreamtune.fast.graphs import CapturedStep  # noqa: E402
 
 
 def peft_ms(size: str, args: argparse.Namespace, cuda: bool) -> float:

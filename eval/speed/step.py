@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import build_unet, count_kernels, frozen, make_step, median_ms  # noqa: E402
 from others import DENSE, PEFT, add_dense, add_peft, plain_step  # noqa: E402
 
-from dreamtune.base import load_base  # noqa: E402
-from dreamtune.capture import CapturedStep  # noqa: E402
+from dreamtune.fast.graphs import CapturedStep  # noqa: E402
+from dreamtune.models.load import load_base  # noqa: E402
 
 OURS = ("lora", "delora", "ether", "ether+")
 # Options that give factors of rank r; DeLoRA's are twice its rank, with the residual start.

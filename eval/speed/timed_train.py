@@ -36,8 +36,9 @@ def clocked(owner: Any, name: str, label: str) -> None:
 
 
 def main() -> int:
-    from dreamtune import evaluate, run
     from dreamtune.cli import main as command
+    from dreamtune.evaluation import validation
+    from dreamtune.training import run
 
     start = time.perf_counter()
     import diffusers
@@ -46,7 +47,7 @@ def main() -> int:
     diffusers.StableDiffusionPipeline, transformers.CLIPTextModel  # noqa: B018  (loads them)
     parts["import diffusers and transformers"] = time.perf_counter() - start
     clocked(run, "base_of", "load the base")
-    clocked(evaluate, "load_scorers", "load the scorers")
+    clocked(validation, "load_scorers", "load the scorers")
     clocked(run.Run, "fill_cache", "encode photos and prompts")
     clocked(run.Run, "make_step", "inject, optimizer")
     clocked(run.Run, "score", "first scoring (counted there)")

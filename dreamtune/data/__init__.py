@@ -1,0 +1,1 @@
+"""Photos, and a subject's words."""

@@ -1,0 +1,1 @@
+"""Scores while training, the choice of the best, and the page."""

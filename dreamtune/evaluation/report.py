@@ -1,0 +1,298 @@
+"""The page a person looks at: one self-contained report.html, no scripts, nothing fetched."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from PIL import Image
+
+from dreamtune.evaluation.curves import curve
+from dreamtune.evaluation.selection import RULE, Choice, Rating
+from dreamtune.metrics.table import Metric, scored
+from dreamtune.version import __version__
+
+TEMPLATE = Path(__file__).parent / "templates" / "report.html"
+PHOTO_SIDE, IMAGE_SIDE = 256, 448  # longest side in pixels of what is put into the page
+SMALL = 200  # images below this side are never shown larger than they are
+
+SHARES = ("Subject gained", "Prompt kept", "Product")
+FILES = {
+    "pytorch_lora_weights.safetensors": "LoRA for diffusers",
+    "adapter.safetensors": "the adapter as dreamtune keeps it, for more training or other formats",
+    "metrics.jsonl": "the scores of every scoring",
+    "config.yaml": "all settings, to run it again",
+}
+
+
+def write_report(
+    run_dir: str | Path,
+    *,
+    title: str,
+    photos: Sequence[Image.Image],
+    prompts: Sequence[str],
+    base_images: Sequence[Image.Image],
+    adapted_images: Sequence[Image.Image],
+    history: Sequence[Mapping[str, Any]],
+    choice: Choice,
+    settings: Mapping[str, Any],
+    base: str,
+    example_prompt: str,
+    sample_settings: Mapping[str, Any] | None = None,
+    progress: Sequence[tuple[int, Image.Image]] = (),
+    protocol: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes `run_dir/report.html` and returns its path.
+
+    Args:
+        photos: the subject's photos.
+        prompts, base_images, adapted_images: of equal length; both images of a row were made from
+            that prompt with the same seed. Rows with the same prompt are shown together.
+        history: the records of metrics.jsonl.
+        choice: `choose_best` of them: what the page shows is what best/ holds.
+        settings: every resolved setting, shown as they are; of a path only its end.
+        base: what `from_pretrained` takes, or "embedded".
+        example_prompt: with the identifier, such as "a photo of sks dog in the snow".
+        sample_settings: keyword arguments of the pipeline call, if not its defaults.
+        progress: (step, image) of one prompt and seed over training.
+        protocol: `Scorers.protocol`.
+
+    Raises:
+        ValueError: the lengths differ.
+    """
+    if not len(prompts) == len(base_images) == len(adapted_images):
+        raise ValueError(
+            f"`prompts`, `base_images` and `adapted_images` need equal lengths, got {len(prompts)},"
+            f" {len(base_images)} and {len(adapted_images)}"
+        )
+    run_dir = Path(run_dir)
+    per_prompt = max((prompts.count(p) for p in set(prompts)), default=1)
+    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=escape(title),
+        subtitle=_subtitle(settings, base, history),
+        **_scores(history, choice),
+        photos="".join(
+            _img(p, f"Photo {i + 1} of the subject", PHOTO_SIDE, crop=True)
+            for i, p in enumerate(photos)
+        ),
+        pairs=_pairs(prompts, base_images, adapted_images, choice.step),
+        **_layout(base_images, per_prompt),
+        strip=_strip(progress, choice.step),
+        reason=escape(choice.reason),
+        rule=escape(RULE),
+        protocol=_protocol(protocol),
+        snippet=escape(snippet(run_dir, base, example_prompt, sample_settings or {})),
+        files=_files(run_dir),
+        settings="".join(
+            f"<div><dt>{escape(str(k))}</dt><dd><code>{escape(_shown(v))}</code></dd></div>"
+            for k, v in settings.items()
+            if v is not None
+        ),
+        version=__version__,
+    )
+    path = run_dir / "report.html"
+    temporary = path.with_suffix(".html.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def snippet(run_dir: Path, base: str, prompt: str, sample_settings: Mapping[str, Any]) -> str:
+    """The lines that load the run's best LoRA with diffusers alone."""
+    folder = run_dir / "best"
+    if not (folder / "pytorch_lora_weights.safetensors").exists():
+        folder = run_dir
+    shown = Path(os.path.relpath(folder))
+    # A run outside the working folder is named from its own name on: no path of ours in a page.
+    where = f"{run_dir.resolve().name}/best" if shown.parts[:1] == ("..",) else shown.as_posix()
+    imports = "from diffusers import StableDiffusionPipeline\n"
+    source = json.dumps(base)
+    if base == "embedded":
+        imports, source = f"{imports}from dreamtune import embedded\n", "embedded.MODEL"
+    options = "".join(f", {key}={value!r}" for key, value in sample_settings.items())
+    return (
+        f"{imports}\npipe = StableDiffusionPipeline.from_pretrained({source})\n"
+        f"pipe.load_lora_weights({json.dumps(where)})\n"
+        f"pipe({json.dumps(prompt)}{options}).images[0]"
+    )
+
+
+def _subtitle(settings: Mapping[str, Any], base: str, history: Sequence[Mapping[str, Any]]) -> str:
+    base_name = "the embedded base" if base == "embedded" else Path(base).name
+    parts = [f"{settings.get('method', 'adapter')} on {base_name}", f"{history[-1]['step']} steps"]
+    seconds = history[-1].get("seconds")
+    if seconds is not None:
+        parts.append(f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min")
+    if prompt := settings.get("instance_prompt"):
+        parts.append(f"trained as “{prompt}”")
+    return escape(" · ".join(parts))
+
+
+def _scores(history: Sequence[Mapping[str, Any]], choice: Choice) -> dict[str, str]:
+    """All that the page shows of the scores: whatever metrics the history has."""
+    metrics, best = scored(history), choice.index
+    heads = ("Step", *(metric.title for metric in metrics), *SHARES)
+    rows = zip(history, choice.ratings, strict=True)
+    return {
+        "facts": _facts(metrics, choice.ratings[best], history[best], history[-1]["step"]),
+        "charts": _charts(metrics, history, best),
+        "heads": "".join(f'<th scope="col">{escape(head)}</th>' for head in heads),
+        "rows": "".join(
+            _row(metrics, record, rating, i == best) for i, (record, rating) in enumerate(rows)
+        ),
+        "pairings": "".join(f"<p>{escape(m.title)}: {escape(m.pairing)}.</p>" for m in metrics),
+    }
+
+
+def _facts(
+    metrics: Sequence[Metric], rating: Rating, record: Mapping[str, Any], last_step: int
+) -> str:
+    shares = (rating.subject_gained, rating.prompt_kept)
+    gained, kept = (f"{share:.0%}" if record["step"] > 0 else "–" for share in shares)
+    entries = [
+        ("Best step", f"{record['step']}", f"of {last_step} trained", ""),
+        (SHARES[0], gained, "of the way from base to photos", "main"),
+        (SHARES[1], kept, "of the base's prompt following", "main"),
+        *((m.title, m.text(record), m.comparison_text(record), "") for m in metrics),
+    ]
+    return "".join(
+        f'<div class="{kind}"><dt>{escape(name)}</dt>'
+        f"<dd>{value}<small>{escape(note)}</small></dd></div>"
+        for name, value, note, kind in entries
+    )
+
+
+def _pairs(
+    prompts: Sequence[str], before: Sequence[Image.Image], after: Sequence[Image.Image], step: int
+) -> str:
+    parts = []
+    for prompt in dict.fromkeys(prompts):
+        rows = [i for i, other in enumerate(prompts) if other == prompt]
+        sides = []
+        for kind, label, images in (("before", "Base", before), ("after", f"Step {step}", after)):
+            tiles = "".join(_img(images[i], f"{label}: {prompt}", IMAGE_SIDE) for i in rows)
+            sides.append(
+                f'<div class="side {kind}"><p class="label">{label}</p>'
+                f'<div class="tiles">{tiles}</div></div>'
+            )
+        parts.append(
+            f'<article class="pair"><h3>{escape(prompt)}</h3>'
+            f'<div class="sides">{"".join(sides)}</div></article>'
+        )
+    return "".join(parts)
+
+
+def _layout(images: Sequence[Image.Image], per_prompt: int) -> dict[str, str]:
+    """CSS of the image grid: small images at most at their own size, so that none is blurred."""
+    side = images[0].width if images else IMAGE_SIDE
+    small = side < SMALL
+    # Four large images stand two by two; cards of a single pair stand beside each other.
+    columns = 2 if per_prompt == 4 and not small else min(per_prompt, 4)
+    return {
+        "columns": str(columns),
+        "tile": f"{side}px" if small else "1fr",
+        "card": f"{2 * side * columns * 0.85 + 60:.0f}px" if small else "440px",
+        "pairs_class": " one" if per_prompt == 1 or (per_prompt == 2 and small) else "",
+    }
+
+
+def _strip(progress: Sequence[tuple[int, Image.Image]], best_step: int) -> str:
+    if not progress:
+        return ""
+    figures = "".join(
+        f'<figure class="{"won" if step == best_step else ""}">'
+        f"{_img(image, f'The same prompt and seed at step {step}', PHOTO_SIDE)}"
+        f"<figcaption>{step}{' best' if step == best_step else ''}</figcaption></figure>"
+        for step, image in progress
+    )
+    return (
+        '<section aria-labelledby="strip"><h2 id="strip">One image over training</h2>'
+        f'<div class="strip">{figures}</div></section>'
+    )
+
+
+def _charts(metrics: Sequence[Metric], history: Sequence[Mapping[str, Any]], best: int) -> str:
+    steps = [record["step"] for record in history]
+    charts = []
+    for metric in metrics:
+        drawn: dict[str, Any] = {"number_format": metric.format}
+        if (against := metric.comparison) is not None:
+            values = [record.get(metric.comparison_key) for record in history]
+            if against.constant:
+                drawn |= {"reference": values[0], "reference_name": against.title}
+            else:
+                drawn |= {"other": values, "other_name": against.title}
+        scores = [record.get(metric.key) for record in history]
+        charts.append(curve(metric.title, steps, scores, best, **drawn))
+    return "".join(charts)
+
+
+def _row(metrics: Sequence[Metric], record: Mapping[str, Any], rating: Rating, won: bool) -> str:
+    shares = ["–", "–", "–"]
+    if record["step"] != 0:
+        shares = [
+            f"{rating.subject_gained:.0%}",
+            f"{rating.prompt_kept:.0%}",
+            f"{rating.product:.2f}" if rating.kept_enough else "too little prompt",
+        ]
+    cells = "".join(f"<td>{value}</td>" for value in [*(m.text(record) for m in metrics), *shares])
+    mark = " best" if won else ""
+    return f'<tr class="{mark and "won"}"><th scope="row">{record["step"]}{mark}</th>{cells}</tr>'
+
+
+def _files(run_dir: Path) -> str:
+    rows = []
+    for path in sorted(run_dir.rglob("*")):
+        name = path.relative_to(run_dir)
+        if (
+            path.is_file()
+            and path.name in FILES
+            and len(name.parts) <= 2
+            and (not name.parts[0].startswith("checkpoint"))
+        ):
+            size = path.stat().st_size
+            shown = f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{max(size, 100) / 1e3:.1f} kB"
+            rows.append(
+                f'<tr><th scope="row"><code>{escape(name.as_posix())}</code></th>'
+                f'<td>{FILES[path.name]}</td><td class="size">{shown}</td></tr>'
+            )
+    return "".join(rows)
+
+
+def _protocol(protocol: Mapping[str, Any] | None) -> str:
+    if not protocol:
+        return ""
+    return f"<pre><code>{escape(json.dumps(protocol, indent=1))}</code></pre>"
+
+
+def _shown(value: Any) -> str:
+    """A setting as text; of an absolute path only its last part, which names nobody's home."""
+    if isinstance(value, Mapping):
+        value = [f"{key} {inner}" for key, inner in value.items()]
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return f"…/{Path(text).name}" if os.path.isabs(text) else text
+
+
+def _img(image: Image.Image, alt: str, side: int, crop: bool = False) -> str:
+    """An <img> with the picture inside, shrunk to `side` if larger, never enlarged."""
+    image = image.convert("RGB")
+    small = min(image.size) < SMALL
+    if crop:
+        edge = min(image.size)
+        left, top = (image.width - edge) // 2, (image.height - edge) // 2
+        image = image.crop((left, top, left + edge, top + edge))
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=92 if small else 84, method=4)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return (
+        f'<img src="data:image/webp;base64,{data}" alt="{escape(alt)}" '
+        f'width="{image.width}" height="{image.height}">'
+    )

@@ -1,0 +1,218 @@
+"""The training step as one CUDA graph, and the forward of sampling as another: eager ones are bound
+by launching their kernels one by one, a replay launches them all.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dreamtune.training.step import Step
+
+if TYPE_CHECKING:
+    from dreamtune.injection.inject import InjectedAdapter
+
+WARM_UP = 3  # steps, so that libraries have made their workspaces and chosen their kernels
+
+
+def reason_against(device: torch.device, gradient_checkpointing: bool = False) -> str | None:
+    """Why a step here cannot be captured, or None."""
+    if device.type != "cuda":
+        return f"CUDA graphs need a CUDA device, this is {device.type}"
+    if not hasattr(torch.cuda.CUDAGraph, "register_generator_state"):
+        return f"torch {torch.__version__} cannot register generators with a CUDA graph"
+    if gradient_checkpointing:
+        return "gradient checkpointing saves the state of random generators, which a graph cannot"
+    return None
+
+
+def choose(option: str, value: str, against: str | None) -> bool:
+    """Whether to, of `value` auto, on or off. ValueError for "on" where it cannot be."""
+    if value == "on" and against is not None:
+        raise ValueError(f"`{option}` is on, but {against}. Use auto or off.")
+    return value != "off" and against is None
+
+
+class CapturedStep:
+    """`captured(k, factor)` is `step(k, factor)` by the replay of a CUDA graph.
+
+    Captured at the first call, after warm-up steps whose effect is undone. The random numbers are
+    those of the eager step: its generators are registered with the graph and seeded before every
+    replay.
+
+    The graph holds the addresses of everything that a step reads: after the first call parameters,
+    weights, cache and optimizer state may be changed in place, not replaced.
+
+    pool: memory shared with other graphs, whose replays must be over when this one runs.
+    """
+
+    def __init__(self, step: Step, pool: Any = None) -> None:
+        self.step, self.pool = step, pool
+        self.graph: Any = None
+        self._addresses: list[int] = []
+
+    def __call__(self, k: int, factor: float) -> None:
+        if self.graph is None:
+            self.graph = self._capture(k, factor)
+            self._addresses = self._where()
+        elif self._where() != self._addresses:
+            raise RuntimeError(
+                "parameters, optimizer state or the cache were replaced after the step was captured"
+            )
+        self.step.prepare(k, factor)
+        self.graph.replay()
+        # autograd saw nothing of the replay; what is cached by version must be computed again
+        for p in self.step.optimizer.params:
+            _increment_version(p)
+
+    def _where(self) -> list[int]:
+        cache = self.step.cache
+        read = [cache.mean, cache.prompts, self.step.alpha_bar, *self._changing()]
+        return [t.data_ptr() for t in read]
+
+    def _changing(self) -> list[Tensor]:
+        """What a step changes."""
+        return [*self.step.optimizer.params, *self.step.state_dict().values()]
+
+    def _capture(self, k: int, factor: float) -> Any:
+        step, changing = self.step, self._changing()
+        device = changing[0].device
+        with torch.cuda.device(device):
+            before = [t.detach().clone() for t in changing]
+            # One stream for both: autograd runs a parameter's gradient on the stream that it was
+            # first used on.
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    step.prepare(k, factor)
+                    step.body()
+                with torch.no_grad():
+                    for t, old in zip(changing, before, strict=True):
+                        t.copy_(old)
+            torch.cuda.current_stream(device).wait_stream(stream)
+            torch.cuda.synchronize(device)
+            del before
+            return self._record(stream, k, factor)
+
+    def _record(self, stream: torch.cuda.Stream, k: int, factor: float) -> Any:
+        graph = torch.cuda.CUDAGraph()
+        for generator in self.step.generators:
+            graph.register_generator_state(generator)
+        self.step.prepare(k, factor)
+        with recording(graph, "training step", self.pool, stream):
+            self.step.body()
+        return graph
+
+
+Replayed = Callable[[], AbstractContextManager[None]]
+
+
+def drive(
+    adapter: InjectedAdapter, step: Step, capturing: bool
+) -> tuple[Step | CapturedStep, Replayed]:
+    """What runs a step, and the block in which sampling is replayed: captured, in memory that both
+    use by turns, or as they are.
+    """
+    if not capturing:
+        return step, nullcontext
+    forward = CapturedForward(adapter)
+    return CapturedStep(step, forward.pool), forward.installed
+
+
+class CapturedForward:
+    """Inside `with forward.installed():` the adapted model's calls are replays of CUDA graphs, one
+    for each shape of its inputs: the first call of a shape runs eagerly, the second is recorded.
+
+    For calls without gradients as a Stable Diffusion pipeline makes them; others run eagerly. The
+    adapter's factors are computed before a replay as before any call, where strength, slots or
+    parameters have changed.
+    """
+
+    def __init__(self, adapter: InjectedAdapter) -> None:
+        self.adapter, self.model = adapter, adapter.model
+        self.pool = torch.cuda.graph_pool_handle()
+        self.graphs: dict[tuple[Any, ...], tuple[Any, list[Tensor], Tensor] | None] = {}
+        self._addresses: list[int] = []
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        model: Any = self.model
+        addresses = [p.data_ptr() for p in model.parameters()]
+        if addresses != self._addresses:
+            self.graphs, self._addresses = {}, addresses
+        with torch.no_grad():
+            self.adapter.refresh()  # into the places that a graph reads
+        self.eager, own = model.forward, model.__dict__.get("forward")
+        model.forward = self._forward
+        try:
+            yield
+        finally:
+            del model.forward
+            if own is not None:
+                model.forward = own
+
+    def _forward(
+        self,
+        sample: Tensor,
+        timestep: Any,
+        encoder_hidden_states: Any,
+        *rest: Any,
+        return_dict: bool = True,
+        **options: Any,
+    ) -> Any:
+        inputs = [sample, timestep, encoder_hidden_states]
+        usual = not rest and not return_dict and all(v is None for v in options.values())
+        tensors = sample.is_cuda and all(isinstance(x, Tensor) for x in inputs)
+        if not usual or not tensors or torch.is_grad_enabled():
+            return self.eager(*inputs, *rest, return_dict=return_dict, **options)
+        routed = self.adapter.groups[0].parts[0].routed
+        key = (routed, torch.is_inference_mode_enabled(), *((x.shape, x.dtype) for x in inputs))
+        if key not in self.graphs:
+            self.graphs[key] = None
+            return self.eager(*inputs, return_dict=False)
+        graph, places, output = self.graphs[key] = self.graphs[key] or self._record(inputs)
+        for place, x in zip(places, inputs, strict=True):
+            place.copy_(x)
+        graph.replay()
+        return (output.clone(),)  # some samplers keep what they are given
+
+    def _record(self, inputs: list[Any]) -> tuple[Any, list[Tensor], Tensor]:
+        device = inputs[0].device
+        places = [x.to(device, copy=True) for x in inputs]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), recording(graph, "forward of sampling", self.pool):
+            output = self.eager(*places, return_dict=False)[0]
+        return graph, places, output
+
+
+@contextmanager
+def recording(
+    graph: Any, what: str, pool: Any = None, stream: torch.cuda.Stream | None = None
+) -> Iterator[None]:
+    """What runs inside becomes the graph. Raises RuntimeError with the way out where it cannot."""
+    gc.collect()
+    collecting = gc.isenabled()
+    gc.disable()  # what a collection would free now could end the capture
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            yield
+    except RuntimeError as error:
+        first = error.__context__ or error
+        raise RuntimeError(
+            f"the {what} could not be captured as a CUDA graph: {first}. Start again with "
+            "--capture off (or `capture: off`)"
+        ) from error
+    finally:
+        if collecting:
+            gc.enable()
+
+
+# by name: the stubs of some torch versions lack it
+_increment_version: Any = importlib.import_module("torch.autograd.graph").increment_version

@@ -1,0 +1,80 @@
+"""The fingerprint of base weights, and whether this base is the one of training."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dreamtune.injection.adapter_file import Fingerprint
+
+PROJECTIONS = 16
+
+
+# Relative distance of a layer's projections. A cast to fp16 or bf16 moves them at most 2e-3,
+# training of the layer by 1% about 7e-3.
+TOLERANCE = 4e-3
+
+
+@torch.no_grad()
+def fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
+    """16 numbers a layer: `sᵀ W t` for fixed pairs of random sign vectors, float32."""
+    prints = {}
+    for name, weight in weights.items():
+        if weight.device.type == "meta":
+            raise ValueError("weights on the meta device have no fingerprint")
+        left = signs("left", weight.shape[0], weight.device)
+        right = signs("right", weight.shape[1], weight.device)
+        values = ((left @ weight.float()) * right).sum(-1)
+        prints[name] = values
+    if not prints:
+        return {}
+    table = torch.stack(list(prints.values())).cpu().tolist()  # one transfer for all layers
+    return {name: [float(f"{v:.7g}") for v in row] for name, row in zip(prints, table)}
+
+
+def signs(kind: str, width: int, device: torch.device) -> Tensor:
+    """(16, width) of ±1 from a hash: the same on every machine and version."""
+    size = PROJECTIONS * width // 8 + 1
+    digest = hashlib.shake_256(f"dreamtune {kind} {width}".encode()).digest(size)
+    bits = np.unpackbits(np.frombuffer(digest, np.uint8))[: PROJECTIONS * width]
+    signs = torch.from_numpy(bits.astype(np.float32) * 2 - 1)
+    return signs.reshape(PROJECTIONS, width).to(device)
+
+
+def compare_fingerprints(saved: Fingerprint, here: Fingerprint) -> list[str]:
+    """Layers, farthest first, whose weights are not those that were saved, up to a cast."""
+    distances = {}
+    for name, values in saved.items():
+        if name not in here:
+            distances[name] = float("inf")
+            continue
+        a, b = torch.tensor(values), torch.tensor(here[name])
+        size = max(float(a.norm()), float(b.norm()))
+        distances[name] = float((a - b).norm()) / size if size else 0.0
+    far = [name for name, distance in distances.items() if not distance <= TOLERANCE]
+    return sorted(far, key=lambda name: -distances[name])
+
+
+def check_base(
+    method: str, depends_on_weight: bool, saved: Fingerprint, here: Fingerprint, force: bool = False
+) -> str | None:
+    """None on the base of training; else a warning, or a ValueError where the method needs W."""
+    far = compare_fingerprints(saved, here)
+    if not far:
+        return None
+    what = (
+        f"this base is not the one that the adapter was trained on: {len(far)} of {len(saved)}"
+        f" layers differ, most `{far[0]}`"
+    )
+    if not depends_on_weight:
+        return f"{what}; a `{method}` adapter can be tried on it"
+    if force:
+        return f"{what}; the factors of `{method}` were recomputed on this base's weights"
+    raise ValueError(
+        f"{what}. `{method}` contains the base weights: load it on its own base, or pass"
+        " `force=True` to recompute it on this one"
+    )

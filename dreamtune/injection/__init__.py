@@ -1,0 +1,1 @@
+"""The only code that edits a module tree: adapted layers go in here, and come out."""

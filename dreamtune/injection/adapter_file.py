@@ -1,0 +1,34 @@
+"""One slot of an adapter as data: what an injected adapter gives, and what files hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+Fingerprint = dict[str, list[float]]
+
+
+@dataclass
+class AdapterFile:
+    """An adapter's method and tensors, and the base that it was made on.
+
+    Attributes:
+        tensors: `<module path>.<name>` -> parameters, and constants to be saved, of one slot.
+        metadata: JSON values to keep: prompt, scores, base model id. No paths, no user names.
+        shapes: module path -> (out, in) of each adapted layer.
+        fingerprint: of the base's weights, as it was read from a file; empty where `weights` are
+            here.
+        weights: module path -> frozen weight (out, in). Not written: their fingerprint is.
+    """
+
+    method: str
+    options: dict[str, Any]
+    target_modules: tuple[str, ...]
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any]
+    shapes: dict[str, tuple[int, int]]
+    fingerprint: Fingerprint = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)

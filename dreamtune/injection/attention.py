@@ -1,0 +1,113 @@
+"""The attention processor of adapted layers: query, key and value of one input are one product.
+
+It computes what diffusers' `AttnProcessor2_0` does; an attention of another make, a mask, or an
+input that it does not know is left to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dreamtune.injection.layer import AdaptedLinear, Projection
+
+
+class JointProjections:
+    """Stands for `original`, the processor of an attention with the joint projection `many`: of
+    query, key and value, or of a text's key and value.
+    """
+
+    def __init__(self, original: Any, many: Projection) -> None:
+        self.original, self.many, self.cross = original, many, len(many.layers) == 2
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        source = encoder_hidden_states if self.cross else hidden_states
+        if (
+            attention_mask is not None
+            or hidden_states.dim() != 3
+            or source is None
+            or (encoder_hidden_states is None) is self.cross
+            or not self.many.together(source.device.type)
+        ):
+            return self.original(  # type: ignore[no-any-return]
+                attn, hidden_states, encoder_hidden_states, attention_mask, temb
+            )
+        heads = attn.heads
+        if torch.is_grad_enabled():
+            parts = [by_head(x, heads) for x in self.many(source)]
+        else:
+            parts = list(by_head(self.many.stacked(source), heads).unbind(0))
+        if self.cross:
+            parts = [by_head(attn.to_q(hidden_states), heads), *parts]
+        query, key, value = parts
+        y = F.scaled_dot_product_attention(query, key, value)
+        return attn.to_out[0](y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def by_head(x: Tensor, heads: int) -> Tensor:
+    """(..., tokens, heads * d) -> (..., heads, tokens, d)."""
+    return x.view(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(-2, -3)
+
+
+def plain(attn: nn.Module) -> bool:
+    """Whether the attention does nothing but project, attend and project."""
+    from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+
+    return (
+        type(attn) is Attention
+        and type(attn.processor) is AttnProcessor2_0
+        and attn.spatial_norm is None
+        and attn.group_norm is None
+        and not attn.norm_cross
+        and attn.norm_q is None
+        and attn.norm_k is None
+        and not attn.residual_connection
+        and attn.rescale_output_factor == 1
+        and attn.to_out[1].p == 0
+    )
+
+
+def project_jointly(model: nn.Module) -> list[Any]:
+    """Gives the attentions with joint projections their processor; returns them."""
+    changed: list[Any] = []
+    module: Any
+    for module in model.modules():
+        layer = getattr(module, "to_k", None)
+        if type(layer) is AdaptedLinear and len(layer.projection.layers) > 1 and plain(module):
+            module.processor = JointProjections(module.processor, layer.projection)
+            changed.append(module)
+    return changed
+
+
+JOINT: dict[Any, tuple[str, ...]] = {True: ("to_k", "to_v"), False: ("to_q", "to_k", "to_v")}
+
+
+def joint_layers(
+    model: nn.Module, names: list[str], layers: Mapping[str, nn.Linear]
+) -> list[list[str]]:
+    """The names of a group's layers, those of one projection together."""
+    parts: list[list[str]] = []
+    place = 0
+    while place < len(names):
+        parent = names[place].rpartition(".")[0]
+        attn = model.get_submodule(parent)
+        cross = getattr(attn, "is_cross_attention", None)
+        together = JOINT.get(cross, ())
+        wanted = [f"{parent}.{name}" for name in together]
+        joint = bool(wanted) and names[place : place + len(wanted)] == wanted
+        if joint and any(layers[name].bias is not None for name in wanted):
+            joint = False
+        parts.append(wanted if joint else [names[place]])
+        place += len(parts[-1])
+    return parts

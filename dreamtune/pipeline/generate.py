@@ -1,0 +1,78 @@
+"""Images from a trained adapter on its base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dreamtune.files.find import adapter_file, base_of_run, run_settings
+from dreamtune.models.load import load_base
+from dreamtune.models.sample import grid, sample
+from dreamtune.models.stable_diffusion import save_png
+
+
+def generate(
+    adapter: Path,
+    prompts: Sequence[str],
+    *,
+    base: str | None = None,
+    num_images: int = 4,
+    scale: float = 1.0,
+    seed: int = 0,
+    resolution: int | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    output_dir: Path = Path("generated"),
+) -> list[Path]:
+    """`num_images` PNG files a prompt, with the run's sampling settings unless others are given.
+    Returns the paths. Raises ValueError, before anything is loaded, for a number out of range.
+    """
+    for key, value in (("num_images", num_images), ("num_inference_steps", steps)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{key}` must be at least 1, got {value}.")
+    if seed < 0:
+        raise ValueError(f"`seed` must be at least 0, got {seed}.")
+    if resolution is not None and (resolution < 8 or resolution % 8):
+        raise ValueError(f"`resolution` must be a multiple of 8, got {resolution}.")
+    from dreamtune.config import Config
+    from dreamtune.pipeline.load import load
+    from dreamtune.training.defaults import SMALL, device_and_dtype
+
+    file = adapter_file(adapter)
+    settings = run_settings(file)
+    device, dtype = device_and_dtype(Config(pretrained_model_name_or_path="embedded"))
+    model = load_base(
+        base or base_of_run(file),
+        revision=settings.get("revision"),
+        variant=settings.get("variant"),
+        prediction_type=settings.get("prediction_type"),
+        dtype=dtype,
+        device=device,
+    )
+    size = resolution or settings.get("resolution") or model.resolution
+    if steps is None:
+        steps = settings.get("num_inference_steps") or 25
+    if guidance_scale is None:
+        guidance_scale = settings.get("guidance_scale") or (4.0 if size <= SMALL else 7.5)
+    names, seeds = grid(prompts, range(seed, seed + num_images))
+    sampler = settings.get("sampler") or ("base" if model.zero_snr else "dpm++")
+    with model.sampling(sampler) as pipe:
+        load(pipe, file, scale=scale)
+        images = sample(
+            pipe,
+            names,
+            seeds,
+            steps=steps,
+            size=size,
+            guidance_scale=guidance_scale,
+            guidance_rescale=settings.get("guidance_rescale") or 0.0,
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    number = 0
+    for image in images:
+        while (path := output_dir / f"{number:04d}.png").exists():
+            number += 1
+        save_png(image, path)
+        paths.append(path)
+    return paths

@@ -1,0 +1,103 @@
+"""What of the photos does not change while training: latents and embeddings, on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dreamtune.config import Config
+from dreamtune.data.photos import Photo, views
+from dreamtune.models.stable_diffusion import Base
+
+
+@dataclass
+class Cache:
+    """Everything that does not change while training, on the device.
+
+    mean (N, c, h, w): latents; std: of the encoder's distribution, None where it has none; caption
+    (N,): row of prompts (P, tokens, dim).
+    """
+
+    mean: Tensor
+    std: Tensor | None
+    caption: Tensor
+    prompts: Tensor
+
+
+# For each slot the entries of the cache it draws from, (M_s,): an entry that stands twice is
+# drawn twice as often.
+Pool = Sequence[Tensor]
+
+
+def build_cache(
+    config: Config, base: Base, photos: Sequence[Photo], class_photos: Sequence[Photo]
+) -> tuple[Cache, list[list[torch.Tensor]]]:
+    """Latents and embeddings of one subject on the device, and the pools (photos, then class
+    images) to draw from.
+    """
+    assert config.resolution is not None
+    crops = 0 if config.center_crop else config.crops
+    parts = [
+        views(
+            list(photos),
+            config.resolution,
+            config.instance_prompt,
+            crops=crops,
+            flip=config.random_flip,
+            seed=config.seed,
+        )
+    ]
+    if class_photos:
+        parts.append(
+            views(
+                list(class_photos),
+                config.resolution,
+                config.class_prompt,
+                crops=crops,
+                seed=config.seed,
+            )
+        )
+    mean, std = base.encode_images(torch.cat([p.pixels for p in parts]))
+    captions = [c for p in parts for c in p.captions]
+    distinct = list(dict.fromkeys(captions))
+    cache = Cache(
+        mean,
+        std,
+        torch.tensor([distinct.index(c) for c in captions], device=base.device),
+        base.encode_prompts(distinct),
+    )
+    pools, start = [], 0
+    for part in parts:
+        weights = torch.tensor(part.weights, device=base.device)
+        pools.append(
+            [torch.arange(len(weights), device=base.device).repeat_interleave(weights) + start]
+        )
+        start += len(weights)
+    return cache, pools
+
+
+Pools = list[list[Tensor]]  # photos, and class images; the tickets of each slot
+
+
+def join(caches: Sequence[Cache], pools: Sequence[Pools]) -> tuple[Cache, Pools]:
+    """One cache of several, and pools with the slots of all; a slot draws from its own part."""
+    if len(caches) == 1:
+        return caches[0], pools[0]
+    captions, tickets = [], [[] for _ in pools[0]]  # type: tuple[list[Tensor], Pools]
+    entries = prompts = 0
+    for cache, own in zip(caches, pools, strict=True):
+        captions.append(cache.caption + prompts)
+        for kind, slots in zip(tickets, own, strict=True):
+            kind.extend(t + entries for t in slots)
+        entries, prompts = entries + len(cache.mean), prompts + len(cache.prompts)
+    stds = [c.std for c in caches if c.std is not None]
+    joined = Cache(
+        torch.cat([c.mean for c in caches]),
+        torch.cat(stds) if stds else None,
+        torch.cat(captions),
+        torch.cat([c.prompts for c in caches]),
+    )
+    return joined, tickets

@@ -1,0 +1,67 @@
+"""Class images: kept in a folder, made by the base where they are short."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dreamtune.config import Config
+from dreamtune.data.photos import Photo, read_folder
+from dreamtune.models.sample import sample
+from dreamtune.models.stable_diffusion import Base, save_png
+from dreamtune.training.defaults import sampling_options
+from dreamtune.training.step import mix
+
+
+def class_images(config: Config, base: Base) -> list[Photo]:
+    """The class images, made by the base where the folder holds too few. Image i depends on (seed,
+    i) alone.
+    """
+    assert config.class_data_dir is not None and config.class_prompt is not None
+    folder = Path(config.class_data_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / ".dreamtune.json"
+    origin = {
+        "prompt": config.class_prompt,
+        "base": base.id,
+        "seed": config.seed,
+        "resolution": config.resolution,
+    }
+    if note.is_file() and json.loads(note.read_text()) != origin:
+        was = json.loads(note.read_text())
+        differs = ", ".join(
+            f"{k} {was.get(k)!r}, now {v!r}" for k, v in origin.items() if was.get(k) != v
+        )
+        raise ValueError(
+            f"the class images in `{folder}` were made otherwise: {differs}. Name another "
+            f"--class_data_dir."
+        )
+    own = [p for p in folder.iterdir() if p.name.startswith("class-") and p.suffix == ".png"]
+    others = [
+        p for p in folder.iterdir() if p not in own and not p.name.startswith(".") and p.is_file()
+    ]
+    have = len(own) + len([p for p in others if p.suffix.lower() != ".txt"])
+    missing = [
+        i for i in range(config.num_class_images) if not (folder / f"class-{i:05d}.png").exists()
+    ]
+    missing = missing[: max(0, config.num_class_images - have)]
+    if missing:
+        print(f"Making {len(missing)} class images of `{config.class_prompt}` in {folder}")
+        note.write_text(json.dumps(origin))
+        encoded = base.encode_prompts(["", config.class_prompt]).to(base.dtype)
+        nothing, embeds = encoded.split(1)
+        with base.sampling(config.sampler or "base", prompts=False) as pipe:
+            for start in range(0, len(missing), config.sample_batch_size):
+                part = missing[start : start + config.sample_batch_size]
+                images = sample(
+                    pipe,
+                    [config.class_prompt] * len(part),
+                    [mix(config.seed, i) for i in part],
+                    prompt_embeds=embeds.expand(len(part), -1, -1),
+                    negative_prompt_embeds=nothing,
+                    batch_size=len(part),
+                    **sampling_options(config),
+                )
+                for i, image in zip(part, images, strict=True):
+                    save_png(image, folder / f"class-{i:05d}.png")
+    return read_folder(folder).photos[: config.num_class_images]

@@ -1,0 +1,200 @@
+"""Before the loop: defaults that depend on the base, the subject's words, latents and embeddings,
+class images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dreamtune.config import Config
+from dreamtune.data.photos import Photo
+from dreamtune.metrics.scorers import without_identifier
+from dreamtune.models.stable_diffusion import Base
+
+# Of the 15 prompts that DreamBooth's evaluation asks of animals and of objects alike.
+PROMPTS = (
+    "a {} in the jungle",
+    "a {} in the snow",
+    "a {} on the beach",
+    "a {} on a cobblestone street",
+    "a {} on top of a wooden floor",
+    "a {} with a city in the background",
+    "a {} on top of a purple rug in a forest",
+    "a red {}",
+)
+SMALL = 256  # pixels; a base of this size or less takes a step in a fraction of a second
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The words of a subject. name: "sks dog", identifier: "sks", class_name: "dog"."""
+
+    name: str
+    identifier: str
+
+    @property
+    def class_name(self) -> str:
+        return without_identifier(self.name, self.identifier)
+
+
+def with_subject(config: Config) -> tuple[Config, Path]:
+    """The config with the words of an embedded subject, and the folder of the photos.
+
+    `instance_data_dir` "embedded:ID", or nothing with the embedded base: a subject that ships with
+    the package.
+    """
+    name = config.instance_data_dir
+    if name is not None and not name.startswith("embedded:"):
+        return config, Path(name).expanduser()
+    from dreamtune import embedded
+
+    subject = embedded.subject(name.partition(":")[2] if name else None)
+    config = dataclasses.replace(
+        config,
+        instance_data_dir=f"embedded:{subject.id}",
+        identifier=config.identifier or subject.identifier,
+        instance_prompt=config.instance_prompt or f"a {subject.name}",
+    )
+    return config, subject.folder
+
+
+def subject_of(config: Config, photos: Sequence[Photo]) -> Subject:
+    """The subject's words, from the prompts. Raises ValueError if there is no telling the
+    identifier.
+    """
+    captions = [p.caption or p.folder_caption for p in photos]
+    if config.instance_prompt is None and None in captions:
+        missing = photos[captions.index(None)].path
+        raise ValueError(
+            f"`instance_prompt` is missing (for instance 'a sks dog'), and `{missing.name}` has no "
+            "caption file."
+        )
+    prompt = config.instance_prompt or common_words(
+        [c or "" for c in captions], config.identifier or "sks"
+    )
+    identifier = config.identifier
+    if (
+        identifier is None
+        and config.class_prompt is not None
+        and config.instance_prompt is not None
+    ):
+        known = config.class_prompt.lower().split()
+        identifier = " ".join(w for w in prompt.split() if w.lower() not in known) or None
+    identifier = identifier or "sks"
+    words, wanted = prompt.split(), identifier.split()
+    places = [i for i in range(len(words)) if words[i : i + len(wanted)] == wanted]
+    if not places:
+        raise ValueError(
+            f"the identifier `{identifier}` is not in the prompt `{prompt}`: name the rare word "
+            f"that stands "
+            "for the subject with --identifier."
+        )
+    return Subject(" ".join(words[places[0] :]), identifier)
+
+
+def common_words(captions: Sequence[str], identifier: str) -> str:
+    """The words from the identifier on that all captions share: "sks fox" of "a sks fox on a red
+    ...", ...
+    """
+    tails = [c[c.find(identifier) :].split() if identifier in c.split() else [] for c in captions]
+    shared = []
+    for column in zip(*tails):
+        if len(set(column)) > 1:
+            break
+        shared.append(column[0])
+    return " ".join(shared)
+
+
+def resolve(config: Config, base: Base, subject: Subject, run_dir: Path) -> Config:
+    """Every `None` with a default filled in. What is written to config.yaml."""
+    from dreamtune.adapters import find_method, resolve_options
+    from dreamtune.metrics import Clip, Dino
+
+    method = find_method(config.method)
+    resolution = config.resolution or base.resolution
+    small = resolution <= SMALL
+    steps = config.max_train_steps or (240 if small else 1000)
+    scorers = (Dino.default, Clip.default)
+    templates: Sequence[str] = PROMPTS
+    if base.embedded:
+        from dreamtune import embedded
+
+        scorers = ("embedded", "embedded")
+        # every third, so that all sorts of prompts are among them
+        templates = embedded.prompts()[::3][:8] if not config.validation_prompt else ()
+    every = config.validation_steps if config.validation_steps is not None else max(1, steps // 4)
+    defaults = {
+        "resolution": resolution,
+        "max_train_steps": steps,
+        "validation_steps": every,
+        "train_batch_size": 4 if small else 1,
+        "learning_rate": method.learning_rate,
+        "prediction_type": base.prediction_type,
+        "dino": scorers[0],
+        "clip": scorers[1],
+        "sampler": "base" if base.zero_snr else "dpm++",
+        "guidance_scale": 4.0 if small else 7.5,
+        "guidance_rescale": 0.3 if base.zero_snr else 0.0,
+        "checkpointing_steps": every,
+        "mixed_precision": PRECISIONS[base.dtype],
+        "device": base.device.type,
+    }
+    if config.with_prior_preservation:
+        before, _, _ = (config.instance_prompt or "a " + subject.name).partition(subject.name)
+        defaults |= {
+            "class_prompt": (before + subject.class_name).strip(),
+            "class_data_dir": str(run_dir / "class"),
+        }
+    filled: dict[str, Any] = {k: v for k, v in defaults.items() if getattr(config, k) is None}
+    return dataclasses.replace(
+        config,
+        **filled,
+        identifier=subject.identifier,
+        validation_prompt=config.validation_prompt or list(templates),
+        output_dir=str(run_dir),
+        options=resolve_options(method, config.options),
+    )
+
+
+PRECISIONS = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def device_and_dtype(config: Config) -> tuple[torch.device, torch.dtype]:
+    """Where and in what precision the base computes. Raises ValueError for several processes, or a
+    missing GPU.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "one process trains one subject: start without accelerate's --multi_gpu, or with "
+            "--num_processes 1."
+        )
+    gpu = torch.cuda.is_available()
+    name = config.device or (f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if gpu else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"`device` must be cpu, cuda or cuda:N, got {name!r}.") from None
+    if device.type == "cuda" and not gpu:
+        raise ValueError("`device` is cuda, but torch sees no GPU here.")
+    named = {v: k for k, v in PRECISIONS.items()}
+    if config.mixed_precision is not None:
+        return device, named[config.mixed_precision]
+    if device.type != "cuda":
+        return device, torch.float32
+    return device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def sampling_options(config: Config) -> dict[str, Any]:
+    return {
+        "steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+        "guidance_rescale": config.guidance_rescale,
+        "size": config.resolution,
+    }

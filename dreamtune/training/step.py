@@ -1,0 +1,221 @@
+"""One training step: draws, noise, UNet, loss per slot, backward, clipping, optimizer.
+
+S slots train at once on a batch of S contiguous blocks. A step is a function of static tensors and
+one generator a slot, reseeded from (slot seed, k): no host sync and no shape that depends on data,
+so that it runs eagerly or in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreamtune.training.cache import Cache, Pool
+from dreamtune.training.loss import add_noise, min_snr_weight, slot_losses, target
+from dreamtune.training.optim import SlotAdamW, clip_factors, slot_norms
+
+MASK64 = (1 << 64) - 1
+
+
+def mix(seed: int, k: int) -> int:
+    """A generator seed of 63 bits from (seed, k): splitmix64, so that neighbours share nothing."""
+    z = (seed * 0x9E3779B97F4A7C15 + k * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) & MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK64
+    return (z ^ (z >> 31)) >> 1
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a step takes at random; rows are S blocks of photos, then class images."""
+
+    entry: Tensor  # (S * n,) rows of the cache
+    timestep: Tensor  # (S * n,)
+    noise: Tensor  # (S * n, c, h, w)
+    latent_noise: Tensor | None  # (S * n, c, h, w), where latents have a spread
+
+
+def draw(
+    cache: Cache,
+    pools: Sequence[Pool],
+    generators: Sequence[torch.Generator],
+    batch: int,
+    timesteps: int,
+) -> Draw:
+    """The random part of a step. A slot's draws come from its own generator alone.
+
+    A batch holds different entries as long as there are enough. Timesteps of a batch are
+    stratified: each is uniform, together they cover the range, which takes variance out of the
+    gradient; with one row it is plain uniform.
+    """
+    device, shape = cache.mean.device, cache.mean.shape[1:]
+    spread = torch.arange(batch, device=device)
+    entries, times, noises, latent_noises = [], [], [], []
+    for slot, generator in enumerate(generators):
+        for pool in pools:
+            tickets = pool[slot]
+            order = torch.rand(len(tickets), generator=generator, device=device).argsort()
+            entries.append(tickets[order[spread % len(tickets)]])
+            u = torch.rand(1, generator=generator, device=device)
+            times.append((((u + spread / batch) % 1) * timesteps).long().clamp_max(timesteps - 1))
+        n = batch * len(pools)
+        noises.append(
+            torch.randn(n, *shape, generator=generator, device=device, dtype=cache.mean.dtype)
+        )
+        if cache.std is not None:
+            latent_noises.append(
+                torch.randn(n, *shape, generator=generator, device=device, dtype=cache.mean.dtype)
+            )
+    return Draw(
+        torch.cat(entries),
+        torch.cat(times),
+        torch.cat(noises),
+        torch.cat(latent_noises) if latent_noises else None,
+    )
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """The constants of a step."""
+
+    batch: int = 1
+    accumulation: int = 1
+    prediction: str = "epsilon"
+    snr_gamma: float | None = None
+    prior_weight: float = 1.0
+    max_grad_norm: float = 1.0
+    # A power of two that keeps small gradients above fp16's smallest number; halved when a step
+    # overflows.
+    loss_scale: float = 1.0
+
+
+class Step:
+    """`step(k, factor)` is optimizer step k, with the learning rates times `factor`. Returns
+    nothing: read `loss`.
+
+    loss (S,): of the last step; loss_sum, loss_count (S,): since `take_mean`; skipped (S,): steps
+    whose loss or gradient was not finite, which changed nothing; skipped_now (S,): how many in a
+    row.
+
+    Args:
+        unet: called as (noisy, timestep, encoder_hidden_states, return_dict=False).
+        pools: photos, and class images if the prior is preserved.
+        alpha_bar: (T,) of the noise schedule.
+        seeds: one a slot.
+    """
+
+    def __init__(
+        self,
+        unet: Callable[..., Any],
+        optimizer: SlotAdamW,
+        cache: Cache,
+        pools: Sequence[Pool],
+        alpha_bar: Tensor,
+        seeds: Sequence[int],
+        settings: StepSettings,
+        dtype: torch.dtype,
+    ) -> None:
+        self.unet, self.optimizer, self.cache, self.pools = unet, optimizer, cache, pools
+        self.alpha_bar, self.seeds, self.settings, self.dtype = alpha_bar, seeds, settings, dtype
+        device, slots = cache.mean.device, len(seeds)
+        assert slots == optimizer.slots == len(pools[0])
+        self.generators = [torch.Generator(device) for _ in seeds]
+        kind = optimizer.count.dtype
+        self.loss = torch.zeros(slots, device=device, dtype=kind)
+        self.loss_sum, self.loss_count = torch.zeros_like(self.loss), torch.zeros_like(self.loss)
+        self.skipped, self.skipped_now = torch.zeros_like(self.loss), torch.zeros_like(self.loss)
+        self.loss_scale = torch.full_like(self.loss, settings.loss_scale)
+
+    def __call__(self, k: int, factor: float) -> None:
+        self.prepare(k, factor)
+        self.body()
+
+    def prepare(self, k: int, factor: float) -> None:
+        """The part that talks to the host: seeds and schedule."""
+        for generator, seed in zip(self.generators, self.seeds, strict=True):
+            generator.manual_seed(mix(seed, k))
+        self.optimizer.schedule.fill_(factor)
+
+    def body(self) -> None:
+        """The part on the device, the same work every time."""
+        settings, params = self.settings, self.optimizer.params
+        loss = torch.zeros_like(self.loss)
+        gradients: list[Tensor] = []
+        for _ in range(settings.accumulation):
+            part = self.losses(
+                draw(self.cache, self.pools, self.generators, settings.batch, len(self.alpha_bar))
+            )
+            new = torch.autograd.grad(
+                (part * self.loss_scale / settings.accumulation).sum(), params
+            )
+            gradients = [a.add_(b) for a, b in zip(gradients, new)] if gradients else list(new)
+            loss += part.detach() / settings.accumulation
+        flats = self.optimizer.gather(gradients)
+        norms = slot_norms(flats) / self.loss_scale
+        ok = norms.isfinite() & loss.isfinite()
+        scale = clip_factors(norms, settings.max_grad_norm) / self.loss_scale
+        self.optimizer.step(flats, scale, ok)
+        self.account(loss, ok)
+
+    def losses(self, drawn: Draw) -> Tensor:
+        """(S,) for one batch."""
+        cache, settings = self.cache, self.settings
+        latents = cache.mean[drawn.entry]
+        if cache.std is not None and drawn.latent_noise is not None:
+            latents = latents + cache.std[drawn.entry] * drawn.latent_noise
+        alpha_bar = self.alpha_bar[drawn.timestep]
+        noisy = add_noise(latents, drawn.noise, alpha_bar)
+        text = cache.prompts[cache.caption[drawn.entry]]
+        said = self.unet(
+            noisy.to(self.dtype), drawn.timestep, text.to(self.dtype), return_dict=False
+        )[0]
+        weight = None
+        if settings.snr_gamma is not None:
+            weight = min_snr_weight(alpha_bar, settings.snr_gamma, settings.prediction)
+        goal = target(latents, drawn.noise, alpha_bar, settings.prediction)
+        return slot_losses(
+            said, goal, weight, len(self.seeds), settings.batch, settings.prior_weight
+        )
+
+    @torch.no_grad()
+    def account(self, loss: Tensor, ok: Tensor) -> None:
+        self.loss.copy_(loss)
+        self.loss_sum += loss.masked_fill(~ok, 0.0)
+        self.loss_count += ok
+        self.skipped += ~ok
+        self.skipped_now.add_(1).masked_fill_(ok, 0.0)
+        if self.settings.loss_scale != 1.0:
+            self.loss_scale.copy_(
+                torch.where(ok, self.loss_scale, self.loss_scale / 2).clamp_min(1.0)
+            )
+
+    def take_mean(self) -> list[float]:
+        """The mean loss of each slot since the last call (nan without a step). A host sync."""
+        mean = (self.loss_sum / self.loss_count).tolist()
+        self.loss_sum.zero_()
+        self.loss_count.zero_()
+        return mean
+
+    def state_dict(self, slot: int | None = None) -> dict[str, Tensor]:
+        """Everything that a step changes, but the adapter; of one slot as if it were alone."""
+        first, length = (0, len(self.seeds)) if slot is None else (slot, 1)
+        own = {
+            k: getattr(self, k).narrow(0, first, length)
+            for k in ("loss", "loss_sum", "loss_count", "skipped", "skipped_now", "loss_scale")
+        }
+        return {f"step.{k}": v for k, v in own.items()} | {
+            f"optimizer.{k}": v for k, v in self.optimizer.state_dict(slot).items()
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor], slot: int | None = None) -> None:
+        mine = self.state_dict(slot)
+        for key, tensor in state.items():
+            if key.startswith("step."):
+                mine[key].copy_(tensor)
+        self.optimizer.load_state_dict(
+            {k[10:]: v for k, v in state.items() if k.startswith("optimizer.")}, slot
+        )
