@@ -5,8 +5,6 @@ Python.
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dreamtune.version import __version__ as __version__
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
     from dreamtune.injection.inject import inject as inject
     from dreamtune.pipeline.load import load as load
     from dreamtune.training.train import train as train
-    from dreamtune.training.wave import train_stacked as train_stacked
+    from dreamtune.training.train import train_stacked as train_stacked
 
 
 _PUBLIC = {
@@ -34,7 +32,7 @@ _PUBLIC = {
     "load": "dreamtune.pipeline.load",
     "register": "dreamtune.adapters",
     "train": "dreamtune.training.train",
-    "train_stacked": "dreamtune.training.wave",
+    "train_stacked": "dreamtune.training.train",
 }
 __all__ = [
     "METHODS",
@@ -62,14 +60,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
-
-
-class _Package(ModuleType):
-    """Keeps `dreamtune.inject` the function when the submodule of that name is imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _PUBLIC and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -61,7 +61,7 @@ def train(argv: Sequence[str]) -> int:
     config = train_config(argv)
     quieten()
     if config.subjects or config.sweep:
-        from dreamtune.training.wave import train_stacked
+        from dreamtune.training.train import train_stacked
 
         return 1 if train_stacked(config).failed else 0
     from dreamtune.training.train import train as run

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from dreamtune.models.quiet import quiet_diffusers
 from dreamtune.models.single_file import CONFIGS, clip_tokenizer
-from dreamtune.models.stable_diffusion import quiet_diffusers
 
 SIZES = ("tiny", "small", "full")
 ATTENTION = {

@@ -18,6 +18,7 @@ from dreamtune.config import Config
 from dreamtune.fast.graphs import CapturedForward, CapturedStep, choose, reason_against
 from dreamtune.training.run import Run
 from dreamtune.training.train import Interrupted, train
+from dreamtune.training.wave import Wave
 
 STEPS = 50
 # Parameters and losses of float64 runs, relative to the largest: the same kernels run, only the
@@ -185,16 +186,16 @@ def test_killed_and_resumed_equals_whole(
     whole = train(Config(**common))
     again = train(Config(**{**common, "output_dir": str(tmp_path / "again")}))
     broken = {**common, "output_dir": str(tmp_path / "second")}
-    original, calls = Run.step, []
+    original, calls = Wave.advance, []
 
-    def step(self: Run, k: int, factor: float) -> None:
+    def advance(self: Wave, k: int) -> None:
         calls.append(k)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        original(self, k, factor)
+        original(self, k)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "step", step)
+        patch.setattr(Wave, "advance", advance)
         with pytest.raises(Interrupted):
             train(Config(**broken))
     second = train(Config(**broken, resume_from_checkpoint="latest"))

@@ -18,9 +18,10 @@ from dreamtune import METHODS
 from dreamtune.config import Config
 from dreamtune.files.native import load_adapter_file
 from dreamtune.training import run as run_module
+from dreamtune.training import train as train_module
 from dreamtune.training.run import Run
-from dreamtune.training.train import Interrupted, train
-from dreamtune.training.wave import Wave, train_stacked
+from dreamtune.training.train import Interrupted, train, train_stacked
+from dreamtune.training.wave import Wave
 
 # Of a tensor's norm: float32 sums in another order.
 TOLERANCE = 1e-4
@@ -159,9 +160,9 @@ def test_sweep_in_waves(common: dict[str, Any], photo_dir: Path, tmp_path: Path)
     sizes: list[int] = []
     original = Wave.__init__
 
-    def init(self: Wave, base: Any, runs: dict[str, Run]) -> None:
+    def init(self: Wave, base: Any, runs: dict[str, Run], *rest: Any) -> None:
         sizes.append(len(runs))
-        original(self, base, runs)
+        original(self, base, runs, *rest)
 
     sweep = ["learning_rate=1e-3,1e-2", "seed=0,1,2"]
     with pytest.MonkeyPatch.context() as patch:
@@ -258,7 +259,7 @@ def test_a_run_with_nan_fails_alone(
     original = Wave.advance
 
     def advance(self: Wave, k: int) -> None:
-        if k == 2:  # the photos of the second slot
+        if k == 2 and self.many:  # the photos of the second slot
             self.step.cache.mean[self.step.pools[0][1]] = float("nan")
         original(self, k)
 
@@ -344,7 +345,7 @@ def test_refusals_come_before_any_model(
     def never(*args: Any, **options: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(run_module, "load_base", never)
+    monkeypatch.setattr(train_module, "load_base", never)
     photos = photos_of(subjects / "fox")
     for changes, message in (
         ({"sweep": ["seed"]}, "must be NAME=VALUE,VALUE,..., got 'seed'"),
@@ -382,7 +383,7 @@ def test_the_largest_wave_that_fits(
 ) -> None:
     """With made-up memory: sampling 8, one slot 30, two 35, so 0.9 * 100 - 8 - 30 leaves ten."""
     from dreamtune.training import fit
-    from dreamtune.training.wave import get_ready
+    from dreamtune.training.train import get_ready
 
     common |= photos_of(photo_dir)
     _, runs, base = get_ready(Config(**common, sweep=[f"seed={','.join(map(str, range(16)))}"]))

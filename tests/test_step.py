@@ -8,8 +8,7 @@ import pytest
 import torch
 from tiny import tiny_unet
 
-from dreamtune import METHODS
-from dreamtune.injection import inject
+from dreamtune import METHODS, inject
 from dreamtune.training.cache import Cache
 from dreamtune.training.optim import SlotAdamW
 from dreamtune.training.step import Step, StepSettings, draw, mix

@@ -24,8 +24,10 @@ from dreamtune.evaluation.validation import Evaluator, read_grid
 from dreamtune.models.stable_diffusion import Base
 from dreamtune.training import run as run_module
 from dreamtune.training import run_folder
+from dreamtune.training import train as train_module
 from dreamtune.training.run import Run
-from dreamtune.training.train import Interrupted, train
+from dreamtune.training.train import Interrupted, base_of, train
+from dreamtune.training.wave import Wave
 
 
 @pytest.fixture(scope="session")
@@ -87,19 +89,26 @@ def test_end_to_end_with_scores(
     assert len(read_grid(run_dir / "samples" / "000003.png", 2, 16)) == 2
 
 
+def opened(config: Config) -> Run:
+    run = Run(config)
+    run.open(base_of(run.config))
+    return run
+
+
 @pytest.mark.parametrize("method", ["delora", "ether"])
 def test_step_0_is_the_base(
     settings: dict[str, Any], scorer_names: dict[str, str], method: str
 ) -> None:
     """Also for ETHER, whose adapter is elsewhere at its start."""
     options = {"method": method, "options": {}}
-    run = Run(Config(**{**settings, **scorer_names, **options}))
-    run.score(0)
+    run = opened(Config(**{**settings, **scorer_names, **options}))
+    wave = Wave(run.base, {"dog": run})
+    wave.score(0)
     before = run.evaluator.saved(0)
     started, _ = run.evaluator(1)
-    run.adapter.eject()
+    wave.unload()
     base, _ = run.evaluator(2)
-    run.close()
+    wave.close()
     assert before is not None
     assert [i.tobytes() for i in before] == [i.tobytes() for i in base]
     same_start = [i.tobytes() for i in started] == [i.tobytes() for i in base]
@@ -112,12 +121,12 @@ def test_best_when_nothing_improved(
 ) -> None:
     """The base, if the adapter's start is the base; else the last step, not a start that nobody
     scored."""
-    run = Run(Config(**{**settings, **scorer_names, "method": method, "options": {}}))
+    run = opened(Config(**{**settings, **scorer_names, "method": method, "options": {}}))
     levels = {"clip_t": 0.3, "clip_t_shuffled": 0.1, "dino_photos": 0.9, "clip_i_photos": 0.9}
     for step in (0, 2, 4):
         worse = 0.5 - step / 100
         run.history.append({"step": step, "dino": worse, "clip_i": worse, **levels})
-        run.choose()
+        run.rank()
     run.close()
     assert run.best_step == best
     assert ("last step" in run.choice.reason) == (method == "ether")
@@ -159,16 +168,16 @@ def test_three_and_three_resumed_equal_six(
     }  # fmt: skip
     whole = train(Config(**common))
     broken = {**common, "output_dir": str(tmp_path / "second")}
-    original, calls = Run.step, []
+    original, calls = Wave.advance, []
 
-    def step(self: Run, k: int, factor: float) -> None:
+    def advance(self: Wave, k: int) -> None:
         calls.append(k)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        original(self, k, factor)
+        original(self, k)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "step", step)
+        patch.setattr(Wave, "advance", advance)
         with pytest.raises(Interrupted, match="after step 4 of 6; .* --resume_from_checkpoint lat"):
             train(Config(**broken))
     assert (tmp_path / "second" / "checkpoint-4").is_dir()
@@ -340,13 +349,13 @@ def test_training_learns(settings: dict[str, Any]) -> None:
 
 def test_divergence_is_an_error(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "BAD_STEPS_IN_A_ROW", 3)
-    original = Run.step
+    original = Wave.advance
 
-    def step(self: Run, k: int, factor: float) -> None:
-        self._step.cache.mean.fill_(float("nan"))
-        original(self, k, factor)
+    def advance(self: Wave, k: int) -> None:
+        self.step.cache.mean.fill_(float("nan"))
+        original(self, k)
 
-    monkeypatch.setattr(Run, "step", step)
+    monkeypatch.setattr(Wave, "advance", advance)
     with pytest.raises(ValueError, match="the last 6 steps up to 6 gave no finite loss"):
         train(Config(**settings))
 
@@ -357,7 +366,7 @@ def test_refusals_come_before_any_model(
     def never(*args: Any, **options: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(run_module, "load_base", never)
+    monkeypatch.setattr(train_module, "load_base", never)
     bad = tmp_path / "bad"
     bad.mkdir()
     (bad / "x.jpg").write_bytes(b"no picture")

@@ -10,8 +10,9 @@ import torch
 from dreamtune import embedded
 from dreamtune.config import EMBEDDED
 from dreamtune.models.folder import load_folder, load_unet, looks_like_a_path
+from dreamtune.models.quiet import move, quiet_diffusers
 from dreamtune.models.single_file import load_file
-from dreamtune.models.stable_diffusion import Base, move, quiet_diffusers
+from dreamtune.models.stable_diffusion import Base
 
 PACKAGED_MODEL = embedded.MODEL
 

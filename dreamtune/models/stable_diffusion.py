@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dreamtune.models.quiet import move, quiet_diffusers
+
 
 @dataclass
 class Base:
@@ -59,20 +61,6 @@ class Base:
         return (
             DDPMScheduler.from_config(self.scheduler.config).alphas_cumprod.float().to(self.device)
         )
-
-    def speed_up(self, fused: bool, compiled: bool) -> None:
-        """The UNet's forward through fused kernels, its transformer blocks compiled; once."""
-        from dreamtune.fast import unet as fast_unet
-
-        if fused and not self.fused:
-            with quiet_diffusers():
-                left = fast_unet.fuse(self.unet).left
-            self.fused = True
-            if left:
-                print(f"{len(left)} blocks of the UNet run unfused, `{left[0]}` first.")
-        if compiled and not self.compiled:
-            fast_unet.compile_blocks(self.unet)
-            self.compiled = True
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor, batch: int = 4) -> tuple[Tensor, Tensor | None]:
@@ -187,38 +175,6 @@ class Base:
             )
         pipe.set_progress_bar_config(disable=True)
         return pipe
-
-
-def move(module: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """`module.to`, where something changes; diffusers warns of every cast."""
-    now = next(module.parameters())
-    if now.device != device or now.dtype != dtype:
-        with quiet_diffusers():
-            module.to(device=device, dtype=dtype)
-
-
-@contextlib.contextmanager
-def quiet_diffusers() -> Iterator[None]:
-    """Without diffusers' warnings: an AutoencoderTiny in a StableDiffusionPipeline is meant."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    levels = [
-        (module, module.get_verbosity()) for module in (diffusers_logging, transformers_logging)
-    ]
-    bars = transformers_logging.is_progress_bar_enabled()
-    for module, _ in levels:
-        module.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    diffusers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for module, level in levels:
-            module.set_verbosity(level)
-        diffusers_logging.enable_progress_bar()
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def save_png(image: Image.Image, path: Path) -> None:

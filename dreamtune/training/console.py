@@ -1,4 +1,4 @@
-"""What a run shows of itself: the progress bar, the report, the table of several."""
+"""What is shown of runs: the line before the first step, the progress bar, the table of several."""
 
 from __future__ import annotations
 
@@ -7,11 +7,21 @@ from typing import TYPE_CHECKING, Any
 from dreamtune.metrics.table import scored
 
 if TYPE_CHECKING:
+    import torch
+
+    from dreamtune.config import Config
+    from dreamtune.injection.inject import InjectedAdapter
     from dreamtune.training.run_folder import TrainResult
 
 
-def options_text(options: dict[str, Any]) -> str:
-    return " ".join(f"{k}={v}" for k, v in options.items())
+def wave_text(config: Config, adapter: InjectedAdapter, device: torch.device, took: float) -> str:
+    """What trains, before the first step. took: seconds of getting ready."""
+    options = " ".join(f"{k}={v}" for k, v in config.options.items())
+    each = " a run" if adapter.slots > 1 else ""
+    return (
+        f"{config.method} {options}: {adapter.num_parameters:,} parameters{each} on {device.type}, "
+        f"{config.max_train_steps} steps; ready after {took:.1f} s"
+    )
 
 
 def progress_bar(start: int, total: int) -> Any:

@@ -9,9 +9,9 @@ import torch
 
 from dreamtune.models.sample import sample
 from dreamtune.models.stable_diffusion import Base
-from dreamtune.training.assemble import build_step
 from dreamtune.training.defaults import sampling_options
 from dreamtune.training.run import Run
+from dreamtune.training.slots import build_step
 
 USABLE = 0.9  # of the memory that is free: pieces between allocations, kernels' workspaces
 

@@ -13,9 +13,10 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from dreamtune.training.slots import Slot
 
 from dreamtune.files import find
 
@@ -134,21 +135,16 @@ def sync(path: Path) -> None:
 
 
 def save_checkpoint(
-    run_dir: Path,
-    k: int,
-    adapter: Any,
-    state: Mapping[str, Tensor],
-    info: Mapping[str, Any],
-    limit: int | None,
-    slot: int = 0,
+    run_dir: Path, k: int, slot: Slot, info: Mapping[str, Any], limit: int | None
 ) -> Path:
     """checkpoint-k: adapter, what else the step changes, the best adapter so far; then the oldest
-    beyond `limit` go. `state` is that of `slot` of the adapter alone.
+    beyond `limit` go.
     """
     from safetensors.torch import save_file
 
     def fill(folder: Path) -> None:
-        adapter.save(folder / ADAPTER, slot, metadata={"step": k})
+        slot.save(folder / ADAPTER, {"step": k})
+        state = slot.step.state_dict(slot.index)
         save_file({n: t.detach().cpu().contiguous() for n, t in state.items()}, folder / OPTIMIZER)
         if (run_dir / BEST).is_dir():
             shutil.copytree(run_dir / BEST, folder / BEST)
@@ -170,20 +166,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return dict(json.loads((checkpoint / STATE).read_text()))
 
 
-def restore(
-    checkpoint: Path,
-    run_dir: Path,
-    adapter: Any,
-    load_state: Callable[[dict[str, Tensor], int], None],
-    slot: int = 0,
-) -> None:
+def restore(checkpoint: Path, run_dir: Path, slot: Slot) -> None:
     """Puts adapter, step state, best/ and metrics.jsonl back to where the checkpoint was."""
     from safetensors.torch import load_file
 
     from dreamtune.files.native import load_adapter_file
 
-    adapter.load_state_dict(load_adapter_file(checkpoint / ADAPTER).tensors, slot)
-    load_state(load_file(checkpoint / OPTIMIZER), slot)
+    slot.load(load_adapter_file(checkpoint / ADAPTER).tensors, load_file(checkpoint / OPTIMIZER))
     if (checkpoint / BEST).is_dir():
 
         def fill(folder: Path) -> None:

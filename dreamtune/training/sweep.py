@@ -118,7 +118,7 @@ def number(text: str) -> Any:
     return text
 
 
-def alone(config: Config, folder: Path, resume: bool) -> Config:
+def in_folder(config: Config, folder: Path, resume: bool) -> Config:
     """The config with the run's own folder; it goes on from that folder's last checkpoint."""
     return dataclasses.replace(
         config,

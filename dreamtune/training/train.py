@@ -1,58 +1,47 @@
-"""train(config): photos of one subject in, a scored adapter and a LoRA file out."""
+"""Photos in, scored adapters and LoRA files out: one subject's run, or several at once."""
 
 from __future__ import annotations
 
-import signal
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
-from dreamtune.config import Config
-from dreamtune.training.optim import learning_rate_factor
-from dreamtune.training.run import Run, TrainResult
+from dreamtune.config import CPU_SLOTS, Config
+from dreamtune.models.load import load_base
+from dreamtune.models.stable_diffusion import Base
+from dreamtune.training import run_folder
+from dreamtune.training.console import table
+from dreamtune.training.defaults import device_and_dtype
+from dreamtune.training.interrupts import Interrupted, Interrupts
+from dreamtune.training.run import Run
+from dreamtune.training.run_folder import TrainResult
+from dreamtune.training.sweep import PROMPT_FILE, SETTINGS_FILE, expand, in_folder
+from dreamtune.training.wave import Wave
 
 
-class Interrupted(KeyboardInterrupt):
-    """The run was stopped and saved; the message says how to go on."""
+def train_wave(wave: Wave, interrupts: Interrupts) -> None:
+    """The loop: scores and saves first, then a step, until no run is left.
 
-
-class Interrupts:
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt, but not in the middle of a `held` block: there,
-    after it.
+    Raises KeyboardInterrupt on Ctrl-C, after saving.
     """
-
-    def __init__(self) -> None:
-        self.holding = self.pending = False
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> Interrupts:
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self.handle)
-        except ValueError:
-            pass  # not the main thread: there are no signals to catch
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def handle(self, number: int, frame: object) -> None:
-        if self.holding:
-            self.pending = True
-        else:
-            raise KeyboardInterrupt
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        self.holding = True
-        try:
-            yield
-        finally:
-            self.holding = False
-        if self.pending:
-            self.pending = False
-            raise KeyboardInterrupt
+    try:
+        while True:
+            wave.score(wave.k)
+            with interrupts.held():
+                wave.save(wave.k)
+                wave.retire(wave.k)
+            if not wave.runs:
+                return
+            with interrupts.held():
+                wave.advance(wave.k)
+            wave.show(wave.k)
+    except KeyboardInterrupt:
+        with interrupts.held():
+            wave.save_all()
+        raise
+    finally:
+        wave.close()
 
 
 def train(config: Config) -> TrainResult:
@@ -63,30 +52,124 @@ def train(config: Config) -> TrainResult:
     """
     if config.subjects or config.sweep:
         raise ValueError("`subjects` and `sweep` are several runs: use `train_stacked`.")
+    began = time.perf_counter()
     with Interrupts() as interrupts:
         run = Run(config)
-        c, k, total = run.config, run.start, run.config.max_train_steps or 0
+        run.open(base_of(run.config))
+        wave = Wave(run.base, {run.subject.name: run}, began)
         try:
-            while True:
-                if run.scoring_due(k):
-                    run.score(k)
-                if run.saving_due(k):
-                    with interrupts.held():
-                        run.save(k)
-                if run.done(k):
-                    break
-                with interrupts.held():
-                    run.step(k, learning_rate_factor(k, c.lr_scheduler, c.lr_warmup_steps, total))
-                    k += 1
-                run.show(k)
-            return run.finish()
+            train_wave(wave, interrupts)
         except KeyboardInterrupt:
-            with interrupts.held():
-                folder = run.save(k)
             raise Interrupted(
-                f"Stopped after step {k} of {total}; saved in {folder}. Go on with --output_dir "
-                f"{run.dir} "
+                f"Stopped after step {wave.k} of {run.config.max_train_steps}; saved in "
+                f"{run.dir / f'checkpoint-{wave.k}'}. Go on with --output_dir {run.dir} "
                 "--resume_from_checkpoint latest"
             ) from None
-        finally:
-            run.close()
+    for reason in wave.failed.values():
+        raise ValueError(reason)
+    return next(iter(wave.results.values()))
+
+
+@dataclass(frozen=True)
+class StackedResult:
+    """By label: a subject's folder name, `learning_rate=1e-3,seed=0`, or both."""
+
+    run_dir: Path
+    results: dict[str, TrainResult]
+    failed: dict[str, str]  # label -> what went wrong
+
+
+def train_stacked(config: Config) -> StackedResult:
+    """Runs what `subjects` and `sweep` ask for, in waves of `slots`, or goes on with it.
+
+    Each run is what it would be alone: its folder, scores, best checkpoint, early stop and files.
+
+    Raises ValueError before any work for what cannot be done; Interrupted on Ctrl-C, after saving.
+    """
+    with Interrupts() as interrupts:
+        root, runs, base = get_ready(config)
+        results: dict[str, TrainResult] = {}
+        failed: dict[str, str] = {}
+        for part in waves(config, base, runs):
+            wave = Wave(base, part)
+            try:
+                train_wave(wave, interrupts)
+            except KeyboardInterrupt:
+                raise Interrupted(
+                    f"Stopped after step {wave.k}; saved in {root}. Go on with the same flags, "
+                    f"--output_dir {root} --resume_from_checkpoint latest; or with one run alone: "
+                    f"--output_dir {root}/NAME --resume_from_checkpoint latest"
+                ) from None
+            results |= wave.results
+            failed |= wave.failed
+        in_order = {n: results[n] for n in runs if n in results}
+        print(table(in_order, failed))
+        return StackedResult(root, in_order, failed)
+
+
+def get_ready(config: Config) -> tuple[Path, dict[str, Run], Base]:
+    """The runs, refused before a model is loaded where they cannot be trained; then the base."""
+    resume = config.resume_from_checkpoint
+    if resume not in (None, "latest") or (resume and config.output_dir is None):
+        raise ValueError(
+            "stacked runs go on with --resume_from_checkpoint latest and the --output_dir of all; "
+            "a single one with its own folder, without --subjects and --sweep."
+        )
+    configs = expand(config)
+    source = Path(config.subjects or config.instance_data_dir or "default").name.split(":")[-1]
+    name = config.name or f"{source}-{'sweep' if config.sweep else config.method}"
+    root = Path(config.output_dir).expanduser() if config.output_dir else None
+    root = root if resume and root else run_folder.choose_run_dir(config.output_dir, name)
+    runs = {}
+    for label, own in configs.items():
+        try:
+            there = bool(resume and run_folder.checkpoints(root / label))
+            runs[label] = Run(in_folder(own, root / label, there), (PROMPT_FILE, SETTINGS_FILE))
+        except ValueError as error:
+            raise ValueError(f"`{label}`: {error}") from error
+    base = base_of(config)
+    scorers = None
+    for run in runs.values():
+        run.open(base, scorers)
+        scorers = run.evaluator.scorers
+    return root, runs, base
+
+
+def base_of(config: Config) -> Base:
+    device, dtype = device_and_dtype(config)
+    return load_base(
+        config.pretrained_model_name_or_path,
+        revision=config.revision,
+        variant=config.variant,
+        prediction_type=config.prediction_type,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def waves(config: Config, base: Base, runs: dict[str, Run]) -> Iterator[dict[str, Run]]:
+    """Runs of one method, one step to start from and, but for its `per_slot` options, one set of
+    options; at most `slots` each.
+    """
+    alike: dict[str, list[str]] = {}
+    for label, run in runs.items():
+        c, free = run.config, run.method.per_slot
+        fixed = sorted((k, v) for k, v in c.options.items() if k not in free)
+        key = repr((run.start, c.method, fixed))
+        alike.setdefault(key, []).append(label)
+    for labels in alike.values():
+        group = {n: runs[n] for n in labels}
+        size = int(config.slots) if config.slots != "auto" else fitting(base, group)
+        for first in range(0, len(labels), size):
+            part = labels[first : first + size]
+            print(f"Training {len(part)} of {len(runs)} runs at once: {'; '.join(part)}")
+            yield {n: runs[n] for n in part}
+
+
+def fitting(base: Base, runs: dict[str, Run]) -> int:
+    """How many of the runs fit on the device at once."""
+    if base.device.type != "cuda":
+        return min(CPU_SLOTS, len(runs))
+    from dreamtune.training.fit import largest_wave
+
+    return largest_wave(base, list(runs.values()))

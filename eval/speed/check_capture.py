@@ -27,8 +27,8 @@ from random_models import build_pipeline, write_photos  # noqa: E402
 
 from dreamtune.config import Config  # noqa: E402
 from dreamtune.fast.graphs import CapturedStep  # noqa: E402
-from dreamtune.training.run import Run  # noqa: E402
 from dreamtune.training.train import Interrupted, train  # noqa: E402
+from dreamtune.training.wave import Wave  # noqa: E402
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2}
 Parameters = dict[str, torch.Tensor]
@@ -91,20 +91,20 @@ def compare_steps(args: argparse.Namespace) -> bool:
 
 def killed(config: Config, at: int) -> Any:
     """A run that is stopped before step `at`, and continued."""
-    original = Run.step
+    original = Wave.advance
 
-    def step(run: Run, k: int, factor: float) -> None:
+    def advance(wave: Wave, k: int) -> None:
         if k == at:
             raise KeyboardInterrupt
-        original(run, k, factor)
+        original(wave, k)
 
-    Run.step = step  # type: ignore[method-assign]
+    Wave.advance = advance  # type: ignore[method-assign]
     try:
         train(config)
     except Interrupted:
         pass
     finally:
-        Run.step = original  # type: ignore[method-assign]
+        Wave.advance = original  # type: ignore[method-assign]
     return train(Config(**{**config.to_dict(), "resume_from_checkpoint": "latest"}))
 
 

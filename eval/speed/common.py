@@ -19,7 +19,7 @@ from random_models import build_unet  # noqa: E402, F401
 
 from dreamtune.fast import unet as fast_unet  # noqa: E402
 from dreamtune.injection.inject import inject  # noqa: E402
-from dreamtune.models.stable_diffusion import quiet_diffusers  # noqa: E402
+from dreamtune.models.quiet import quiet_diffusers  # noqa: E402
 from dreamtune.training.cache import Cache  # noqa: E402
 from dreamtune.training.optim import SlotAdamW  # noqa: E402
 from dreamtune.training.step import Step, StepSettings  # noqa: E402

@@ -38,7 +38,7 @@ def clocked(owner: Any, name: str, label: str) -> None:
 def main() -> int:
     from dreamtune.cli import main as command
     from dreamtune.evaluation import validation
-    from dreamtune.training import run
+    from dreamtune.training import run, train, wave
 
     start = time.perf_counter()
     import diffusers
@@ -46,12 +46,12 @@ def main() -> int:
 
     diffusers.StableDiffusionPipeline, transformers.CLIPTextModel  # noqa: B018  (loads them)
     parts["import diffusers and transformers"] = time.perf_counter() - start
-    clocked(run, "base_of", "load the base")
+    clocked(train, "base_of", "load the base")
     clocked(validation, "load_scorers", "load the scorers")
     clocked(run.Run, "fill_cache", "encode photos and prompts")
-    clocked(run.Run, "make_step", "inject, optimizer")
-    clocked(run.Run, "score", "first scoring (counted there)")
-    clocked(run.Run, "step", "first step: kernels, warm-up, capture (counted with the steps)")
+    clocked(wave.Wave, "pack", "inject, optimizer")
+    clocked(wave.Wave, "score", "first scoring (counted there)")
+    clocked(wave.Wave, "advance", "first step: kernels, warm-up, capture (counted with the steps)")
     clocked(run.Run, "finish", "last files and report")
     try:
         return command(sys.argv[2:])

@@ -1,11 +1,14 @@
-"""Adapter and step of one or several runs on one base: their caches joined, a slot each."""
+"""Adapter and step of one or several runs on one base: a slot each, their caches joined."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from dreamtune.config import Config
 from dreamtune.models.stable_diffusion import Base
@@ -15,6 +18,47 @@ from dreamtune.training.step import Step, StepSettings
 
 if TYPE_CHECKING:
     from dreamtune.injection.inject import InjectedAdapter
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One run's part of an adapter, and of the step that trains it."""
+
+    adapter: InjectedAdapter
+    step: Step
+    index: int
+
+    @property
+    def loss(self) -> float:
+        """Of the last step. Reading it waits for the device, as with all of these."""
+        return float(self.step.loss[self.index].item())
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the last step, as a share of the peak."""
+        return float(self.step.optimizer.schedule.item())
+
+    @property
+    def skipped(self) -> int:
+        """Steps whose loss or gradient was not finite."""
+        return int(self.step.skipped[self.index].item())
+
+    @property
+    def skipped_now(self) -> int:
+        """The same, of the last steps in a row."""
+        return int(self.step.skipped_now[self.index].item())
+
+    def states(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Copies of the adapter's tensors, and of what else a step changes, as if it were alone."""
+        step = self.step.state_dict(self.index)
+        return self.adapter.state_dict(self.index), {k: t.clone() for k, t in step.items()}
+
+    def load(self, adapter: Mapping[str, Tensor], step: dict[str, Tensor]) -> None:
+        self.adapter.load_state_dict(adapter, self.index)
+        self.step.load_state_dict(step, self.index)
+
+    def save(self, path: Path, metadata: Mapping[str, Any]) -> None:
+        self.adapter.save(path, self.index, metadata=metadata)
 
 
 def build_step(

@@ -1,0 +1,62 @@
+"""What makes a run faster on this device, chosen before any model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from dreamtune.config import Config
+from dreamtune.fast import graphs, ops, unet
+from dreamtune.models.quiet import quiet_diffusers
+from dreamtune.models.stable_diffusion import Base
+from dreamtune.training.defaults import device_and_dtype
+
+
+@dataclass(frozen=True)
+class Speed:
+    """`captured`: steps and sampling are replays of CUDA graphs; `fused`: the frozen network runs
+    through our kernels; `compiled`: its blocks are compiled. `refusals`: option -> why it is not
+    used, where it could have been.
+    """
+
+    captured: bool
+    fused: bool
+    compiled: bool
+    refusals: dict[str, str]
+
+    def notes(self, device: torch.device) -> Iterator[str]:
+        """What a user should know of a GPU that is not made full use of."""
+        if device.type == "cuda" and not self.captured:
+            yield f"Steps are not captured: {self.refusals.get('capture', '`capture` is off')}."
+        if device.type == "cuda" and not self.fused:
+            yield f"The network runs unfused: {self.refusals.get('fused', '`fused` is off')}."
+
+
+def choose_speed(config: Config) -> Speed:
+    """Raises ValueError for an option that is "on" where it cannot be."""
+    device, _ = device_and_dtype(config)
+    against = {
+        "capture": graphs.reason_against(device, config.gradient_checkpointing),
+        "fused": ops.reason_against(device, config.gradient_checkpointing),
+    }
+    return Speed(
+        captured=graphs.choose("capture", config.capture, against["capture"]),
+        fused=graphs.choose("fused", config.fused, against["fused"]),
+        compiled=config.compile,
+        refusals={name: reason for name, reason in against.items() if reason is not None},
+    )
+
+
+def speed_up(base: Base, speed: Speed) -> None:
+    """The network through fused kernels, its blocks compiled; what is done already stays."""
+    if speed.fused and not base.fused:
+        with quiet_diffusers():
+            left = unet.fuse(base.unet).left
+        base.fused = True
+        if left:
+            print(f"{len(left)} blocks of the network run unfused, `{left[0]}` first.")
+    if speed.compiled and not base.compiled:
+        unet.compile_blocks(base.unet)
+        base.compiled = True
