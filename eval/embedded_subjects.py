@@ -78,7 +78,8 @@ def bootstrap(rows: torch.Tensor, draws: int = 10_000) -> tuple[float, float, fl
 def prompt_margin(scorers: Scorers, made: list[Image.Image], subject: embedded.Subject) -> float:
     """CLIP-T with the own prompt minus the mean with the 7 others."""
     texts = [without_identifier(p.format(subject.name), subject.identifier) for p in PROMPTS]
-    table = scorers.clip.images(made) @ scorers.clip.texts(texts).T
+    clip = scorers.extractors["clip"]
+    table = clip.images(made) @ clip.texts(texts).T
     own = torch.arange(len(PROMPTS)).repeat_interleave(len(SEEDS))
     mine = table[torch.arange(len(made)), own]
     return (mine - (table.sum(1) - mine) / (len(PROMPTS) - 1)).mean().item()
@@ -87,13 +88,13 @@ def prompt_margin(scorers: Scorers, made: list[Image.Image], subject: embedded.S
 def quickstart(subjects: list[embedded.Subject], work: Path, scorers: Scorers, pipe: Any) -> None:
     columns = "subject|step|base|best checkpoint|photos|difference (95%)|gap closed|prompt kept"
     print("| " + columns.replace("|", " | ") + " | seconds |\n" + "|---" * 9 + "|")
-    differences = []
+    differences, dino = [], scorers.extractors["dino"]
     for subject in subjects:
         run, done = trained(subject, work / "quickstart" / subject.id)
-        references = scorers.dino.images(opened(subject.references))
-        photos = (scorers.dino.images(opened(subject.photos)) @ references.T).mean().item()
+        references = dino.images(opened(subject.references))
+        photos = (dino.images(opened(subject.photos)) @ references.T).mean().item()
         made = [pictures(pipe, subject, a, PROMPTS, SEEDS) for a in (None, run / "best")]
-        similar = [(scorers.dino.images(m) @ references.T).mean(1).double() for m in made]
+        similar = [(dino.images(m) @ references.T).mean(1).double() for m in made]
         base, ours = (row.view(len(PROMPTS), len(SEEDS)) for row in similar)
         mean, low, high = bootstrap(ours - base)
         differences.append(ours - base)
@@ -138,10 +139,8 @@ def tunability(
 
     pipe: of `base`, which is what is trained on: a rebuild that is not in the package yet, say.
     """
-    everyone = embedded.subjects()
-    known = torch.stack(
-        [scorers.dino.images(opened(s.photos + s.references)).mean(0) for s in everyone]
-    )
+    everyone, dino = embedded.subjects(), scorers.extractors["dino"]
+    known = torch.stack([dino.images(opened(s.photos + s.references)).mean(0) for s in everyone])
     known = torch.nn.functional.normalize(known, dim=1)
     totals = [0, 0]
     print(f"| subject | base | LoRA rank 8, {steps} steps | of pictures |\n|---|---|---|---|")
@@ -155,7 +154,7 @@ def tunability(
         prompts = embedded.prompts()
         for adapter in (None, run):
             made = pictures(pipe, subject, adapter, prompts, [200])
-            hits.append(((scorers.dino.images(made) @ known.T).argmax(1) == me).sum().item())
+            hits.append(((dino.images(made) @ known.T).argmax(1) == me).sum().item())
         for i, h in enumerate(hits):
             totals[i] += h
         print(f"| {subject.id} | {hits[0]} | {hits[1]} | {len(prompts)} |", flush=True)
@@ -176,7 +175,7 @@ def main() -> None:
     )
     parser.add_argument("--split", choices=("dev", "report"), default="dev")
     args = parser.parse_args()
-    scorers = Scorers.load("embedded", "embedded")
+    scorers = Scorers.load({"dino": "embedded", "clip": "embedded"})
     with load_base("embedded").sampling() as pipe:
         measure = quickstart if args.measure == "quickstart" else tunability
         measure(embedded.subjects(args.split), args.work, scorers, pipe)

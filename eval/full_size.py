@@ -24,6 +24,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from random_models import build_clip, build_dino, build_pipeline, write_photos  # noqa: E402
 
 from dreamtune.config import Config  # noqa: E402
+from dreamtune.metrics.table import scores_of  # noqa: E402
 from dreamtune.models.load import load_base  # noqa: E402
 from dreamtune.models.sample import sample_tensor  # noqa: E402
 from dreamtune.training.run import Run  # noqa: E402
@@ -195,7 +196,7 @@ def report(
     for name, value in differences.items():
         print(f"| largest difference of a pixel, {name} | {value:.2e} |")
     for record in result.history:
-        line = ", ".join(f"{k} {record[k]:.4f}" for k in ("dino", "clip_i", "clip_t"))
+        line = ", ".join(f"{k} {v:.4f}" for k, v in scores_of(record).items())
         print(f"| scores at {record['step']} | {line}, loss {record['loss'] or float('nan'):.4f} |")
     print(f"| chosen | {result.reason} |")
     base, reloaded, effect = differences.values()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def scorers(folders):
     dino, clip = folders
-    return Scorers.load(str(dino), f"local-dir:{clip}")
+    return Scorers.load({"dino": str(dino), "clip": f"local-dir:{clip}"})
 
 
 def test_pure_functions_equal_naive_loops():
@@ -76,27 +77,27 @@ def test_scores_equal_naive_loops_over_the_libraries(scorers, folders):
     scores = scorers.score(images, prompts, scorers.references(photos))
     dino, clip, text = [direct(folders, kind) for kind in ("dino", "clip", "text")]
     for name, encode, found in (
-        ("dino", dino, scores.dino_per_image),
-        ("clip_i", clip, scores.clip_i_per_image),
+        ("dino", dino, scores.per_image["dino"]),
+        ("clip_i", clip, scores.per_image["clip_i"]),
     ):
         expected = [
             sum(cosine_similarity(encode(i), encode(p), dim=0).item() for p in photos) / 3
             for i in images
         ]
         assert found == pytest.approx(expected, abs=1e-5)
-        assert getattr(scores, name) == pytest.approx(sum(expected) / 4, abs=1e-5)
+        assert scores.means[name] == pytest.approx(sum(expected) / 4, abs=1e-5)
         among = [
             cosine_similarity(encode(p), encode(q), dim=0).item()
             for p in photos for q in photos if p is not q
         ]  # fmt: skip
-        assert getattr(scores, f"{name}_photos") == pytest.approx(sum(among) / 6, abs=1e-5)
+        assert scores.means[f"{name}_photos"] == pytest.approx(sum(among) / 6, abs=1e-5)
     own = [cosine_similarity(clip(i), text(p), dim=0).item() for i, p in zip(images, prompts)]
-    assert scores.clip_t_per_image == pytest.approx(own, abs=1e-5)
+    assert scores.per_image["clip_t"] == pytest.approx(own, abs=1e-5)
     others = [
         cosine_similarity(clip(i), text(q), dim=0).item()
         for i, p in zip(images, prompts) for q in PROMPTS if q != p
     ]  # fmt: skip
-    assert scores.clip_t_shuffled == pytest.approx(sum(others) / 8, abs=1e-5)
+    assert scores.means["clip_t_shuffled"] == pytest.approx(sum(others) / 8, abs=1e-5)
 
 
 def direct(folders, kind):
@@ -160,7 +161,7 @@ def test_sizes_of_the_preprocessor_are_honoured(tmp_path):
 
 def test_features_do_not_depend_on_the_batch(scorers):
     images = [picture(i) for i in range(5)]
-    for extractor in (scorers.dino, scorers.clip):
+    for extractor in scorers.extractors.values():
         one, all_ = extractor.images(images, batch_size=1), extractor.images(images)
         assert torch.allclose(one, all_, atol=1e-6)
         assert torch.allclose(all_.norm(dim=1), torch.ones(5), atol=1e-6)
@@ -168,7 +169,7 @@ def test_features_do_not_depend_on_the_batch(scorers):
 
 def test_every_mode_of_picture_is_taken(scorers):
     gray = picture(1).convert("L")
-    for extractor in (scorers.dino, scorers.clip):
+    for extractor in scorers.extractors.values():
         rgb = extractor.images([gray.convert("RGB")])
         assert torch.equal(extractor.images([gray]), rgb)
         assert extractor.images([picture(1, (70, 41)).convert("RGBA")]).shape == rgb.shape
@@ -176,7 +177,7 @@ def test_every_mode_of_picture_is_taken(scorers):
 
 def test_each_image_and_text_is_encoded_once(scorers, monkeypatch):
     seen = []
-    for extractor in (scorers.dino, scorers.clip):
+    for extractor in scorers.extractors.values():
         original = extractor.images
         monkeypatch.setattr(
             extractor, "images", lambda i, f=original: seen.append(len(i)) or f(i), raising=True
@@ -188,10 +189,10 @@ def test_each_image_and_text_is_encoded_once(scorers, monkeypatch):
 
 
 def test_bf16_encoders_give_float32_features_close_by(scorers, folders):
-    low = Scorers.load(str(folders[0]), str(folders[1]), dtype=torch.bfloat16)
+    low = Scorers.load({"dino": str(folders[0]), "clip": str(folders[1])}, dtype=torch.bfloat16)
     for kind in ("dino", "clip"):
-        exact = getattr(scorers, kind).images([picture(0)])
-        rough = getattr(low, kind).images([picture(0)])
+        exact = scorers.extractors[kind].images([picture(0)])
+        rough = low.extractors[kind].images([picture(0)])
         assert rough.dtype == torch.float32
         assert (exact * rough).sum() > 0.999
 
@@ -212,8 +213,8 @@ def test_other_weights_have_another_hash(folders, tmp_path):
 
 
 def test_long_prompts_fit_the_context(scorers):
-    assert scorers.clip.tokenizer(["a dog " * 40]).shape == (1, 32)
-    assert scorers.clip.texts(["a dog " * 40]).shape == (1, 16)
+    assert scorers.extractors["clip"].tokenizer(["a dog " * 40]).shape == (1, 32)
+    assert scorers.extractors["clip"].texts(["a dog " * 40]).shape == (1, 16)
 
 
 def test_weights_trained_with_quick_gelu_get_it():
@@ -296,17 +297,15 @@ def test_the_packages_scorers_have_one_name():
     """By their name, by their folders, and in a run: result files say "embedded"."""
     from dreamtune import embedded
 
-    class Cpu:
-        device = "cpu"
-
+    cpu = SimpleNamespace(device="cpu")
     named = {"dino": "embedded", "clip": "embedded"}
     folders = {"dino": str(embedded.DINO), "clip": f"local-dir:{embedded.CLIP}"}
     found = [
-        Scorers.load(**named),
-        Scorers.load(**folders),
-        Scorers.load(**{**folders, "clip": str(embedded.CLIP)}),
-        load_scorers(Config(**named), Cpu()),
-        load_scorers(Config(**folders), Cpu()),
+        Scorers.load(named),
+        Scorers.load(folders),
+        Scorers.load({**folders, "clip": str(embedded.CLIP)}),
+        load_scorers(Config(**named), cpu),
+        load_scorers(Config(**folders), cpu),
     ]
     for scorers in found:
         assert {k: scorers.protocol[k]["model"] for k in named} == named

@@ -94,9 +94,9 @@ def test_the_exported_scorers_are_ones_that_we_load(work: Path) -> None:
     assert all("sks fox" in caption for caption in captions)
     images = [from_tensor(p) for p in pictures]
     out = work / "embedded"
-    scorers = Scorers.load(str(out / "dino"), f"local-dir:{out / 'clip'}")
+    scorers = Scorers.load({"dino": str(out / "dino"), "clip": f"local-dir:{out / 'clip'}"})
     scores = scorers.score(images[:5], captions[:5], scorers.references(images[5:]))
-    assert all(-1 <= v <= 1 for v in (scores.dino, scores.clip_i, scores.clip_t))
+    assert all(-1 <= v <= 1 for v in (scores.means[k] for k in ("dino", "clip_i", "clip_t")))
     alone = scorers.score(images[:1], captions[:1], scorers.references(images[:1]))
     assert alone.dino == pytest.approx(1, abs=1e-5)
 

@@ -21,6 +21,7 @@ def curve(
     reference_name: str = "",
     other: Sequence[float | None] = (),
     other_name: str = "",
+    number_format: str = ".3f",
 ) -> str:
     """One chart: `values` against `steps`, the point `best` (an index) marked with its value.
 
@@ -51,12 +52,13 @@ def curve(
         for s, v in points
     ]
     chosen = values[best]
-    summary = f"{title} against training steps, from {points[0][1]:.3f} to {points[-1][1]:.3f}"
+    first, last = (format(y, number_format) for _, y in (points[0], points[-1]))
+    summary = f"{title} against training steps, from {first} to {last}"
     if chosen is not None and math.isfinite(chosen):
-        line, dot = plane.mark(steps[best], chosen, reference)
+        line, dot = plane.mark(steps[best], chosen, format(chosen, number_format), reference)
         # First, so that every label stands on top of it.
         parts = [line, *parts, dot]
-        summary += f"; {chosen:.3f} at the best step, {steps[best]}"
+        summary += f"; {chosen:{number_format}} at the best step, {steps[best]}"
     return (
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(summary)}">'
@@ -98,7 +100,7 @@ class _Plane:
             )
         return parts
 
-    def mark(self, step: int, value: float, reference: float | None) -> tuple[str, str]:
+    def mark(self, step: int, value: float, text: str, reference: float | None) -> tuple[str, str]:
         """The best step: a line through the chart, and the point with its value."""
         x, y = self.x(step), self.y(value)
         anchor, dx = ("start", 9.0) if x < WIDTH * 0.6 else ("end", -9.0)
@@ -109,7 +111,7 @@ class _Plane:
         return line, (
             f'<circle class="best-dot" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
             f'<text class="value" x="{x + dx:.1f}" y="{y + dy:.1f}" '
-            f'text-anchor="{anchor}">{value:.3f}</text>'
+            f'text-anchor="{anchor}">{text}</text>'
         )
 
 

@@ -17,12 +17,14 @@ from PIL import Image
 from dreamtune.evaluation.curves import curve
 from dreamtune.evaluation.selection import RULE, Choice, Rating
 from dreamtune.files.whole import whole
+from dreamtune.metrics.table import Metric, scored
 from dreamtune.version import __version__
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 PHOTO_SIDE, IMAGE_SIDE = 256, 448  # longest side in pixels of what is put into the page
 SMALL = 200  # images below this side are never shown larger than they are
 
+SHARES = ("Subject gained", "Prompt kept", "Product")
 FILES = {
     "pytorch_lora_weights.safetensors": "LoRA for diffusers",
     "adapter.safetensors": "the adapter as dreamtune keeps it, for more training or other formats",
@@ -72,25 +74,19 @@ def write_report(
             f" {len(base_images)} and {len(adapted_images)}"
         )
     run_dir = Path(run_dir)
-    best, step, ratings = choice.index, choice.step, choice.ratings
     per_prompt = max((prompts.count(p) for p in set(prompts)), default=1)
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
         subtitle=_subtitle(settings, base, history),
-        facts=_facts(ratings[best], history[best], history[-1]["step"]),
+        **_scores(history, choice),
         photos="".join(
             _img(p, f"Photo {i + 1} of the subject", PHOTO_SIDE, crop=True)
             for i, p in enumerate(photos)
         ),
-        pairs=_pairs(prompts, base_images, adapted_images, step),
+        pairs=_pairs(prompts, base_images, adapted_images, choice.step),
         **_layout(base_images, per_prompt),
-        strip=_strip(progress, step),
+        strip=_strip(progress, choice.step),
         reason=escape(choice.reason),
-        charts=_charts(history, best),
-        rows="".join(
-            _row(record, rating, i == best)
-            for i, (record, rating) in enumerate(zip(history, ratings))
-        ),
         rule=escape(RULE),
         protocol=_protocol(protocol),
         snippet=escape(snippet(run_dir, base, example_prompt, sample_settings or {})),
@@ -139,27 +135,36 @@ def _subtitle(settings: Mapping[str, Any], base: str, history: Sequence[Mapping[
     return escape(" · ".join(parts))
 
 
-def _facts(rating: Rating, record: Mapping[str, Any], last_step: int) -> str:
-    trained = record["step"] > 0
+def _scores(history: Sequence[Mapping[str, Any]], choice: Choice) -> dict[str, str]:
+    """All that the page shows of the scores: whatever metrics the history has."""
+    metrics, best = scored(history), choice.index
+    heads = ("Step", *(metric.title for metric in metrics), *SHARES)
+    rows = zip(history, choice.ratings, strict=True)
+    return {
+        "facts": _facts(metrics, choice.ratings[best], history[best], history[-1]["step"]),
+        "charts": _charts(metrics, history, best),
+        "heads": "".join(f'<th scope="col">{escape(head)}</th>' for head in heads),
+        "rows": "".join(
+            _row(metrics, record, rating, i == best) for i, (record, rating) in enumerate(rows)
+        ),
+        "pairings": "".join(f"<p>{escape(m.title)}: {escape(m.pairing)}.</p>" for m in metrics),
+    }
+
+
+def _facts(
+    metrics: Sequence[Metric], rating: Rating, record: Mapping[str, Any], last_step: int
+) -> str:
+    shares = (rating.subject_gained, rating.prompt_kept)
+    gained, kept = (f"{share:.0%}" if record["step"] > 0 else "–" for share in shares)
     entries = [
         ("Best step", f"{record['step']}", f"of {last_step} trained", ""),
-        (
-            "Subject gained",
-            f"{rating.subject_gained:.0%}" if trained else "–",
-            "of the way from base to photos",
-            "main",
-        ),
-        (
-            "Prompt kept",
-            f"{rating.prompt_kept:.0%}" if trained else "–",
-            "of the base's prompt following",
-            "main",
-        ),
-        ("DINO", f"{record['dino']:.3f}", f"CLIP-I {record['clip_i']:.3f}", ""),
-        ("CLIP-T", f"{record['clip_t']:.3f}", "image and its prompt", ""),
+        (SHARES[0], gained, "of the way from base to photos", "main"),
+        (SHARES[1], kept, "of the base's prompt following", "main"),
+        *((m.title, m.text(record), m.comparison_text(record), "") for m in metrics),
     ]
     return "".join(
-        f'<div class="{kind}"><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>'
+        f'<div class="{kind}"><dt>{escape(name)}</dt>'
+        f"<dd>{value}<small>{escape(note)}</small></dd></div>"
         for name, value, note, kind in entries
     )
 
@@ -213,53 +218,31 @@ def _strip(progress: Sequence[tuple[int, Image.Image]], best_step: int) -> str:
     )
 
 
-def _charts(history: Sequence[Mapping[str, Any]], best: int) -> str:
+def _charts(metrics: Sequence[Metric], history: Sequence[Mapping[str, Any]], best: int) -> str:
     steps = [record["step"] for record in history]
-
-    def column(name: str) -> list[float | None]:
-        return [record.get(name) for record in history]
-
-    start = history[0]
-    return "".join(
-        (
-            curve(
-                "DINO",
-                steps,
-                column("dino"),
-                best,
-                reference=start.get("dino_photos"),
-                reference_name="photos among themselves",
-            ),
-            curve(
-                "CLIP-I",
-                steps,
-                column("clip_i"),
-                best,
-                reference=start.get("clip_i_photos"),
-                reference_name="photos among themselves",
-            ),
-            curve(
-                "CLIP-T",
-                steps,
-                column("clip_t"),
-                best,
-                other=column("clip_t_shuffled"),
-                other_name="with other prompts",
-            ),
-        )
-    )
+    charts = []
+    for metric in metrics:
+        drawn: dict[str, Any] = {"number_format": metric.format}
+        if (against := metric.comparison) is not None:
+            values = [record.get(metric.comparison_key) for record in history]
+            if against.constant:
+                drawn |= {"reference": values[0], "reference_name": against.title}
+            else:
+                drawn |= {"other": values, "other_name": against.title}
+        scores = [record.get(metric.key) for record in history]
+        charts.append(curve(metric.title, steps, scores, best, **drawn))
+    return "".join(charts)
 
 
-def _row(record: Mapping[str, Any], rating: Rating, won: bool) -> str:
-    shares = ("–", "–", "–")
+def _row(metrics: Sequence[Metric], record: Mapping[str, Any], rating: Rating, won: bool) -> str:
+    shares = ["–", "–", "–"]
     if record["step"] != 0:
-        shares = (
+        shares = [
             f"{rating.subject_gained:.0%}",
             f"{rating.prompt_kept:.0%}",
             f"{rating.product:.2f}" if rating.kept_enough else "too little prompt",
-        )
-    scores = [f"{record[name]:.3f}" for name in ("dino", "clip_i", "clip_t")]
-    cells = "".join(f"<td>{value}</td>" for value in (*scores, *shares))
+        ]
+    cells = "".join(f"<td>{value}</td>" for value in [*(m.text(record) for m in metrics), *shares])
     mark = " best" if won else ""
     return f'<tr class="{mark and "won"}"><th scope="row">{record["step"]}{mark}</th>{cells}</tr>'
 

@@ -7,6 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+SUBJECT, PROMPT = ("dino", "clip_i"), "clip_t"
+NEEDED = (*SUBJECT, PROMPT)
+"""The metrics that the rule reads, by key, with what they are compared with."""
+
 MIN_PROMPT_KEPT = 0.8
 """Share of the base's prompt following that a winner keeps."""
 
@@ -92,7 +96,7 @@ def choose_best(history: Sequence[Mapping[str, Any]], identity_at_start: bool = 
     if not history:
         raise ValueError("nothing to choose from: the history is empty")
     last = len(history) - 1
-    if history[last].get("dino") is None:
+    if any(history[last].get(key) is None for key in NEEDED):
         return Choice(last, history[last]["step"], "No scorers: the last step.")
     ratings = rate(history)
     zero = next(i for i, rating in enumerate(ratings) if rating.step == 0)
@@ -109,7 +113,7 @@ def choose_best(history: Sequence[Mapping[str, Any]], identity_at_start: bool = 
 
 def _rating(record: Mapping[str, Any], start: Mapping[str, Any]) -> Rating:
     gained = []
-    for name in ("dino", "clip_i"):
+    for name in SUBJECT:
         photos = start.get(f"{name}_photos")
         way = max((1.0 if photos is None else photos) - start[name], _MIN_GAP)
         gained.append(min((record[name] - start[name]) / way, 1.0))
@@ -126,7 +130,7 @@ def _rating(record: Mapping[str, Any], start: Mapping[str, Any]) -> Rating:
 
 def prompt_gap(record: Mapping[str, Any]) -> float:
     """CLIP-T with the own prompt minus with the others (or minus nothing, for one prompt)."""
-    return record["clip_t"] - (record.get("clip_t_shuffled") or 0.0)
+    return record[PROMPT] - (record.get(f"{PROMPT}_shuffled") or 0.0)
 
 
 def _reason(

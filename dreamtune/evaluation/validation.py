@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dreamtune.config import Config
 from dreamtune.data.words import SubjectWords
+from dreamtune.evaluation.selection import NEEDED
 from dreamtune.models.sample import sample
 from dreamtune.models.stable_diffusion import Base
 from dreamtune.training.defaults import sampling_options
@@ -81,7 +82,8 @@ class Evaluator:
         save_grid(images, self.folder / f"{step:06d}.png")
         if self.scorers is None:
             return {}
-        return dict(self.scorers.score(images, self.plain, self.references).record())
+        record: dict[str, Any] = self.scorers.score(images, self.plain, self.references).record()
+        return record
 
     def saved(self, step: int) -> list[Image.Image] | None:
         """The images of an earlier scoring, read back from its grid."""
@@ -141,21 +143,30 @@ def sample_slots(
 
 
 def load_scorers(config: Config, base: Base) -> Any:
-    """The scorers, or None where both are "none"."""
-    from dreamtune.metrics.scorers import Scorers
+    """What scores while training, by the settings that are named like its extractors; None where
+    those that the choice of the best needs are all "none".
 
-    dino, clip = config.dino or "none", config.clip or "none"
-    if dino == clip == "none":
+    Raises ValueError if some of those are "none" and others are not.
+    """
+    from dreamtune.metrics import METRICS, Scorers, find_metrics
+
+    metrics = find_metrics()
+    names = dict.fromkeys(metric.extractor.name for metric in metrics)
+    weights = {n: w for n in names if (w := getattr(config, n, None)) is not None}
+    needed = list(dict.fromkeys(METRICS[key].extractor.name for key in NEEDED))
+    off = [n for n in needed if weights.get(n, "none") == "none"]
+    if off == needed:
         return None
-    if "none" in (dino, clip):
+    if off:
         raise ValueError(
-            "`dino` and `clip` go together: the best checkpoint is chosen by both. Set both to "
-            "none to "
-            "train without scores."
+            f"{' and '.join(f'`{n}`' for n in needed)} go together: the best checkpoint is chosen "
+            "by both. Set both to none to train without scores."
         )
+    asked = [m.key for m in metrics if weights.get(m.extractor.name) != "none"]
+    weights = {n: w for n, w in weights.items() if w != "none"}
     noise = io.StringIO()  # transformers prints a loading bar
     with contextlib.redirect_stderr(noise):
-        return Scorers.load(dino, clip, base.device)
+        return Scorers.load(weights, asked, base.device)
 
 
 def save_grid(images: Sequence[Image.Image], path: Path) -> None:

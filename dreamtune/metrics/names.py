@@ -18,9 +18,9 @@ PACKAGED = {"dino": DINO, "clip": CLIP}
 def place_of(kind: str, name: str) -> str:
     """What the libraries load: the package's own folder for "embedded", else the name itself.
 
-    kind: "dino" or "clip".
+    kind: name of the extractor.
     """
-    return str(PACKAGED[kind]) if name == EMBEDDED else name
+    return str(PACKAGED[kind]) if name == EMBEDDED and kind in PACKAGED else name
 
 
 def clip_arguments(name: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""DINO, CLIP-I and CLIP-T of generated images against a subject's photos and their prompts."""
+"""The metrics of generated images against a subject's photos and their prompts, all in one go."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -11,86 +11,98 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dreamtune.metrics.extractors import Clip, Dino
-from dreamtune.metrics.features import matched, mean_among, mean_to_set, shuffled
-
-PAIRING = {
-    "dino, clip_i": "mean cosine of all (generated image, photo) pairs",
-    "dino_photos, clip_i_photos": "mean cosine of all pairs of different photos",
-    "clip_t": "mean cosine of an image and its own prompt without the identifier, not scaled",
-    "clip_t_shuffled": "mean cosine of an image and each other distinct prompt",
-}
+from dreamtune.metrics.extractor import Extractor, TextExtractor
+from dreamtune.metrics.table import Features, Metric, find_metrics
 
 
 @dataclass(frozen=True)
 class References:
-    """Features of the subject's photos, computed once: dino (M, D), clip (M, E)."""
+    """Features of the subject's photos by extractor, computed once: photos (M, D), and held_out
+    (H, D) where some were given."""
 
-    dino: Tensor
-    clip: Tensor
-    dino_photos: float | None
-    clip_i_photos: float | None
+    photos: Mapping[str, Tensor]
+    held_out: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Means, and the same per image, in the order of the images.
+    """Numbers by key of the record.
 
-    `dino_photos` and `clip_i_photos` are the photos among themselves (None for one photo),
-    `clip_t_shuffled` the images with each other's prompts (None for one prompt).
+    means: over all images; None where there is nothing to compare, such as one photo among
+    themselves. per_image: of each key that has one value an image, in the order of the images.
     """
 
-    dino: float
-    clip_i: float
-    clip_t: float
-    clip_t_shuffled: float | None
-    dino_photos: float | None
-    clip_i_photos: float | None
-    dino_per_image: list[float]
-    clip_i_per_image: list[float]
-    clip_t_per_image: list[float]
+    means: Mapping[str, float | None]
+    per_image: Mapping[str, list[float]]
 
     def record(self) -> dict[str, float | None]:
         """The numbers of one line of metrics.jsonl; what `choose_best` reads."""
-        names = ("dino", "clip_i", "clip_t", "clip_t_shuffled", "dino_photos", "clip_i_photos")
-        return {name: getattr(self, name) for name in names}
+        return dict(self.means)
 
 
 class Scorers:
-    """The two extractors together; `protocol` says all that a score depends on."""
+    """Metrics and their extractors; `protocol` says all that a score depends on."""
 
-    def __init__(self, dino: Dino, clip: Clip) -> None:
-        self.dino, self.clip = dino, clip
+    def __init__(self, extractors: Mapping[str, Extractor], metrics: Sequence[Metric]) -> None:
+        self.extractors, self.metrics = dict(extractors), list(metrics)
+        libraries = [name for e in self.extractors.values() for name in e.libraries]
         self.protocol: dict[str, Any] = {
-            "dino": dino.protocol,
-            "clip": clip.protocol,
-            "pairing": PAIRING,
-            "versions": {
-                name: version(name) for name in ("torch", "transformers", "open_clip_torch")
+            **{name: extractor.protocol for name, extractor in self.extractors.items()},
+            "pairing": {
+                key: pairing
+                for metric in self.metrics
+                for key, (_, pairing) in metric.functions.items()
             },
+            "versions": {name: version(name) for name in dict.fromkeys(["torch", *libraries])},
         }
 
     @classmethod
     def load(
         cls,
-        dino: str,
-        clip: str,
+        weights: Mapping[str, str],
+        metrics: Iterable[str] | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Scorers:
-        """Names as in `Dino` and `Clip`; `dtype` is the encoders', features are float32.
+        """Loads the extractors that the metrics need.
+
+        Args:
+            weights: by extractor, such as {"dino": "embedded", "clip": "ViT-B-32:openai"}; an
+                extractor that is not in it loads its default.
+            metrics: keys of the table; by default all that are computed while training.
+            dtype: of the encoders; features are float32.
 
         Raises:
-            ValueError: a model cannot be loaded, with what to do about it.
+            ValueError: no such metric, weights for an extractor that no metric here has, or a model
+                that cannot be loaded, with what to do about it.
         """
-        return cls(Dino(dino, device, dtype), Clip(clip, device, dtype))
+        asked = find_metrics(metrics)
+        classes = {metric.extractor.name: metric.extractor for metric in asked}
+        if unknown := weights.keys() - classes.keys():
+            raise ValueError(
+                f"weights for `{min(unknown)}`, which none of the metrics asked for "
+                f"({', '.join(m.key for m in asked)}) uses; they use {', '.join(classes)}"
+            )
+        extractors = {
+            name: kind(weights.get(name, kind.default), device, dtype)
+            for name, kind in classes.items()
+        }
+        return cls(extractors, asked)
 
-    def references(self, images: Sequence[Image.Image]) -> References:
-        """Features of the subject's photos. Decode them once and pass the same list to training."""
+    def references(
+        self, images: Sequence[Image.Image], held_out: Sequence[Image.Image] = ()
+    ) -> References:
+        """Features of the subject's photos. Decode them once and pass the same list to training.
+
+        held_out: photos that nothing is trained on.
+        """
         if not images:
             raise ValueError("no photos to score against")
-        dino, clip = self.dino.images(images), self.clip.images(images)
-        return References(dino, clip, mean_among(dino), mean_among(clip))
+        found = self.extractors.items()
+        return References(
+            {name: extractor.images(images) for name, extractor in found},
+            {name: extractor.images(held_out) for name, extractor in found} if held_out else {},
+        )
 
     def score(
         self, images: Sequence[Image.Image], prompts: Sequence[str], references: References
@@ -102,22 +114,30 @@ class Scorers:
                 f"one prompt an image and at least one image, got {len(images)} images and "
                 f"{len(prompts)} prompts"
             )
-        dino = mean_to_set(self.dino.images(images), references.dino)
-        features = self.clip.images(images)
-        clip_i = mean_to_set(features, references.clip)
         distinct = list(dict.fromkeys(prompts))
         index = torch.tensor([distinct.index(prompt) for prompt in prompts])
-        texts = self.clip.texts(distinct)
-        clip_t = matched(features, texts[index])
-        other = shuffled(features, texts, index)
-        return Scores(
-            dino=dino.mean().item(),
-            clip_i=clip_i.mean().item(),
-            clip_t=clip_t.mean().item(),
-            clip_t_shuffled=None if other is None else other.mean().item(),
-            dino_photos=references.dino_photos,
-            clip_i_photos=references.clip_i_photos,
-            dino_per_image=dino.tolist(),
-            clip_i_per_image=clip_i.tolist(),
-            clip_t_per_image=clip_t.tolist(),
-        )
+        features = {
+            name: Features(
+                images=extractor.images(images),
+                photos=references.photos[name],
+                index=index,
+                texts=extractor.texts(distinct) if isinstance(extractor, TextExtractor) else None,
+                held_out=references.held_out.get(name),
+            )
+            for name, extractor in self.extractors.items()
+        }
+        means: dict[str, float | None] = {}
+        per_image: dict[str, list[float]] = {}
+        for metric in self.metrics:
+            for key, (function, _) in metric.functions.items():
+                value = function(features[metric.extractor.name])
+                if isinstance(value, Tensor):
+                    if value.shape != (len(images),):
+                        raise ValueError(
+                            f"`{key}` gave values of shape {tuple(value.shape)} for {len(images)} "
+                            f"images; a tensor holds one an image, ({len(images)},)"
+                        )
+                    per_image[key] = value.tolist()
+                    value = value.mean().item()
+                means[key] = value
+        return Scores(means, per_image)

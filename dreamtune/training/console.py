@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dreamtune.metrics.table import scored
+
 if TYPE_CHECKING:
     import torch
 
@@ -35,14 +37,14 @@ def progress_bar(start: int, total: int) -> Any:
 
 
 def table(results: dict[str, TrainResult], failed: dict[str, str]) -> str:
-    """One line a run: best step, its scores, its folder."""
+    """One line a run: steps, best step, its scores."""
     width = max(map(len, [*results, *failed, "run"]))
-    heads = f"{'steps':>5}  {'best':>5}  {'DINO':>6}  {'CLIP-I':>6}  {'CLIP-T':>6}"
-    lines = [f"{'run':<{width}}  {heads}"]
+    metrics = scored(r.scores for r in results.values())
+    heads = ["steps", "best", *(m.title for m in metrics)]
+    lines = ["  ".join([f"{'run':<{width}}", *(f"{h:>{max(len(h), 6)}}" for h in heads)])]
     for label, r in results.items():
-        scores = [r.scores.get(k) for k in ("dino", "clip_i", "clip_t")]
-        shown = "  ".join(f"{'-' if s is None else format(s, '.3f'):>6}" for s in scores)
-        last = r.history[-1]["step"]
-        lines.append(f"{label:<{width}}  {last:>5}  {r.best_step:>5}  {shown}")
+        cells = [r.history[-1]["step"], r.best_step, *(m.text(r.scores, "-") for m in metrics)]
+        shown = (f"{cell:>{max(len(h), 6)}}" for h, cell in zip(heads, cells))
+        lines.append("  ".join([f"{label:<{width}}", *shown]))
     lines += [f"{label:<{width}}  failed: {why}" for label, why in failed.items()]
     return "\n".join(lines)

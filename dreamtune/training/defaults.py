@@ -74,12 +74,13 @@ def subject_of(config: Config, photos: Sequence[Photo]) -> SubjectWords:
 def resolve(config: Config, base: Base, subject: SubjectWords, run_dir: Path) -> Config:
     """Every `None` with a default filled in. What is written to config.yaml."""
     from dreamtune.adapters import find_method, resolve_options
+    from dreamtune.metrics import Clip, Dino
 
     method = find_method(config.method)
     resolution = config.resolution or base.resolution
     small = resolution <= SMALL
     steps = config.max_train_steps or (240 if small else 1000)
-    scorers = ("facebook/dino-vits16", "ViT-B-32:openai")
+    scorers = (Dino.default, Clip.default)
     templates: Sequence[str] = PROMPTS
     if base.embedded:
         from dreamtune import embedded

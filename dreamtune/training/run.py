@@ -17,6 +17,7 @@ from dreamtune.evaluation.selection import Choice, choose_best
 from dreamtune.evaluation.validation import Evaluator
 from dreamtune.files.export import export
 from dreamtune.files.whole import whole_folder
+from dreamtune.metrics.table import scores_of, scores_text
 from dreamtune.models.stable_diffusion import Base
 from dreamtune.training import run_folder
 from dreamtune.training.cache import build_cache
@@ -124,11 +125,8 @@ class Run:
 
     def score_text(self) -> str:
         last = self.history[-1] if self.history else {}
-        names = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T"}
-        text = "".join(
-            f" {shown} {last[key]:.3f}" for key, shown in names.items() if last.get(key) is not None
-        )
-        return f" | at {last['step']}:{text}, best {self.best_step}" if text else ""
+        text = scores_text(last)
+        return f" | at {last['step']}: {text}, best {self.best_step}" if text else ""
 
     def scoring_due(self, k: int) -> bool:
         every, scored = self.config.validation_steps, {r["step"] for r in self.history}
@@ -182,7 +180,7 @@ class Run:
             "prompt": self.config.instance_prompt,
             "identifier": self.subject.identifier,
             "step": record["step"],
-            "scores": {k: v for k, v in record.items() if k in ("dino", "clip_i", "clip_t")},
+            "scores": scores_of(record),
         }
         with whole_folder(folder) as place:
             slot.save(place / run_folder.ADAPTER, metadata)

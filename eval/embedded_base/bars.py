@@ -45,14 +45,15 @@ class Scorers:
     def __init__(self, out: Path, device):
         from dreamtune.metrics import Scorers as Product
 
-        self.product = Product.load(str(out / "dino"), f"local-dir:{out / 'clip'}", device)
+        self.product = Product.load(
+            {"dino": str(out / "dino"), "clip": f"local-dir:{out / 'clip'}"}, device=device
+        )
 
     def images(self, pictures: list[Image.Image], which: str) -> torch.Tensor:
-        extractor = self.product.dino if which == "dino" else self.product.clip
-        return extractor.images(pictures).cpu()
+        return self.product.extractors[which].images(pictures).cpu()
 
     def texts(self, captions: list[str]) -> torch.Tensor:
-        return self.product.clip.texts(captions).cpu()
+        return self.product.extractors["clip"].texts(captions).cpu()
 
 
 def autoencoder_psnr(scenes: Scenes, vae, n: int = 256) -> float:

@@ -1,12 +1,11 @@
-"""Images and texts to features: a transformers ViT (DINO) and an open_clip model (CLIP).
+"""DINO: how alike generated images and photos are to a self-supervised vision transformer.
 
-Both load embedded and real weights by the same code, resize with PIL (antialiased; a tensor resize
-without antialiasing moves pixels by 6/255 on average) and return L2-normalised float32 rows.
+Pictures are resized with PIL (antialiased; a tensor resize without antialiasing moves pixels by
+6/255 on average); features are L2-normalised float32 rows.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,21 +14,18 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
+from dreamtune.metrics.extractor import Extractor, weights_hash
 from dreamtune.metrics.features import normalize
-from dreamtune.metrics.names import (
-    cache_if_unreachable,
-    cannot_load,
-    clip_arguments,
-    place_of,
-    public_name,
-)
+from dreamtune.metrics.names import cache_if_unreachable, cannot_load, place_of, public_name
+from dreamtune.metrics.similarity import photo_similarity
+from dreamtune.metrics.table import register
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class Dino:
+class Dino(Extractor):
     """CLS token of the last layer of a ViT, after its final norm (Caron et al. 2021).
 
     Mean, standard deviation, filter and sizes come from the folder's `preprocessor_config.json`,
@@ -43,11 +39,13 @@ class Dino:
         ValueError: nothing can be loaded by that name, or the file lacks weights.
     """
 
+    name, default, libraries = "dino", "facebook/dino-vits16", ("transformers",)
+
     def __init__(
         self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
         self.device, self.dtype = torch.device(device), dtype
-        self.model, settings = _load_vit(place_of("dino", name), name)
+        self.model, settings = _load_vit(place_of(self.name, name), name)
         self.model.to(self.device, dtype).eval().requires_grad_(False)
         side = self.model.config.image_size
         self.resize, self.crop = _sizes(settings, side)
@@ -92,93 +90,7 @@ class Dino:
         return torch.cat(rows)
 
 
-class Clip:
-    """Image and text features of an open_clip model, through its own transforms and tokenizer.
-
-    Args:
-        name: `local-dir:<folder>` (or just the folder), `hf-hub:<id>`, `<architecture>:<tag or
-            file>` such as `ViT-B-32:openai`, an architecture alone (tag `openai`), or "embedded".
-
-    Raises:
-        ValueError: nothing can be loaded by that name.
-    """
-
-    def __init__(
-        self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> None:
-        import open_clip
-
-        self.device, self.dtype = torch.device(device), dtype
-        arguments = clip_arguments(name)
-        try:
-            with cache_if_unreachable(arguments["model_name"]):
-                self.model, self.transform = open_clip.create_model_from_pretrained(**arguments)
-                self.tokenizer = open_clip.get_tokenizer(arguments["model_name"])
-        except Exception as error:  # open_clip wraps what went wrong in several types
-            raise cannot_load("CLIP", name, "--clip", "ViT-B-32:openai", error) from error
-        self.model.to(self.device, dtype).eval().requires_grad_(False)
-        self._check_vocabulary(name)
-        self._texts: dict[str, Tensor] = {}
-        settings = self.model.visual.preprocess_cfg
-        self.protocol = {
-            "model": public_name(name),
-            "weights": weights_hash(self.model),
-            "quick_gelu": bool(arguments.get("force_quick_gelu", False)),
-            "resize": settings["size"],
-            "resize_mode": settings["resize_mode"],
-            "filter": f"PIL {settings['interpolation']}, antialiased",
-            "mean": list(settings["mean"]),
-            "std": list(settings["std"]),
-            "dtype": str(dtype).removeprefix("torch."),
-        }
-
-    @torch.no_grad()
-    def images(self, images: Sequence[Image.Image], batch_size: int = 32) -> Tensor:
-        """Features (N, D) on the CPU."""
-        rows = []
-        for start in range(0, len(images), batch_size):
-            part = [self.transform(i.convert("RGB")) for i in images[start : start + batch_size]]
-            batch = torch.stack(part).to(self.device, self.dtype)
-            rows.append(normalize(self.model.encode_image(batch).float().cpu()))
-        return torch.cat(rows)
-
-    @torch.no_grad()
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        """Features (N, D) on the CPU; each distinct text is encoded once in this object's life."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
-        if new:
-            features = self.model.encode_text(self.tokenizer(new).to(self.device))
-            self._texts.update(zip(new, normalize(features.float().cpu())))
-        return torch.stack([self._texts[text] for text in texts])
-
-    def _check_vocabulary(self, name: str) -> None:
-        # Without `hf_tokenizer_name` in its text_cfg, open_clip gives a folder the tokenizer of
-        # OpenAI's CLIP and the ids do not fit, or worse, fit.
-        inner = getattr(self.tokenizer, "tokenizer", self.tokenizer)
-        vocabulary = len(inner) if hasattr(inner, "__len__") else inner.vocab_size
-        text = getattr(self.model, "text", self.model)
-        rows = getattr(text, "vocab_size", vocabulary)
-        if vocabulary > rows:
-            raise ValueError(
-                f"CLIP `{name}`: the tokenizer has {vocabulary} tokens, the text model {rows}; set "
-                "`hf_tokenizer_name` in the `text_cfg` of its open_clip_config.json and put the "
-                "tokenizer's files beside it"
-            )
-
-
-def weights_hash(model: nn.Module) -> str:
-    """Short hash of names, shapes and 64 spread values of every tensor, in float32.
-
-    Tells two sets of weights apart without reading gigabytes twice.
-    """
-    digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        flat = value.detach().flatten()
-        digest.update(f"{key}{tuple(value.shape)}".encode())
-        if flat.numel():
-            chosen = torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64).long()
-            digest.update(flat[chosen.to(flat.device)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+register(photo_similarity("dino", "DINO", Dino))
 
 
 def _load_vit(folder: str, name: str) -> tuple[Any, dict[str, Any]]:
@@ -196,7 +108,7 @@ def _load_vit(folder: str, name: str) -> tuple[Any, dict[str, Any]]:
             model, report = AutoModel.from_pretrained(folder, output_loading_info=True, **options)
             settings = _preprocessor(folder)
     except Exception as error:  # hub, HTTP and file errors of three libraries
-        raise cannot_load("DINO", name, "--dino", "facebook/dino-vits16", error) from error
+        raise cannot_load("DINO", name, "--dino", Dino.default, error) from error
     finally:
         if bars:
             logging.enable_progress_bar()

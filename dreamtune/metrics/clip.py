@@ -1,0 +1,99 @@
+"""CLIP-I and CLIP-T: generated images against photos and against their prompts, to a CLIP model.
+
+Any model that open_clip loads, through its own transforms and tokenizer; features are L2-normalised
+float32 rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dreamtune.metrics.extractor import TextExtractor, weights_hash
+from dreamtune.metrics.features import normalize
+from dreamtune.metrics.names import cache_if_unreachable, cannot_load, clip_arguments, public_name
+from dreamtune.metrics.similarity import photo_similarity, prompt_similarity
+from dreamtune.metrics.table import register
+
+
+class Clip(TextExtractor):
+    """Image and text features of an open_clip model, through its own transforms and tokenizer.
+
+    Args:
+        name: `local-dir:<folder>` (or just the folder), `hf-hub:<id>`, `<architecture>:<tag or
+            file>` such as `ViT-B-32:openai`, an architecture alone (tag `openai`), or "embedded".
+
+    Raises:
+        ValueError: nothing can be loaded by that name.
+    """
+
+    name, default, libraries = "clip", "ViT-B-32:openai", ("open_clip_torch",)
+
+    def __init__(
+        self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        import open_clip
+
+        self.device, self.dtype = torch.device(device), dtype
+        arguments = clip_arguments(name)
+        try:
+            with cache_if_unreachable(arguments["model_name"]):
+                self.model, self.transform = open_clip.create_model_from_pretrained(**arguments)
+                self.tokenizer = open_clip.get_tokenizer(arguments["model_name"])
+        except Exception as error:  # open_clip wraps what went wrong in several types
+            raise cannot_load("CLIP", name, "--clip", self.default, error) from error
+        self.model.to(self.device, dtype).eval().requires_grad_(False)
+        self._check_vocabulary(name)
+        self._texts: dict[str, Tensor] = {}
+        settings = self.model.visual.preprocess_cfg
+        self.protocol = {
+            "model": public_name(name),
+            "weights": weights_hash(self.model),
+            "quick_gelu": bool(arguments.get("force_quick_gelu", False)),
+            "resize": settings["size"],
+            "resize_mode": settings["resize_mode"],
+            "filter": f"PIL {settings['interpolation']}, antialiased",
+            "mean": list(settings["mean"]),
+            "std": list(settings["std"]),
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+
+    @torch.no_grad()
+    def images(self, images: Sequence[Image.Image], batch_size: int = 32) -> Tensor:
+        """Features (N, D) on the CPU."""
+        rows = []
+        for start in range(0, len(images), batch_size):
+            part = [self.transform(i.convert("RGB")) for i in images[start : start + batch_size]]
+            batch = torch.stack(part).to(self.device, self.dtype)
+            rows.append(normalize(self.model.encode_image(batch).float().cpu()))
+        return torch.cat(rows)
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Features (N, D) on the CPU; each distinct text is encoded once in this object's life."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
+        if new:
+            features = self.model.encode_text(self.tokenizer(new).to(self.device))
+            self._texts.update(zip(new, normalize(features.float().cpu())))
+        return torch.stack([self._texts[text] for text in texts])
+
+    def _check_vocabulary(self, name: str) -> None:
+        # Without `hf_tokenizer_name` in its text_cfg, open_clip gives a folder the tokenizer of
+        # OpenAI's CLIP and the ids do not fit, or worse, fit.
+        inner = getattr(self.tokenizer, "tokenizer", self.tokenizer)
+        vocabulary = len(inner) if hasattr(inner, "__len__") else inner.vocab_size
+        text = getattr(self.model, "text", self.model)
+        rows = getattr(text, "vocab_size", vocabulary)
+        if vocabulary > rows:
+            raise ValueError(
+                f"CLIP `{name}`: the tokenizer has {vocabulary} tokens, the text model {rows}; set "
+                "`hf_tokenizer_name` in the `text_cfg` of its open_clip_config.json and put the "
+                "tokenizer's files beside it"
+            )
+
+
+register(photo_similarity("clip_i", "CLIP-I", Clip))
+register(prompt_similarity("clip_t", "CLIP-T", Clip))

@@ -1,0 +1,149 @@
+"""The table of metrics: what each is called, computed from and compared with.
+
+Records, the progress bar, the page, the table of several runs and the adapter's file go over it, in
+its order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from dreamtune.metrics.extractor import Extractor
+
+
+@dataclass(frozen=True)
+class Features:
+    """One extractor's features of one scoring, float32 on the CPU.
+
+    images (N, D); photos (M, D); index (N,), the row of the distinct prompt that image i was made
+    from; texts (P, D), one row for each distinct prompt, None of an extractor without texts;
+    held_out (H, D), photos of the subject that nothing was trained on, None where there are none.
+    """
+
+    images: Tensor
+    photos: Tensor
+    index: Tensor
+    texts: Tensor | None = None
+    held_out: Tensor | None = None
+
+
+Score = Callable[[Features], "Tensor | float | None"]
+"""A tensor (N,) with one value an image, one number for all, or None where there is nothing to
+compare."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a metric's curve is read against, kept in records as `<metric>_<suffix>`.
+
+    constant: the same at every step, drawn as a level; else a second curve.
+    """
+
+    suffix: str
+    title: str
+    score: Score
+    pairing: str
+    constant: bool
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One line of the table.
+
+    Args:
+        key: in metrics.jsonl.
+        title: for people.
+        extractor: what `score` gets the features of.
+        score: pure function of features.
+        pairing: what is compared with what and how it is averaged, for the protocol.
+        comparison: what to read it against.
+        format: of its numbers.
+        while_training: computed at every validation; else only where asked for by key.
+    """
+
+    key: str
+    title: str
+    extractor: type[Extractor]
+    score: Score
+    pairing: str
+    comparison: Comparison | None = None
+    format: str = ".3f"
+    while_training: bool = True
+
+    @property
+    def functions(self) -> dict[str, tuple[Score, str]]:
+        """(function, pairing) of each key that this metric puts into a record."""
+        keys = {self.key: (self.score, self.pairing)}
+        if self.comparison is not None:
+            keys[self.comparison_key] = (self.comparison.score, self.comparison.pairing)
+        return keys
+
+    @property
+    def comparison_key(self) -> str:
+        return "" if self.comparison is None else f"{self.key}_{self.comparison.suffix}"
+
+    def text(self, record: Mapping[str, Any], missing: str = "–") -> str:
+        """Its number in a record."""
+        return missing if (value := record.get(self.key)) is None else format(value, self.format)
+
+    def comparison_text(self, record: Mapping[str, Any]) -> str:
+        """Title and number of what it is read against, "" where the record has none."""
+        value = record.get(self.comparison_key)
+        if self.comparison is None or value is None:
+            return ""
+        return f"{self.comparison.title} {value:{self.format}}"
+
+
+_TABLE: dict[str, Metric] = {}
+METRICS: Mapping[str, Metric] = MappingProxyType(_TABLE)
+
+
+def register(metric: Metric) -> Metric:
+    """`METRICS[metric.key]`.
+
+    Raises:
+        ValueError: one of its keys is taken, or another extractor has its extractor's name.
+    """
+    for other in _TABLE.values():
+        if taken := [key for key in metric.functions if key in other.functions]:
+            raise ValueError(f"metric key `{taken[0]}` is taken by `{other.title}`")
+        ours, theirs = metric.extractor, other.extractor
+        if ours.name == theirs.name and ours is not theirs:
+            raise ValueError(f"extractor name `{ours.name}` is taken by `{theirs.__module__}`")
+    _TABLE[metric.key] = metric
+    return metric
+
+
+def find_metrics(keys: Iterable[str] | None = None) -> list[Metric]:
+    """The metrics of those keys; without keys all that are computed while training.
+
+    Raises:
+        ValueError: there is no such metric.
+    """
+    if keys is None:
+        return [metric for metric in METRICS.values() if metric.while_training]
+    keys = list(keys)
+    if unknown := [key for key in keys if key not in METRICS]:
+        raise ValueError(f"unknown metric `{unknown[0]}`. Metrics: {', '.join(METRICS)}")
+    return [METRICS[key] for key in keys]
+
+
+def scored(records: Iterable[Mapping[str, Any]]) -> list[Metric]:
+    """The metrics that any of the records has a number of."""
+    records = list(records)
+    return [m for m in METRICS.values() if any(r.get(m.key) is not None for r in records)]
+
+
+def scores_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics' own numbers in a record, without what they are compared with."""
+    return {metric.key: record[metric.key] for metric in scored([record])}
+
+
+def scores_text(record: Mapping[str, Any]) -> str:
+    """`DINO 0.512 CLIP-I 0.734`, of the metrics that the record has."""
+    return " ".join(f"{metric.title} {metric.text(record)}" for metric in scored([record]))
