@@ -53,6 +53,8 @@ def test_kernels_compile(target: int, lanes: int) -> None:
     ]  # fmt: skip
     for name in names:
         kernel = getattr(module, name)
+        declared = {p.name: p.annotation_type for p in kernel.params}
+        assert declared.get("eps", "fp64") == "fp64", "a Python float goes in as float32"
         kinds: dict[str, str] = {}
         for argument in kernel.arg_names:
             if argument in constants:
@@ -60,7 +62,7 @@ def test_kernels_compile(target: int, lanes: int) -> None:
             elif argument.endswith("_ptr"):
                 kinds[argument] = "*fp32" if argument in ("part_ptr", "stat_ptr") else "*bf16"
             else:
-                kinds[argument] = "fp32" if argument == "eps" else "i32"
+                kinds[argument] = declared[argument] or "i32"
         own = {k: v for k, v in constants.items() if k in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=kinds, constexprs=own, attrs={})
         assert "ptx" in triton.compile(source, target=GPUTarget("cuda", target, 32)).asm
