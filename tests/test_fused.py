@@ -1,5 +1,5 @@
-"""The fused step. Without a GPU its kernels run in Triton's interpreter, which takes what the
-compiler does not: so they are compiled too, for two makes of GPU.
+"""The fused step. Its kernels run in Triton's interpreter, which takes what the compiler does not:
+so they are compiled too, for two makes of GPU, and run on one where there is one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from dreamtune.config import Config
 from dreamtune.run import Run
 
 pytest.importorskip("triton", reason="triton is not on this platform")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(fused_ops.__file__).parent
 
 
@@ -68,8 +67,14 @@ def test_kernels_compile(target: int, lanes: int) -> None:
         assert "ptx" in triton.compile(source, target=GPUTarget("cuda", target, 32)).asm
 
 
-def test_kernels_equal_torch() -> None:
-    environment = {**os.environ} if DEVICE == "cuda" else {**os.environ, "TRITON_INTERPRET": "1"}
+INTERPRETED = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.mark.parametrize(
+    "more", [pytest.param(INTERPRETED, id="cpu"), pytest.param({}, id="gpu", marks=pytest.mark.gpu)]
+)
+def test_kernels_equal_torch(more: dict[str, str]) -> None:
+    environment = {**os.environ, **more}
     command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, str(Path(__file__).parent / "kernel_parity.py")],
