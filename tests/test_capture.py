@@ -25,8 +25,6 @@ STEPS = 50
 # order of sums in some of them is not fixed.
 TOLERANCE = 1e-8
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 
 def on_cuda(method: str, slots: list[int], **options: Any) -> tuple[Any, Any]:
     return make(method, slots, device="cuda", **options)
@@ -36,7 +34,7 @@ def gap(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max(((a[n] - b[n]).abs().max() / b[n].abs().max().clamp_min(1e-12)).item() for n in a)
 
 
-@needs_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("method", ["lora", "delora", "ether", "ether+"])
 @pytest.mark.parametrize("slots", [[0], [0, 1, 2]])
 def test_captured_equals_eager(method: str, slots: list[int]) -> None:
@@ -52,7 +50,7 @@ def test_captured_equals_eager(method: str, slots: list[int]) -> None:
     assert gap(step.state_dict(), eager.state_dict()) < TOLERANCE
 
 
-@needs_cuda
+@pytest.mark.gpu
 def test_warm_up_leaves_no_trace_and_replays_differ() -> None:
     _, step = on_cuda("delora", [0])
     captured = CapturedStep(step)
@@ -66,7 +64,7 @@ def test_warm_up_leaves_no_trace_and_replays_differ() -> None:
     assert step.optimizer.count.item() == 5
 
 
-@needs_cuda
+@pytest.mark.gpu
 def test_what_is_cached_by_version_sees_the_replay() -> None:
     """Sampling between replays must not use the factors of the sampling before."""
     adapter, step = on_cuda("delora", [0])
@@ -84,7 +82,7 @@ def test_what_is_cached_by_version_sees_the_replay() -> None:
         assert torch.equal(step.unet(*row, return_dict=False)[0], said[2])
 
 
-@needs_cuda
+@pytest.mark.gpu
 def test_a_step_is_captured_after_eager_ones() -> None:
     eager_adapter, eager = on_cuda("delora", [0])
     adapter, step = on_cuda("delora", [0])
@@ -106,7 +104,7 @@ def said_by(adapter: Any, batch: int, route: list[int] | None) -> torch.Tensor:
     return said
 
 
-@needs_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("method", ["lora", "delora", "ether", "ether+"])
 @pytest.mark.parametrize("slots, routes", [([0], [None]), ([0, 1, 2], [[2, 0, 1], [1, 1, 0]])])
 def test_replayed_forward_equals_eager(
@@ -164,7 +162,7 @@ def test_a_refresh_lets_go_of_the_graph_before() -> None:
     assert seen and all(x is None for x in seen)
 
 
-@needs_cuda
+@pytest.mark.gpu
 def test_a_replaced_parameter_is_an_error() -> None:
     _, step = on_cuda("lora", [0])
     captured = CapturedStep(step)
@@ -174,7 +172,7 @@ def test_a_replaced_parameter_is_an_error() -> None:
         captured(1, 1.0)
 
 
-@needs_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("capture", ["on", "off"])
 def test_killed_and_resumed_equals_whole(
     settings: dict[str, Any],  # noqa: F811

@@ -1,5 +1,5 @@
-"""The fused step. Without a GPU its kernels run in Triton's interpreter, which takes what the
-compiler does not: so they are compiled too, for two makes of GPU.
+"""The fused step. Its kernels run in Triton's interpreter, which takes what the compiler does not:
+so they are compiled too, for two makes of GPU, and run on one where there is one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from dreamtune.injection.attention import JointProjections
 from dreamtune.training.run import Run
 
 pytest.importorskip("triton", reason="triton is not on this platform")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(ops.__file__).parent
 
 
@@ -54,6 +53,8 @@ def test_kernels_compile(target: int, lanes: int) -> None:
     ]  # fmt: skip
     for name in names:
         kernel = getattr(module, name)
+        declared = {p.name: p.annotation_type for p in kernel.params}
+        assert declared.get("eps", "fp64") == "fp64", "a Python float goes in as float32"
         kinds: dict[str, str] = {}
         for argument in kernel.arg_names:
             if argument in constants:
@@ -61,14 +62,20 @@ def test_kernels_compile(target: int, lanes: int) -> None:
             elif argument.endswith("_ptr"):
                 kinds[argument] = "*fp32" if argument in ("part_ptr", "stat_ptr") else "*bf16"
             else:
-                kinds[argument] = "fp32" if argument == "eps" else "i32"
+                kinds[argument] = declared[argument] or "i32"
         own = {k: v for k, v in constants.items() if k in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=kinds, constexprs=own, attrs={})
         assert "ptx" in triton.compile(source, target=GPUTarget("cuda", target, 32)).asm
 
 
-def test_kernels_equal_torch() -> None:
-    environment = {**os.environ} if DEVICE == "cuda" else {**os.environ, "TRITON_INTERPRET": "1"}
+INTERPRETED = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.mark.parametrize(
+    "more", [pytest.param(INTERPRETED, id="cpu"), pytest.param({}, id="gpu", marks=pytest.mark.gpu)]
+)
+def test_kernels_equal_torch(more: dict[str, str]) -> None:
+    environment = {**os.environ, **more}
     command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, str(Path(__file__).parent / "kernel_parity.py")],

@@ -6,7 +6,8 @@ float64), in an order that does not change.
 
 A group norm is two kernels, each way: sums by group over parts of the rows, then the values. A
 program looks at `span` channels, which are whole groups. Flags are arguments, not constants: each
-variant would be compiled, at a second or so apiece, the first time on a machine.
+variant would be compiled, at a second or so apiece, the first time on a machine. `eps` has its type
+stated: without one a Python float goes in as float32, and 1e-5 is then off by 2.5e-13.
 
 Loads stand before what is computed from them, and what only the end needs is computed there: the
 compiler keeps the order, and a version written otherwise cost 4% of a step.
@@ -93,7 +94,7 @@ def group_sums(
 )
 def group_apply(
     x_ptr, add_ptr, weight_ptr, bias_ptr, part_ptr, stat_ptr, y_ptr,
-    rows, width, span, per_group, rows_each, parts, eps, add, silu,
+    rows, width, span, per_group, rows_each, parts, eps: tl.float64, add, silu,
     GROUPS: tl.constexpr, LANES: tl.constexpr,
     ROWS: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -107,7 +108,8 @@ def group_apply(
     first, second = _sum_parts(part_ptr, n, parts, block, blocks, PARTS, GROUPS)
     count = (rows * per_group).to(ACC)
     mean = first / count
-    scale = 1 / tl.sqrt(tl.maximum(second / count - mean * mean, 0.0) + eps)
+    variance = tl.maximum(second / count - mean * mean, 0.0)
+    scale = 1 / tl.sqrt(variance + tl.full([GROUPS], eps, ACC))
     if part == 0:
         kept = stat_ptr + (n * blocks + block) * (2 * GROUPS) + group
         tl.store(kept, mean)
@@ -223,8 +225,8 @@ def group_apply_back(
 
 @triton.jit(do_not_specialize=["rows", "eps", "more"])
 def layer_norm(
-    x_ptr, more_ptr, weight_ptr, bias_ptr, sum_ptr, stat_ptr, y_ptr, rows, width, eps, more,
-    LANES: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
+    x_ptr, more_ptr, weight_ptr, bias_ptr, sum_ptr, stat_ptr, y_ptr, rows, width, eps: tl.float64,
+    more, LANES: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y = norm(x + more) * weight + bias over the last dimension; keeps the sum, in its dtype."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -239,7 +241,7 @@ def layer_norm(
         x = kept.to(ACC)
     mean = tl.sum(x, 1) / width
     apart = tl.where(mask, x - mean[:, None], 0.0)
-    scale = 1 / tl.sqrt(tl.sum(apart * apart, 1) / width + eps)
+    scale = 1 / tl.sqrt(tl.sum(apart * apart, 1) / width + tl.full([ROWS], eps, ACC))
     tl.store(stat_ptr + r, mean, mask=r < rows)
     tl.store(stat_ptr + rows + r, scale, mask=r < rows)
     weight = tl.load(weight_ptr + c, mask=c < width, other=0.0).to(ACC)
