@@ -147,7 +147,7 @@ def test_eject_gives_the_processors_back() -> None:
     assert [m.processor for m in unet.modules() if hasattr(m, "processor")] == before
 
 
-def test_compiled_blocks_are_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_blocks_are_the_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """`compile_blocks`, traced as for a GPU but run by torch; samples are not compiled for."""
     plain_adapter, plain = make("delora", [0])
     adapter, step = make("delora", [0])
@@ -159,7 +159,7 @@ def test_compiled_blocks_are_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None
         original(module, backend="aot_eager", **options)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "unused")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     fast_unet.compile_blocks(step.unet)
     assert {type(m).__name__ for m in compiled} == {"BasicTransformerBlock"}
     for k in range(2):

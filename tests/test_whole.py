@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,7 +114,12 @@ def checkpoint(folder: Path, version: int) -> None:
     adapter = dreamtune.inject(tiny_unet(), "lora", rank=1)
     disturb(adapter, seed=version)
     state = {"x": torch.full((2,), float(version))}
-    run_folder.save_checkpoint(folder, 3, adapter, state, {"version": version}, limit=None)
+    slot = SimpleNamespace(
+        index=0,
+        save=lambda path, metadata: adapter.save(path, 0, metadata),
+        step=SimpleNamespace(state_dict=lambda index: state),
+    )
+    run_folder.save_checkpoint(folder, 3, slot, {"version": version}, limit=None)
 
 
 def metrics(folder: Path, version: int) -> None:

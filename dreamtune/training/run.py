@@ -16,7 +16,7 @@ from dreamtune.data.photos import read_folder
 from dreamtune.evaluation.selection import Choice, choose_best
 from dreamtune.evaluation.validation import Evaluator
 from dreamtune.files.export import export
-from dreamtune.files.whole import whole_folder
+from dreamtune.files.whole import whole, whole_folder
 from dreamtune.metrics.table import scores_of, scores_text
 from dreamtune.models.stable_diffusion import Base
 from dreamtune.training import run_folder
@@ -106,7 +106,8 @@ class Run:
 
         self.dir.mkdir(parents=True, exist_ok=True)
         values = {**self.config.to_dict(), "resume_from_checkpoint": None}
-        (self.dir / run_folder.CONFIG).write_text(yaml.safe_dump(values, sort_keys=False))
+        with whole(self.dir / run_folder.CONFIG) as partial:
+            partial.write_text(yaml.safe_dump(values, sort_keys=False))
 
     def check(self, slot: Slot, k: int) -> float:
         """The loss, to the tracker too. Raises ValueError if training has come apart."""
