@@ -7,7 +7,6 @@ import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Mapping
-from functools import partial
 from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -18,7 +17,7 @@ from dreamtune.fields import checker, nearest, validated
 
 METHODS_GROUP = "dreamtune.methods"
 # What a method's annotations may come from: modules that are imported here anyway.
-LIGHT = ("typing", "typing_extensions", "pydantic", "annotated_types")
+LIGHT = {"typing", "typing_extensions", "pydantic", "annotated_types"}
 NOT_OPTIONS = ("slots", "generator")
 Signature = dict[str, tuple[Any, Any]]  # option -> type with its range, default
 
@@ -73,15 +72,14 @@ def packaged() -> dict[str, Signature]:
 
 def class_of(point: EntryPoint) -> tuple[ast.ClassDef, Source]:
     """The class that an entry point names, from the file of its module."""
-    parts, places, spec = point.module.split("."), None, None
-    for n in range(1, len(parts) + 1):
-        name = ".".join(parts[:n])
-        find = importlib.util.find_spec if n == 1 else partial(PathFinder.find_spec, path=places)
-        spec = find(name)  # it imports nothing: the package above was found, not imported
-        if spec is None:
-            raise wrong(point, f"there is no module `{name}`")
-        places = spec.submodule_search_locations
-    if spec is None or not str(spec.origin).endswith(".py"):
+    top, *inner = point.module.split(".")
+    spec = importlib.util.find_spec(top)  # of a top-level name: it imports nothing
+    for name in inner:
+        places = spec.submodule_search_locations if spec else None
+        spec = PathFinder.find_spec(name, places) if places else None
+    if spec is None:
+        raise wrong(point, f"there is no module `{point.module}`")
+    if not str(spec.origin).endswith(".py"):
         raise wrong(point, f"`{point.module}` has no source file")
     source = Source(Path(str(spec.origin)))
     if point.attr not in source.classes:
@@ -99,7 +97,7 @@ class Source:
         self.path = path
         body = ast.parse(path.read_text(encoding="utf-8")).body
         self.classes = {node.name: node for node in body if isinstance(node, ast.ClassDef)}
-        light = [n for n in body if isinstance(n, ast.ImportFrom) and n.module in LIGHT]
+        light = [n for n in body if modules_of(n) and modules_of(n) <= LIGHT]
         self.names: dict[str, Any] = {}
         exec(compile(ast.Module(light, []), str(path), "exec"), self.names)  # type: ignore[arg-type]
 
@@ -119,11 +117,19 @@ class Source:
 
     def value(self, node: ast.expr | None, otherwise: Any) -> Any:
         """Otherwise: what is made of other names. The class itself knows, when it is imported."""
+        if node is None:
+            return otherwise
         try:
-            expression = ast.Expression(node or ast.Constant(otherwise))
-            return eval(compile(ast.fix_missing_locations(expression), "", "eval"), self.names)
+            return eval(compile(ast.Expression(node), str(self.path), "eval"), self.names)
         except NameError:
             return otherwise
+
+
+def modules_of(node: ast.stmt) -> set[str | None]:
+    """What an import statement imports from; nothing for another statement."""
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    return {node.module} if isinstance(node, ast.ImportFrom) else set()
 
 
 def name_of(node: ast.ClassDef) -> str | None:

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
+from pydantic import PositiveInt
 from tiny import tiny_unet
 
 import dreamtune
@@ -135,11 +137,48 @@ def test_help_knows_it_without_importing_it(outside: Path) -> None:
     assert "  scaled      --by 0.0" in done.stdout
 
 
+def test_what_its_source_says_of_its_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Types however they are imported; a constant's value is not known before it is imported; a
+    class has the options of the one that it extends.
+    """
+    site = install(tmp_path / "site", "scaled = outside_pkg:Heir", "outside_pkg/__init__.py")
+    (site / "outside_pkg" / "__init__.py").write_text(
+        """
+import typing as t
+import pydantic
+from dreamtune.adapters import Adapter
+from pydantic import PositiveInt as Count
+SIZE = 3
+class Parent(Adapter):
+    name = "parent"
+    def __init__(self, weight, *, slots=1, generator=None, n: Count = 4, bare=1 / 4,
+                 side: t.Literal["a", "b"] = "a", size: int = SIZE, far: Adapter = None):
+        pass
+class Heir(Parent):
+    name: str = "scaled"
+"""
+    )
+    monkeypatch.syspath_prepend(site)
+    assert signatures()["scaled"] == {
+        "n": (PositiveInt, 4),
+        "bare": (Any, 0.25),
+        "side": (Literal["a", "b"], "a"),
+        "size": (int, None),
+        "far": (Any, None),
+    }
+    assert train_config(["--method", "scaled", "--bare", "x"]).options == {"bare": "x"}
+    with pytest.raises(ValueError, match="`n` must be at least 1, got 0"):
+        train_config(["--method", "scaled", "--n", "0"])
+
+
 @pytest.mark.parametrize(
     ("entry", "why"),
     [
         ("scaled = no_such_pkg:Scaled", "there is no module `no_such_pkg`"),
         ("scaled = outside_pkg.other:Scaled", "there is no module `outside_pkg.other`"),
+        ("scaled = outside_pkg.methods.scaled:Scaled", "no module `outside_pkg.methods.scaled`"),
         ("scaled = outside_pkg.methods:Scald", "`methods.py` defines no class `Scald`"),
         ("scaled = outside_pkg.methods", "it must name `module:Class`"),
         ("scald = outside_pkg.methods:Scaled", "the `name` of `Scaled` is 'scaled'"),
