@@ -287,7 +287,7 @@ class Config:
 
 
 class Settings(Config):
-    """A config with nothing left to guess, as `prepare.resolve` returns it."""
+    """A config with nothing left to guess, as `training.defaults.resolve` returns it."""
 
     identifier: str
     resolution: int

@@ -96,7 +96,7 @@ def test_a_fused_step_is_the_step() -> None:
     plain_adapter, plain = make("delora", [0, 1], device=DEVICE)
     adapter, step = make("delora", [0, 1], device=DEVICE)
     before = adapter.state_dict(0)
-    done = fast_unet.fuse(step.unet)
+    done = fast_unet.fuse(adapter.model)
     assert not done.left and len(done.modules) > 10
     plain(0, 1.0)
     step(0, 1.0)
@@ -109,4 +109,4 @@ def test_a_fused_step_is_the_step() -> None:
     moved = adapter.state_dict(0)
     assert max((before[n] - moved[n]).abs().max().item() for n in before) > 1e-4
     done.undo()
-    assert not any("forward" in m.__dict__ for m in step.unet.modules())
+    assert not any("forward" in m.__dict__ for m in adapter.model.modules())

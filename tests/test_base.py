@@ -74,7 +74,7 @@ def test_folder(tiny_pipeline_dir: Path, tiny_v_pipeline_dir: Path) -> None:
     eps, v = load_base(str(tiny_pipeline_dir)), load_base(str(tiny_v_pipeline_dir))
     assert (eps.resolution, eps.prediction_type, eps.zero_snr) == (16, "epsilon", False)
     assert (v.resolution, v.prediction_type, v.zero_snr) == (16, "v_prediction", True)
-    assert v.alpha_bar()[-1].item() == pytest.approx(0, abs=1e-6)
+    assert v.process().alpha_bar[-1].item() == pytest.approx(0, abs=1e-6)
     assert eps.id == tiny_pipeline_dir.name
     assert not any(p.requires_grad for p in eps.unet.parameters())
     changed = load_base(str(tiny_pipeline_dir), prediction_type="v_prediction")
@@ -98,7 +98,7 @@ def test_encode_images_of_both_autoencoders(
 
 def test_prompts_are_encoded_as_the_pipeline_does(tiny_pipeline_dir: Path) -> None:
     base = load_base(str(tiny_pipeline_dir))
-    ours = base.encode_prompts(["a dog", "a cat"])
+    ours = base.encode_prompts(["a dog", "a cat"])["prompt_embeds"]
     theirs, _ = base.pipeline().encode_prompt(["a dog", "a cat"], "cpu", 1, False)
     assert (ours - theirs).abs().max() < 1e-6
 
@@ -148,4 +148,4 @@ def test_single_file_loads_offline_as_the_same_models(
         loaded, wanted = getattr(base, name).state_dict(), original.state_dict()
         assert loaded.keys() == wanted.keys()
         assert all(torch.equal(loaded[k], wanted[k]) for k in wanted), name
-    assert base.encode_prompts(["a sks dog"]).shape == (1, 77, 768)
+    assert base.encode_prompts(["a sks dog"])["prompt_embeds"].shape == (1, 77, 768)

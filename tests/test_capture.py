@@ -75,11 +75,11 @@ def test_what_is_cached_by_version_sees_the_replay() -> None:
     for k in range(3):
         captured(k, 1.0)
         with torch.no_grad():
-            said.append(step.unet(*row, return_dict=False)[0])
+            said.append(adapter.model(*row, return_dict=False)[0])
     assert not torch.equal(said[0], said[1]) and not torch.equal(said[1], said[2])
     with torch.no_grad():
         adapter.refresh()
-        assert torch.equal(step.unet(*row, return_dict=False)[0], said[2])
+        assert torch.equal(adapter.model(*row, return_dict=False)[0], said[2])
 
 
 @pytest.mark.gpu

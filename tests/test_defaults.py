@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 
 from dreamtune import embedded
 from dreamtune.adapters import METHODS, resolve_options
-from dreamtune.config import FIELDS, Config
+from dreamtune.config import FIELDS, Config, Settings
 from dreamtune.data.words import read_words
+from dreamtune.models.stable_diffusion import StableDiffusion
 from dreamtune.training.defaults import resolve
 
 WORDS = read_words("a sks apple")
@@ -33,7 +35,9 @@ def fake_base(**changes: Any) -> Any:
         "dtype": torch.float32,
         "device": torch.device("cpu"),
     }
-    return SimpleNamespace(**plain | changes)
+    base = SimpleNamespace(**plain | changes)
+    base.sampling_defaults = partial(StableDiffusion.sampling_defaults, base)  # type: ignore[arg-type]
+    return base
 
 
 def resolved(base: Any, **settings: Any) -> Config:
@@ -194,3 +198,19 @@ def test_every_other_setting_is_filled_in(resolution: int) -> None:
     assert empty == STAY
     stated = {name for name, f in FIELDS.items() if f.default is None}
     assert all(FIELDS[name].metadata["shown"] for name in stated - {"checkpoints_total_limit"})
+
+
+def test_resolve_leaves_nothing_to_guess() -> None:
+    settings = resolved(fake_base(), with_prior_preservation=True)
+    assert type(settings) is Settings
+    assert type(dataclasses.replace(settings, seed=3)) is Settings
+    assert all(getattr(settings, name) is not None for name in Settings.__annotations__)
+    assert settings.to_dict().keys() == FIELDS.keys()
+
+
+def test_settings_refuse_a_gap() -> None:
+    values = resolved(fake_base()).to_dict()
+    with pytest.raises(ValueError, match="not resolved: `device`, `clip`"):
+        Settings(**{**values, "clip": None, "device": None})
+    with pytest.raises(ValueError, match="`resolution` must be a multiple of 8, got 12"):
+        Settings(**{**values, "resolution": 12})

@@ -160,7 +160,7 @@ def test_compiled_blocks_are_the_blocks(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    fast_unet.compile_blocks(step.unet)
+    fast_unet.compile_blocks(adapter.model)
     assert {type(m).__name__ for m in compiled} == {"BasicTransformerBlock"}
     for k in range(2):
         plain(k, 1.0)

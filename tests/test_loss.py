@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dreamtune.training.loss import add_noise, min_snr_weight, slot_losses, target
+from dreamtune.models.diffusion import add_noise, min_snr_weight, target
+from dreamtune.training.loss import slot_losses
 
 
 def test_noise_and_targets() -> None:

@@ -37,7 +37,7 @@ def test_a_process_without_dreamtune_gets_the_trained_images(tmp_path: Path) -> 
     settings = {"max_train_steps": 6, "validation_steps": 0, "num_inference_steps": 1}
     config = Config(**settings, device="cpu", output_dir=str(tmp_path / "run"))
     run = Run(config)
-    run.open(base_of(run.config))
+    run.open(base_of(run.given))
     wave = Wave(run.base, {"fox": run})
     for k in range(6):
         wave.advance(k)

@@ -93,7 +93,9 @@ def test_prompts_and_seeds_matter(pipe):
 def test_embeddings_stand_in_for_prompts(pipe):
     embeds, _ = pipe.encode_prompt(PROMPTS, "cpu", 1, False)
     one = sample_tensor(pipe, PROMPTS, SEEDS, **OPTIONS)
-    other = sample_tensor(pipe, PROMPTS, SEEDS, prompt_embeds=embeds, batch_size=4, **OPTIONS)
+    other = sample_tensor(
+        pipe, PROMPTS, SEEDS, arguments={"prompt_embeds": embeds}, batch_size=4, **OPTIONS
+    )
     assert (one - other).abs().max() < 1e-4
 
 

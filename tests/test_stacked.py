@@ -387,7 +387,7 @@ def test_the_largest_wave_that_fits(
 
     common |= photos_of(photo_dir)
     _, runs, base = get_ready(Config(**common, sweep=[f"seed={','.join(map(str, range(16)))}"]))
-    needs, weights = iter([8.0, 30.0, 35.0]), base.unet.state_dict()
+    needs, weights = iter([8.0, 30.0, 35.0]), base.network.state_dict()
     before = {k: v.clone() for k, v in weights.items()}
 
     def peak(base: Any, work: Any) -> float:
@@ -398,6 +398,6 @@ def test_the_largest_wave_that_fits(
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 100))
     assert fit.largest_wave(base, list(runs.values())) == 11
-    after = base.unet.state_dict()
+    after = base.network.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     assert [fit.wave_size(50, 60, 61, 9), fit.wave_size(50, 10, 10, 9)] == [1, 9]

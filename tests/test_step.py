@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from tiny import tiny_unet
 
 from dreamtune import METHODS, inject
+from dreamtune.models.diffusion import Diffusion
+from dreamtune.models.stable_diffusion import predict
 from dreamtune.training.cache import Cache
 from dreamtune.training.optim import SlotAdamW
 from dreamtune.training.step import Step, StepSettings, draw, mix
@@ -23,12 +26,17 @@ def cache(spread: bool = True, device: str = "cpu") -> Cache:
     mean, std = torch.randn(2, 12, 4, 8, 8, generator=g, dtype=DTYPE)
     prompts = torch.randn(4, 5, 24, generator=g, dtype=DTYPE)
     mean, std, prompts = mean.to(device), std.to(device).abs() * 0.1, prompts.to(device)
-    return Cache(mean, std if spread else None, torch.arange(12, device=device) % 4, prompts)
+    caption = torch.arange(12, device=device) % 4
+    return Cache(mean, std if spread else None, caption, {"prompt_embeds": prompts})
 
 
 # three subjects of different size, and their class images
 PHOTOS = [torch.arange(0, 2), torch.arange(2, 5), torch.tensor([5, 5, 6, 7])]
 CLASSES = [torch.arange(8, 10), torch.arange(9, 12), torch.arange(8, 12)]
+
+
+def process(timesteps: int) -> Diffusion:
+    return Diffusion(torch.linspace(0.999, 0.001, timesteps))
 
 
 def make(method: str, slots: list[int], device: str = "cpu", **settings: Any) -> tuple[Any, Step]:
@@ -37,16 +45,15 @@ def make(method: str, slots: list[int], device: str = "cpu", **settings: Any) ->
     groups = [adapter.parameter_groups(RATES[s], 0.01) for s in slots]
     pools = [[pool[s].to(device) for s in slots] for pool in (PHOTOS, CLASSES)]
     alpha_bar = torch.linspace(0.999, 0.001, 50, dtype=DTYPE, device=device)
-    options = StepSettings(**{"batch": 2, "snr_gamma": 5.0, "max_grad_norm": 1e-3, **settings})
+    options = StepSettings(**{"batch": 2, "max_grad_norm": 1e-3, **settings})
     step = Step(
-        unet,
+        partial(predict, unet, DTYPE),
         SlotAdamW(groups),
         cache(device=device),
         pools,
-        alpha_bar,
+        Diffusion(alpha_bar, snr_gamma=5.0),
         [SEEDS[s] for s in slots],
         options,
-        DTYPE,
     )
     return adapter, step
 
@@ -89,7 +96,7 @@ def test_a_slot_with_nan_does_not_disturb_the_others() -> None:
 def test_draws_are_a_function_of_seed_and_step() -> None:
     def drawn(seed: int, k: int) -> Any:
         generator = torch.Generator().manual_seed(mix(seed, k))
-        return draw(cache(), [[torch.arange(6)]], [generator], 4, 1000)
+        return draw(cache(), [[torch.arange(6)]], [generator], 4, process(1000))
 
     first, again, other = drawn(0, 7), drawn(0, 7), drawn(0, 8)
     assert torch.equal(first.noise, again.noise)
@@ -102,7 +109,7 @@ def test_a_batch_has_different_photos_and_spread_timesteps() -> None:
     counts, quarters = torch.zeros(5), torch.zeros(4)
     for k in range(400):
         generator = torch.Generator().manual_seed(mix(0, k))
-        d = draw(cache(), [[torch.arange(5)]], [generator], 4, 1000)
+        d = draw(cache(), [[torch.arange(5)]], [generator], 4, process(1000))
         assert len(set(d.entry.tolist())) == 4
         assert sorted((d.timestep // 250).tolist()) == [0, 1, 2, 3]
         counts += torch.bincount(d.entry, minlength=5)
@@ -116,16 +123,18 @@ def test_repeats_are_drawn_as_often_and_small_pools_wrap() -> None:
     hits = torch.zeros(2)
     for k in range(400):
         generator = torch.Generator().manual_seed(mix(0, k))
-        hits += torch.bincount(draw(cache(), [[tickets]], [generator], 1, 10).entry, minlength=2)
+        hits += torch.bincount(
+            draw(cache(), [[tickets]], [generator], 1, process(10)).entry, minlength=2
+        )
     assert hits[0] / hits.sum() == pytest.approx(0.75, abs=0.06)
-    wrapped = draw(cache(), [[torch.tensor([3])]], [torch.Generator()], 4, 10)
+    wrapped = draw(cache(), [[torch.tensor([3])]], [torch.Generator()], 4, process(10))
     assert wrapped.entry.tolist() == [3] * 4
 
 
 def test_latents_get_their_spread() -> None:
     generator = torch.Generator().manual_seed(0)
-    assert draw(cache(False), [[torch.arange(6)]], [generator], 2, 10).latent_noise is None
-    seen = draw(cache(), [[torch.arange(6)]], [generator], 2, 10).latent_noise
+    assert draw(cache(False), [[torch.arange(6)]], [generator], 2, process(10)).latent_noise is None
+    seen = draw(cache(), [[torch.arange(6)]], [generator], 2, process(10)).latent_noise
     assert seen is not None and 0.5 < seen.std() < 1.5
 
 

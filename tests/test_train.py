@@ -21,7 +21,7 @@ from scorer_folders import write_clip, write_dino
 from dreamtune.config import Config
 from dreamtune.evaluation.selection import choose_best
 from dreamtune.evaluation.validation import Evaluator, read_grid
-from dreamtune.models.stable_diffusion import Base
+from dreamtune.models.stable_diffusion import StableDiffusion
 from dreamtune.training import run as run_module
 from dreamtune.training import run_folder
 from dreamtune.training import train as train_module
@@ -91,7 +91,7 @@ def test_end_to_end_with_scores(
 
 def opened(config: Config) -> Run:
     run = Run(config)
-    run.open(base_of(run.config))
+    run.open(base_of(run.given))
     return run
 
 
@@ -202,13 +202,15 @@ def test_photos_and_prompts_are_encoded_once(
     """The photos in one call; the training prompts in one, the scored prompts in another."""
     calls: list[str] = []
     for name in ("encode_images", "encode_prompts"):
-        original = getattr(Base, name)
+        original = getattr(StableDiffusion, name)
 
-        def counted(self: Base, x: Any, name: str = name, original: Any = original) -> Any:
+        def counted(
+            self: StableDiffusion, x: Any, name: str = name, original: Any = original
+        ) -> Any:
             calls.append(name)
             return original(self, x)
 
-        monkeypatch.setattr(Base, name, counted)
+        monkeypatch.setattr(StableDiffusion, name, counted)
     train(Config(**settings))
     assert sorted(calls) == ["encode_images", "encode_prompts", "encode_prompts"]
 

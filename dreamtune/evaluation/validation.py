@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,69 +13,57 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dreamtune.config import Config
-from dreamtune.data.words import SubjectWords
 from dreamtune.evaluation.selection import NEEDED
-from dreamtune.models.sample import sample
-from dreamtune.models.stable_diffusion import Base
-from dreamtune.training.defaults import sampling_options
+from dreamtune.models.base import Base
+from dreamtune.models.sample import Sampling, sample
 
 COLUMNS = 4
 
 
 class Evaluator:
     """`evaluator(step)` samples, saves samples/<step>.png and returns (images, scores of
-    metrics.jsonl): `sample`, then `judge`. scorers: loaded already, by a stacked run.
+    metrics.jsonl): `sample`, then `judge`.
 
-    prompts: one an image. Without scorers ("none") the record is empty.
+    Args:
+        prompts, plain, seeds: one an image; plain is what a scorer is asked, without the
+            identifier.
+        sampling: how images are made.
+        folder: for the grids of images.
+        scorers: None for none: then the record is empty.
+        photos: what the images are scored against.
     """
 
     def __init__(
         self,
-        config: Config,
         base: Base,
-        subject: SubjectWords,
+        prompts: Sequence[str],
+        plain: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        sampling: Sampling,
+        folder: Path,
+        scorers: Any,
         photos: Sequence[Image.Image],
-        scorers: Any = None,
     ) -> None:
-        self.config, self.base = config, base
-        self.prompts = [
-            subject.prompt(p)
-            for p in config.validation_prompt
-            for _ in range(config.num_validation_images)
-        ]
-        self.seeds = [config.validation_seed + i for i in range(len(self.prompts))]
-        # the identifier means nothing to a scorer
-        self.plain = [subject.plain(p) for p in self.prompts]
-        self.scorers = scorers or load_scorers(config, base)
-        self.references = self.scorers.references(list(photos)) if self.scorers else None
-        self.embeds: dict[str, Tensor] = {}
-        self.folder = Path(config.output_dir or ".") / "samples"
+        self.base, self.sampling, self.folder = base, sampling, folder
+        self.prompts, self.plain, self.seeds = list(prompts), list(plain), list(seeds)
+        self.scorers = scorers
+        self.references = scorers.references(list(photos)) if scorers else None
 
     def __call__(self, step: int) -> tuple[list[Image.Image], dict[str, Any]]:
         images = self.sample()
         return images, self.judge(step, images)
 
-    def embeddings(self) -> dict[str, Tensor]:
-        """Arguments of `sample`: prompt_embeds (images, tokens, dim), negative_prompt_embeds (1,
-        tokens, dim); encoded once.
-        """
-        if not self.embeds:
-            encoded = self.base.encode_prompts(["", *self.prompts]).to(self.base.dtype)
-            self.embeds = {"prompt_embeds": encoded[1:], "negative_prompt_embeds": encoded[:1]}
-        return self.embeds
+    @cached_property
+    def arguments(self) -> dict[str, Tensor]:
+        """What the pipeline is told, a row an image; encoded once."""
+        return self.base.sampling_arguments(self.prompts)
 
     def sample(self) -> list[Image.Image]:
-        embeds = self.embeddings()
-        with self.base.sampling(self.config.sampler or "base", prompts=False) as pipe:
-            return sample(
-                pipe,
-                self.prompts,
-                self.seeds,
-                batch_size=self.config.sample_batch_size,
-                **embeds,
-                **sampling_options(self.config),
-            )
+        arguments = self.arguments
+        with self.base.sampling(self.sampling.sampler, prompts=False) as pipe:
+            options = self.sampling.options()
+            return sample(pipe, self.prompts, self.seeds, arguments=arguments, **options)
 
     def judge(self, step: int, images: list[Image.Image]) -> dict[str, Any]:
         """Keeps the images and scores them."""
@@ -88,10 +77,9 @@ class Evaluator:
     def saved(self, step: int) -> list[Image.Image] | None:
         """The images of an earlier scoring, read back from its grid."""
         path = self.folder / f"{step:06d}.png"
-        assert self.config.resolution is not None
-        return (
-            read_grid(path, len(self.prompts), self.config.resolution) if path.is_file() else None
-        )
+        if not path.is_file():
+            return None
+        return read_grid(path, len(self.prompts), self.sampling.size)
 
 
 @contextlib.contextmanager
@@ -111,38 +99,33 @@ def sample_slots(
 
     Raises ValueError if an image of any is not finite.
     """
-    c = evaluators[0].config
     if adapter.slots == 1:
         return [e.sample() for e in evaluators]
-    embeds = torch.cat([e.embeddings()["prompt_embeds"] for e in evaluators])
-    nothing = evaluators[0].embeddings()["negative_prompt_embeds"]
+    sampling = evaluators[0].sampling
+    arguments = {
+        name: torch.cat([e.arguments[name] for e in evaluators]) for name in evaluators[0].arguments
+    }
     prompts = [p for e in evaluators for p in e.prompts]
     seeds = [s for e in evaluators for s in e.seeds]
     counts = torch.tensor([len(e.prompts) for e in evaluators])
     routes = torch.tensor(slots).repeat_interleave(counts).to(base.device)
-    doubled = 2 if (c.guidance_scale or 0) > 1 else 1  # all rows without the prompt, then with it
+    repeats = base.rows_per_image(sampling.guidance_scale)
     made: list[Image.Image] = []
     try:
-        with base.sampling(c.sampler or "base", prompts=False) as pipe:
-            for start in range(0, len(prompts), c.sample_batch_size):
-                rows = slice(start, start + c.sample_batch_size)
-                adapter.route(routes[rows].repeat(doubled))
-                made += sample(
-                    pipe,
-                    prompts[rows],
-                    seeds[rows],
-                    prompt_embeds=embeds[rows],
-                    negative_prompt_embeds=nothing,
-                    batch_size=c.sample_batch_size,
-                    **sampling_options(c),
-                )
+        with base.sampling(sampling.sampler, prompts=False) as pipe:
+            for start in range(0, len(prompts), sampling.batch_size):
+                rows = slice(start, start + sampling.batch_size)
+                adapter.route(routes[rows].repeat(repeats))
+                part = {name: x[rows] for name, x in arguments.items()}
+                options = sampling.options()
+                made += sample(pipe, prompts[rows], seeds[rows], arguments=part, **options)
     finally:
         adapter.route(None)
     images = iter(made)
     return [[next(images) for _ in e.prompts] for e in evaluators]
 
 
-def load_scorers(config: Config, base: Base) -> Any:
+def load_scorers(settings: Mapping[str, Any], device: torch.device) -> Any:
     """What scores while training, by the settings that are named like its extractors; None where
     those that the choice of the best needs are all "none".
 
@@ -152,7 +135,7 @@ def load_scorers(config: Config, base: Base) -> Any:
 
     metrics = find_metrics()
     names = dict.fromkeys(metric.extractor.name for metric in metrics)
-    weights = {n: w for n in names if (w := getattr(config, n, None)) is not None}
+    weights = {n: w for n in names if (w := settings.get(n)) is not None}
     needed = list(dict.fromkeys(METRICS[key].extractor.name for key in NEEDED))
     off = [n for n in needed if weights.get(n, "none") == "none"]
     if off == needed:
@@ -166,7 +149,7 @@ def load_scorers(config: Config, base: Base) -> Any:
     weights = {n: w for n, w in weights.items() if w != "none"}
     noise = io.StringIO()  # transformers prints a loading bar
     with contextlib.redirect_stderr(noise):
-        return Scorers.load(weights, asked, base.device)
+        return Scorers.load(weights, asked, device)
 
 
 def save_grid(images: Sequence[Image.Image], path: Path) -> None:

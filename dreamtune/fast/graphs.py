@@ -6,14 +6,12 @@ from __future__ import annotations
 
 import gc
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-
-from dreamtune.training.step import Step
 
 if TYPE_CHECKING:
     from dreamtune.injection.inject import InjectedAdapter
@@ -39,6 +37,22 @@ def choose(option: str, value: str, against: str | None) -> bool:
     return value != "off" and against is None
 
 
+class StaticStep(Protocol):
+    """A step as a function of static tensors: `prepare` talks to the host, `body` does the same
+    work on the device every time.
+    """
+
+    generators: Sequence[torch.Generator]
+
+    def prepare(self, k: int, factor: float) -> None: ...
+
+    def body(self) -> None: ...
+
+    def reads(self) -> list[Tensor]: ...
+
+    def changes(self) -> list[Tensor]: ...
+
+
 class CapturedStep:
     """`captured(k, factor)` is `step(k, factor)` by the replay of a CUDA graph.
 
@@ -52,15 +66,16 @@ class CapturedStep:
     pool: memory shared with other graphs, whose replays must be over when this one runs.
     """
 
-    def __init__(self, step: Step, pool: Any = None) -> None:
+    def __init__(self, step: StaticStep, pool: Any = None) -> None:
         self.step, self.pool = step, pool
         self.graph: Any = None
         self._addresses: list[int] = []
+        self._changing: list[Tensor] = []
 
     def __call__(self, k: int, factor: float) -> None:
         if self.graph is None:
             self.graph = self._capture(k, factor)
-            self._addresses = self._where()
+            self._addresses, self._changing = self._where(), self.step.changes()
         elif self._where() != self._addresses:
             raise RuntimeError(
                 "parameters, optimizer state or the cache were replaced after the step was captured"
@@ -68,20 +83,14 @@ class CapturedStep:
         self.step.prepare(k, factor)
         self.graph.replay()
         # autograd saw nothing of the replay; what is cached by version must be computed again
-        for p in self.step.optimizer.params:
-            _increment_version(p)
+        for t in self._changing:
+            _increment_version(t)
 
     def _where(self) -> list[int]:
-        cache = self.step.cache
-        read = [cache.mean, cache.prompts, self.step.alpha_bar, *self._changing()]
-        return [t.data_ptr() for t in read]
-
-    def _changing(self) -> list[Tensor]:
-        """What a step changes."""
-        return [*self.step.optimizer.params, *self.step.state_dict().values()]
+        return [t.data_ptr() for t in (*self.step.reads(), *self.step.changes())]
 
     def _capture(self, k: int, factor: float) -> Any:
-        step, changing = self.step, self._changing()
+        step, changing = self.step, self.step.changes()
         device = changing[0].device
         with torch.cuda.device(device):
             before = [t.detach().clone() for t in changing]
@@ -115,8 +124,8 @@ Replayed = Callable[[], AbstractContextManager[None]]
 
 
 def drive(
-    adapter: InjectedAdapter, step: Step, capturing: bool
-) -> tuple[Step | CapturedStep, Replayed]:
+    adapter: InjectedAdapter, step: Any, capturing: bool
+) -> tuple[Callable[[int, float], None], Replayed]:
     """What runs a step, and the block in which sampling is replayed: captured, in memory that both
     use by turns, or as they are.
     """

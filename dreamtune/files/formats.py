@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from dreamtune.models.prefixes import Prefixes
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -30,16 +32,6 @@ EXPORTS = {
 NATIVE = "native"  # what `InjectedAdapter.save` writes
 
 LayerFactors = dict[str, "tuple[Tensor, Tensor]"]  # module path -> up (out, r), down (r, in)
-
-
-@dataclass(frozen=True)
-class Prefixes:
-    """What stands before a module path in the keys of a file: a base family's names for its trained
-    network.
-    """
-
-    peft: str = "unet."
-    kohya: str = "lora_unet_"
 
 
 PREFIXES = Prefixes()

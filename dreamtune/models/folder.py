@@ -23,59 +23,33 @@ def looks_like_a_path(name: str) -> bool:
     )
 
 
-def load_folder(
-    source: str, revision: str | None, variant: str | None, dtype: torch.dtype
-) -> tuple[Any, ...]:
-    """unet, vae, text encoder, tokenizer, scheduler of a diffusers folder or hub id."""
-    import diffusers
-    import transformers
-
-    index = read_index(source, revision)
-    kind = index.get("_class_name", "?")
-    if not kind.startswith("StableDiffusionPipeline"):
-        raise ValueError(
-            f"`{source}` is a {kind}; a Stable Diffusion 1.x/2.x text-to-image model is needed "
-            "(StableDiffusionPipeline)."
-        )
-    options = hub_options(revision)
-    weights = hub_options(revision, variant)
-    unet = load_unet(source, revision, variant, dtype)
-    with explained(source):
-        vae_class = getattr(diffusers, index["vae"][1])
-        scheduler_class = getattr(diffusers, index["scheduler"][1])
-        return (
-            unet,
-            vae_class.from_pretrained(
-                source, subfolder="vae", torch_dtype=torch.float32, **weights
-            ),
-            transformers.CLIPTextModel.from_pretrained(
-                source, subfolder="text_encoder", torch_dtype=torch.float32, **weights
-            ),
-            transformers.CLIPTokenizer.from_pretrained(source, subfolder="tokenizer", **options),
-            scheduler_class.from_pretrained(source, subfolder="scheduler", **options),
-        )
-
-
-def load_unet(
-    source: str, revision: str | None, variant: str | None, dtype: torch.dtype
+def load_part(
+    part: Any,
+    place: str,
+    source: str,
+    revision: str | None,
+    variant: str | None,
+    dtype: torch.dtype,
 ) -> torch.nn.Module:
-    """The UNet alone of a model folder or hub id, or of a folder that holds nothing else."""
-    from diffusers import UNet2DConditionModel
-
-    folder, place = Path(source), "unet"
+    """A network alone, of the class `part`: from `place` in a model's folder or hub id, or from a
+    folder that holds nothing else. Raises ValueError where there is none.
+    """
+    folder = Path(source)
     if folder.is_dir():
-        place = place if (folder / place / "config.json").is_file() else ""
-        config = folder / place / "config.json"
+        inner = place if (folder / place / "config.json").is_file() else ""
+        config = folder / inner / "config.json"
         kind = json.loads(config.read_text()).get("_class_name") if config.is_file() else None
-        if kind != UNet2DConditionModel.__name__:
+        if kind != part.__name__:
             raise ValueError(
-                f"`{source}` holds no UNet: a config.json of a "
-                f"{UNet2DConditionModel.__name__} must be in it or in its unet/, got {kind}."
+                f"`{source}` holds no {part.__name__}: its config.json must be in it or in its "
+                f"{place}/, got {kind}."
             )
+        place = inner
     with explained(source):
-        return UNet2DConditionModel.from_pretrained(
+        network: torch.nn.Module = part.from_pretrained(
             source, subfolder=place, torch_dtype=dtype, **hub_options(revision, variant)
         )
+        return network
 
 
 def hub_options(revision: str | None, variant: str | None = None) -> dict[str, Any]:

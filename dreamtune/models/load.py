@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from dreamtune import embedded
 from dreamtune.config import EMBEDDED
-from dreamtune.models.folder import load_folder, load_unet, looks_like_a_path
-from dreamtune.models.quiet import move, quiet_diffusers
+from dreamtune.models.base import Base
+from dreamtune.models.folder import looks_like_a_path, read_index
+from dreamtune.models.quiet import quiet_diffusers
 from dreamtune.models.single_file import load_file
-from dreamtune.models.stable_diffusion import Base
 
 PACKAGED_MODEL = embedded.MODEL
+
+
+class Family(NamedTuple):
+    """Where a family is: its module and class in this folder; what its pipelines' names begin with
+    in a model_index.json; the name of its trained network.
+    """
+
+    module: str
+    name: str
+    pipeline: str
+    network: str
+
+
+# Plain, so that a family is imported when a base of it is loaded.
+FAMILIES = (Family("stable_diffusion", "StableDiffusion", "StableDiffusionPipeline", "unet"),)
+SINGLE_FILE = FAMILIES[0]  # the family of single files
 
 
 def load_base(
@@ -32,26 +49,43 @@ def load_base(
     Raises ValueError for what is not a Stable Diffusion 1.x/2.x text-to-image model, and for a hub
     id that cannot be had.
     """
-    device = torch.device(device)
     path = locate(name_or_path)
     ours = path is not None and path.resolve() == PACKAGED_MODEL.resolve()
     with quiet_diffusers():
         if path is not None and path.is_file():
+            family, name = family_class(SINGLE_FILE), path.stem
             parts = load_file(path, prediction_type)
-            name = path.stem
         else:
-            parts = load_folder(str(path or name_or_path), revision, variant, dtype)
+            source = str(path or name_or_path)
+            family = family_class(family_of(source, revision))
+            parts = family.load_folder(source, revision, variant, dtype)
             name = EMBEDDED if ours else path.resolve().name if path else name_or_path
-    unet, vae, text_encoder, tokenizer, scheduler = parts
-    check_parts(name_or_path, unet, vae)
-    if prediction_type is not None and scheduler.config.get("prediction_type") != prediction_type:
-        scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
-    for module in (unet, vae, text_encoder):
-        module.requires_grad_(False).eval()
-    move(unet, device, dtype)
-    for module in (vae, text_encoder):
-        move(module, torch.device("cpu"), torch.float32)
-    return Base(unet, vae, text_encoder, tokenizer, scheduler, name, ours, device, dtype)
+    return family(
+        *parts,
+        id=name,
+        embedded=ours,
+        device=torch.device(device),
+        dtype=dtype,
+        prediction_type=prediction_type,
+    )
+
+
+def family_of(source: str, revision: str | None = None) -> Family:
+    """By the model_index.json of a folder or hub id. Raises ValueError for one that is not here."""
+    kind = str(read_index(source, revision).get("_class_name", "?"))
+    for family in FAMILIES:
+        if kind.startswith(family.pipeline):
+            return family
+    known = ", ".join(family.pipeline for family in FAMILIES)
+    raise ValueError(
+        f"`{source}` is a {kind}; a Stable Diffusion 1.x/2.x text-to-image model is needed "
+        f"({known})."
+    )
+
+
+def family_class(family: Family) -> Any:
+    """The subclass of `Base`."""
+    return getattr(importlib.import_module(f"dreamtune.models.{family.module}"), family.name)
 
 
 def load_network(
@@ -61,7 +95,9 @@ def load_network(
     that `load_base` takes or from a folder of a UNet. Raises ValueError for anything else.
     """
     if not isinstance(source, (str, Path)):
-        network = source if isinstance(source, torch.nn.Module) else getattr(source, "unet", None)
+        names = [family.network for family in FAMILIES]
+        found = [getattr(source, name) for name in names if hasattr(source, name)]
+        network = source if isinstance(source, torch.nn.Module) else next(iter(found), None)
         if not isinstance(network, torch.nn.Module):
             raise ValueError(
                 "`base` must be a UNet, a pipeline, a folder, a .safetensors file, a hub id or "
@@ -73,7 +109,11 @@ def load_network(
         if path is not None and path.is_file():
             network = load_file(path, prediction_type=None)[0]
         else:
-            network = load_unet(str(path or source), revision, variant, torch.float32)
+            where, families = str(path or source), list(FAMILIES)
+            if path is None or (path / "model_index.json").is_file():
+                families = [family_of(where, revision)]
+            family = family_class(families[0])
+            network = family.load_network(where, revision, variant, torch.float32)
     return network.requires_grad_(False).eval()
 
 
@@ -91,18 +131,3 @@ def locate(name_or_path: str | Path) -> Path | None:
             "file, or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5."
         )
     return None
-
-
-def check_parts(source: str, unet: Any, vae: Any) -> None:
-    if unet.config.in_channels != vae.config.latent_channels:
-        raise ValueError(
-            f"`{source}`: the UNet takes {unet.config.in_channels} channels, its autoencoder gives "
-            f"{vae.config.latent_channels}: inpainting, depth and image-conditioned models cannot "
-            f"be tuned here."
-        )
-    if unet.config.addition_embed_type is not None or isinstance(
-        unet.config.cross_attention_dim, (list, tuple)
-    ):
-        raise ValueError(
-            f"`{source}` is not a Stable Diffusion 1.x/2.x model (SDXL?), and cannot be tuned here."
-        )

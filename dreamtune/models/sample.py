@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from PIL import Image
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are made: a sampler by name (see `Base.pipeline`), and options of `sample`."""
+
+    sampler: str
+    steps: int
+    guidance_scale: float
+    guidance_rescale: float
+    size: int
+    batch_size: int
+
+    def options(self) -> dict[str, Any]:
+        """Of `sample`."""
+        return {k: v for k, v in asdict(self).items() if k != "sampler"}
 
 
 @torch.no_grad()
@@ -21,8 +38,7 @@ def sample_tensor(
     guidance_rescale: float = 0.0,
     size: int | tuple[int, int] | None = None,
     batch_size: int = 8,
-    prompt_embeds: torch.Tensor | None = None,
-    negative_prompt_embeds: torch.Tensor | None = None,
+    arguments: Mapping[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Images of `sample` as one CPU tensor (N, 3, height, width), float32 in [0, 1].
 
@@ -31,8 +47,8 @@ def sample_tensor(
         prompts, seeds: of equal length N; image i belongs to (prompts[i], seeds[i]).
         size: pixels, a side or (height, width); by default what the UNet was made for.
         batch_size: images a batch; guidance doubles the rows the UNet sees.
-        prompt_embeds: (N, tokens, dim), used instead of encoding `prompts` again.
-        negative_prompt_embeds: (1, tokens, dim), used with them instead of encoding "".
+        arguments: of the pipeline's call, a row an image, used instead of encoding `prompts` (see
+            `Base.sampling_arguments`).
 
     Raises:
         ValueError: lengths differ, `batch_size` < 1, or an image has pixels that are not finite.
@@ -44,19 +60,17 @@ def sample_tensor(
         )
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}")
-    if prompt_embeds is not None and len(prompt_embeds) != len(prompts):
-        raise ValueError(f"{len(prompt_embeds)} `prompt_embeds` for {len(prompts)} prompts")
+    for name, x in (arguments or {}).items():
+        if len(x) != len(prompts):
+            raise ValueError(f"`{name}` has {len(x)} rows for {len(prompts)} prompts")
     height, width = (size, size) if isinstance(size, int) or size is None else size
     images = []
     with _quiet(pipe):
         for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)
             text: dict[str, Any] = {"prompt": list(prompts[rows])}
-            if prompt_embeds is not None:
-                text = {"prompt_embeds": prompt_embeds[rows]}
-                if negative_prompt_embeds is not None:
-                    nothing = negative_prompt_embeds.expand_as(prompt_embeds[rows])
-                    text["negative_prompt_embeds"] = nothing
+            if arguments is not None:
+                text = {name: x[rows] for name, x in arguments.items()}
             output = pipe(
                 **text,
                 height=height,

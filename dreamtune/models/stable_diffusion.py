@@ -2,35 +2,95 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dreamtune.models.base import Base, Conditioning, Latents, SamplingDefaults
+from dreamtune.models.diffusion import Diffusion
+from dreamtune.models.folder import explained, hub_options, load_part, read_index
+from dreamtune.models.prefixes import Prefixes
 from dreamtune.models.quiet import move, quiet_diffusers
 
+SMALL_IMAGE = 256  # pixels; up to here less guidance is enough
 
-@dataclass
-class Base:
-    """A text-to-image model whose parts are frozen. `id` names it in files: a hub id or the last
-    part of a path.
-    """
 
-    unet: Any
-    vae: Any
-    text_encoder: Any
-    tokenizer: Any
-    scheduler: Any
-    id: str
-    embedded: bool
-    device: torch.device
-    dtype: torch.dtype
-    fused: bool = False
-    compiled: bool = False
+class StableDiffusion(Base):
+    """Stable Diffusion 1.x and 2.x: a UNet that is told a CLIP text encoder's states."""
+
+    network_name = "unet"
+    prefixes = Prefixes(peft="unet.", kohya="lora_unet_")
+
+    def __init__(
+        self,
+        unet: Any,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        scheduler: Any,
+        *,
+        id: str,
+        embedded: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+        prediction_type: str | None = None,
+    ) -> None:
+        """prediction_type: where the files do not say, or say it wrongly. Raises ValueError for
+        parts that do not belong together.
+        """
+        super().__init__(id, embedded, device, dtype)
+        check_parts(id, unet, vae)
+        if prediction_type not in (None, scheduler.config.get("prediction_type")):
+            config = scheduler.config
+            scheduler = type(scheduler).from_config(config, prediction_type=prediction_type)
+        self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
+        self.tokenizer, self.scheduler = tokenizer, scheduler
+        for module in (unet, vae, text_encoder):
+            module.requires_grad_(False).eval()
+        move(unet, device, dtype)
+        for module in (vae, text_encoder):
+            move(module, torch.device("cpu"), torch.float32)
+
+    @classmethod
+    def load_folder(
+        cls, source: str, revision: str | None, variant: str | None, dtype: torch.dtype
+    ) -> tuple[Any, ...]:
+        import diffusers
+        import transformers
+
+        index = read_index(source, revision)
+        options, weights = hub_options(revision), hub_options(revision, variant)
+        unet = cls.load_network(source, revision, variant, dtype)
+        weights["torch_dtype"] = torch.float32
+        with explained(source):
+            vae = getattr(diffusers, index["vae"][1])
+            scheduler = getattr(diffusers, index["scheduler"][1])
+            return (
+                unet,
+                vae.from_pretrained(source, subfolder="vae", **weights),
+                transformers.CLIPTextModel.from_pretrained(
+                    source, subfolder="text_encoder", **weights
+                ),
+                transformers.CLIPTokenizer.from_pretrained(
+                    source, subfolder="tokenizer", **options
+                ),
+                scheduler.from_pretrained(source, subfolder="scheduler", **options),
+            )
+
+    @classmethod
+    def load_network(
+        cls, source: str, revision: str | None, variant: str | None, dtype: torch.dtype
+    ) -> torch.nn.Module:
+        from diffusers import UNet2DConditionModel
+
+        return load_part(UNet2DConditionModel, "unet", source, revision, variant, dtype)
+
+    @property
+    def network(self) -> Any:
+        return self.unet
 
     @property
     def latent_scale(self) -> int:
@@ -51,21 +111,28 @@ class Base:
         """Whether the noisiest step holds no signal at all."""
         return bool(self.scheduler.config.get("rescale_betas_zero_snr", False))
 
-    def alpha_bar(self) -> Tensor:
-        """(T,) float32: the share of signal of each timestep."""
-        from diffusers import DDPMScheduler
-
-        return (
-            DDPMScheduler.from_config(self.scheduler.config).alphas_cumprod.float().to(self.device)
+    def sampling_defaults(self, size: int) -> SamplingDefaults:
+        return SamplingDefaults(
+            sampler="base" if self.zero_snr else "dpm++",
+            guidance_scale=4.0 if size <= SMALL_IMAGE else 7.5,
+            guidance_rescale=0.3 if self.zero_snr else 0.0,
         )
 
-    @torch.no_grad()
-    def encode_images(self, pixels: Tensor, batch: int = 4) -> tuple[Tensor, Tensor | None]:
-        """(n, 3, h, w) in [-1, 1] -> latents' mean and spread (n, c, h / 8, w / 8), as the UNet
-        takes them.
+    def process(self, snr_gamma: float | None = None) -> Diffusion:
+        from diffusers import DDPMScheduler
 
-        The spread is None for an autoencoder without one. Computed in float32: SD 1.x's overflows
-        in fp16.
+        schedule = DDPMScheduler.from_config(self.scheduler.config)
+        alpha_bar = schedule.alphas_cumprod.float().to(self.device)
+        return Diffusion(alpha_bar, self.prediction_type, snr_gamma)
+
+    def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        return predict(self.unet, self.dtype, x, t, conditioning)
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor, batch: int = 4) -> Latents:
+        """(n, 3, h, w) in [-1, 1] -> (n, c, h / 8, w / 8), as the UNet takes them.
+
+        Computed in float32: SD 1.x's autoencoder overflows in fp16.
         """
         config = self.vae.config
         shift = getattr(config, "shift_factor", None) or 0.0
@@ -78,11 +145,11 @@ class Base:
                 means.append((mean - shift) * config.scaling_factor)
                 if spread is not None:
                     stds.append(spread.std * config.scaling_factor)
-        return torch.cat(means), torch.cat(stds) if stds else None
+        return Latents(torch.cat(means), torch.cat(stds) if stds else None)
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """(n, tokens, dim) float32. A prompt that is too long is cut, with a warning."""
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """prompt_embeds (n, tokens, dim). A prompt that is too long is cut, with a warning."""
         length = self.tokenizer.model_max_length
         for prompt in prompts:
             tokens = self.tokenizer(prompt, truncation=False, verbose=False).input_ids
@@ -102,58 +169,18 @@ class Base:
         ).input_ids
         with self.on_device(torch.float32, self.text_encoder):
             parts = [self.text_encoder(part.to(self.device))[0] for part in tokens.split(32)]
-        return torch.cat(parts).float()
+        return {"prompt_embeds": torch.cat(parts).float()}
 
-    @contextlib.contextmanager
-    def on_device(self, dtype: torch.dtype, *modules: Any) -> Iterator[None]:
-        """Copies of the modules' weights on the training device in `dtype`, dropped afterwards: the
-        GPU is free while training, and the weights that wait on the CPU are never rounded.
-        """
-        if self.device.type == "cpu":  # no copies: there they are
-            before = [next(m.parameters()).dtype for m in modules]
-            for m in modules:
-                move(m, self.device, dtype)
-            try:
-                yield
-            finally:
-                for m, old in zip(modules, before, strict=True):
-                    move(m, self.device, old)
-            return
-        kept = [(t, t.data) for m in modules for t in (*m.parameters(), *m.buffers())]
-        try:
-            for t, here in kept:
-                there = here.to(self.device, non_blocking=True)
-                t.data = there.to(dtype) if there.is_floating_point() else there
-            yield
-        finally:
-            for t, here in kept:
-                t.data = here
+    def call_arguments(self, conditioning: Conditioning, nothing: Conditioning) -> Conditioning:
+        prompts = conditioning["prompt_embeds"].to(self.dtype)
+        empty = nothing["prompt_embeds"].to(self.dtype).expand_as(prompts)
+        return {"prompt_embeds": prompts, "negative_prompt_embeds": empty}
 
-    @contextlib.contextmanager
-    def sampling(self, sampler: str = "base", prompts: bool = True) -> Iterator[Any]:
-        """The pipeline, everything on the device for as long as the block runs. Without `prompts`
-        it has no text encoder and takes embeddings, negative ones too.
-        """
-        parts = (self.vae, self.text_encoder) if prompts else (self.vae,)
-        with self.on_device(self.dtype, *parts):
-            training = self.unet.training
-            self.unet.eval()
-            try:
-                with self.uncompiled():
-                    yield self.pipeline(sampler, prompts)
-            finally:
-                self.unet.train(training)
-
-    def uncompiled(self) -> contextlib.AbstractContextManager[Any]:
-        """A batch of samples has another shape than a step: not worth compiling for."""
-        if not self.compiled:
-            return contextlib.nullcontext()
-        return torch.compiler.set_stance("force_eager")
+    def waiting_parts(self, prompts: bool) -> Sequence[torch.nn.Module]:
+        return (self.vae, self.text_encoder) if prompts else (self.vae,)
 
     def pipeline(self, sampler: str = "base", prompts: bool = True) -> Any:
-        """A StableDiffusionPipeline of these very modules, without a safety checker, and without
-        `prompts` without a text encoder. sampler: "base" or "dpm++".
-        """
+        """A StableDiffusionPipeline without a safety checker; see `Base`."""
         from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
@@ -172,3 +199,27 @@ class Base:
             )
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+
+def predict(
+    unet: Any, dtype: torch.dtype, x: Tensor, t: Tensor, conditioning: Conditioning
+) -> Tensor:
+    """The UNet's prediction in `dtype`."""
+    text = conditioning["prompt_embeds"]
+    y: Tensor = unet(x.to(dtype), t, text.to(dtype), return_dict=False)[0]
+    return y
+
+
+def check_parts(source: str, unet: Any, vae: Any) -> None:
+    if unet.config.in_channels != vae.config.latent_channels:
+        raise ValueError(
+            f"`{source}`: the UNet takes {unet.config.in_channels} channels, its autoencoder gives "
+            f"{vae.config.latent_channels}: inpainting, depth and image-conditioned models cannot "
+            f"be tuned here."
+        )
+    if unet.config.addition_embed_type is not None or isinstance(
+        unet.config.cross_attention_dim, (list, tuple)
+    ):
+        raise ValueError(
+            f"`{source}` is not a Stable Diffusion 1.x/2.x model (SDXL?), and cannot be tuned here."
+        )

@@ -36,7 +36,7 @@ def generate(
         raise ValueError(f"`resolution` must be a multiple of 8, got {resolution}.")
     from dreamtune.config import Config
     from dreamtune.pipeline.load import load
-    from dreamtune.training.defaults import SMALL, device_and_dtype
+    from dreamtune.training.defaults import device_and_dtype
 
     file = adapter_file(adapter)
     settings = run_settings(file)
@@ -50,12 +50,13 @@ def generate(
         device=device,
     )
     size = resolution or settings.get("resolution") or model.resolution
+    usual = model.sampling_defaults(size)
     if steps is None:
         steps = settings.get("num_inference_steps") or 25
     if guidance_scale is None:
-        guidance_scale = settings.get("guidance_scale") or (4.0 if size <= SMALL else 7.5)
+        guidance_scale = settings.get("guidance_scale") or usual.guidance_scale
     names, seeds = grid(prompts, range(seed, seed + num_images))
-    sampler = settings.get("sampler") or ("base" if model.zero_snr else "dpm++")
+    sampler = settings.get("sampler") or usual.sampler
     with model.sampling(sampler) as pipe:
         load(pipe, file, scale=scale)
         images = sample(
@@ -65,7 +66,7 @@ def generate(
             steps=steps,
             size=size,
             guidance_scale=guidance_scale,
-            guidance_rescale=settings.get("guidance_rescale") or 0.0,
+            guidance_rescale=settings.get("guidance_rescale", usual.guidance_rescale),
         )
     output_dir.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []

@@ -8,23 +8,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dreamtune.config import Config
+from dreamtune.config import Settings
 from dreamtune.data.photos import Photo, views
-from dreamtune.models.stable_diffusion import Base
+from dreamtune.models.base import Base, Conditioning
 
 
 @dataclass
 class Cache:
     """Everything that does not change while training, on the device.
 
-    mean (N, c, h, w): latents; std: of the encoder's distribution, None where it has none; caption
-    (N,): row of prompts (P, tokens, dim).
+    mean (N, ...): latents; std: of the encoder's distribution, None where it has none; caption
+    (N,): row of the prompts; prompts: (P, ...) each, what the network is told of each prompt.
     """
 
     mean: Tensor
     std: Tensor | None
     caption: Tensor
-    prompts: Tensor
+    prompts: Conditioning
+
+    def conditioning(self, entry: Tensor) -> Conditioning:
+        """What the network is told of entries (n,)."""
+        rows = self.caption[entry]
+        return {name: x[rows] for name, x in self.prompts.items()}
+
+    def tensors(self) -> list[Tensor]:
+        """All that a step reads."""
+        spread = [] if self.std is None else [self.std]
+        return [self.mean, *spread, self.caption, *self.prompts.values()]
 
 
 # For each slot the entries of the cache it draws from, (M_s,): an entry that stands twice is
@@ -33,12 +43,11 @@ Pool = Sequence[Tensor]
 
 
 def build_cache(
-    config: Config, base: Base, photos: Sequence[Photo], class_photos: Sequence[Photo]
+    config: Settings, base: Base, photos: Sequence[Photo], class_photos: Sequence[Photo]
 ) -> tuple[Cache, list[list[torch.Tensor]]]:
     """Latents and embeddings of one subject on the device, and the pools (photos, then class
     images) to draw from.
     """
-    assert config.resolution is not None
     crops = 0 if config.center_crop else config.crops
     parts = [
         views(
@@ -92,12 +101,13 @@ def join(caches: Sequence[Cache], pools: Sequence[Pools]) -> tuple[Cache, Pools]
         captions.append(cache.caption + prompts)
         for kind, slots in zip(tickets, own, strict=True):
             kind.extend(t + entries for t in slots)
-        entries, prompts = entries + len(cache.mean), prompts + len(cache.prompts)
+        entries += len(cache.mean)
+        prompts += len(next(iter(cache.prompts.values())))
     stds = [c.std for c in caches if c.std is not None]
     joined = Cache(
         torch.cat([c.mean for c in caches]),
         torch.cat(stds) if stds else None,
         torch.cat(captions),
-        torch.cat([c.prompts for c in caches]),
+        {name: torch.cat([c.prompts[name] for c in caches]) for name in caches[0].prompts},
     )
     return joined, tickets

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dreamtune.config import Config
+from dreamtune.config import Settings
 from dreamtune.data.photos import Photo, read_folder
 from dreamtune.files.whole import whole
+from dreamtune.models.base import Base
 from dreamtune.models.sample import sample
-from dreamtune.models.stable_diffusion import Base
-from dreamtune.training.defaults import sampling_options
+from dreamtune.training.defaults import sampling_of
 from dreamtune.training.step import mix
 
 
-def class_images(config: Config, base: Base) -> list[Photo]:
+def class_images(config: Settings, base: Base) -> list[Photo]:
     """The class images, made by the base where the folder holds too few. Image i depends on (seed,
     i) alone.
     """
@@ -49,19 +49,17 @@ def class_images(config: Config, base: Base) -> list[Photo]:
     if missing:
         print(f"Making {len(missing)} class images of `{config.class_prompt}` in {folder}")
         note.write_text(json.dumps(origin))
-        encoded = base.encode_prompts(["", config.class_prompt]).to(base.dtype)
-        nothing, embeds = encoded.split(1)
-        with base.sampling(config.sampler or "base", prompts=False) as pipe:
-            for start in range(0, len(missing), config.sample_batch_size):
-                part = missing[start : start + config.sample_batch_size]
+        sampling = sampling_of(config)
+        arguments = base.sampling_arguments([config.class_prompt] * sampling.batch_size)
+        with base.sampling(sampling.sampler, prompts=False) as pipe:
+            for start in range(0, len(missing), sampling.batch_size):
+                part = missing[start : start + sampling.batch_size]
                 images = sample(
                     pipe,
                     [config.class_prompt] * len(part),
                     [mix(config.seed, i) for i in part],
-                    prompt_embeds=embeds.expand(len(part), -1, -1),
-                    negative_prompt_embeds=nothing,
-                    batch_size=len(part),
-                    **sampling_options(config),
+                    arguments={name: x[: len(part)] for name, x in arguments.items()},
+                    **sampling.options(),
                 )
                 for i, image in zip(part, images, strict=True):
                     # an image that was cut off must not be taken for one

@@ -9,12 +9,12 @@ from dreamtune.metrics.table import scored
 if TYPE_CHECKING:
     import torch
 
-    from dreamtune.config import Config
+    from dreamtune.config import Settings
     from dreamtune.injection.inject import InjectedAdapter
     from dreamtune.training.run_folder import TrainResult
 
 
-def wave_text(config: Config, adapter: InjectedAdapter, device: torch.device, took: float) -> str:
+def wave_text(config: Settings, adapter: InjectedAdapter, device: torch.device, took: float) -> str:
     """What trains, before the first step. took: seconds of getting ready."""
     options = " ".join(f"{k}={v}" for k, v in config.options.items())
     each = " a run" if adapter.slots > 1 else ""

@@ -1,6 +1,4 @@
-"""Before the loop: defaults that depend on the base, the subject's words, latents and embeddings,
-class images.
-"""
+"""Before the loop: the subject of a run, and the defaults that depend on base and subject."""
 
 from __future__ import annotations
 
@@ -8,14 +6,14 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from dreamtune.config import Config
+from dreamtune.config import Config, Settings
 from dreamtune.data.photos import Photo
 from dreamtune.data.words import SubjectWords, fill, read_words
-from dreamtune.models.stable_diffusion import Base
+from dreamtune.models.base import Base
+from dreamtune.models.sample import Sampling
 
 # Of the 15 prompts that DreamBooth's evaluation asks of animals and of objects alike.
 PROMPTS = (
@@ -28,7 +26,7 @@ PROMPTS = (
     "a {} on top of a purple rug in a forest",
     "a red {}",
 )
-SMALL = 256  # pixels; a base of this size or less takes a step in a fraction of a second
+SMALL_RUN = 256  # pixels; up to here a step takes a fraction of a second
 
 
 def with_subject(config: Config) -> tuple[Config, Path]:
@@ -71,14 +69,14 @@ def subject_of(config: Config, photos: Sequence[Photo]) -> SubjectWords:
     )
 
 
-def resolve(config: Config, base: Base, subject: SubjectWords, run_dir: Path) -> Config:
+def resolve(config: Config, base: Base, subject: SubjectWords, run_dir: Path) -> Settings:
     """Every `None` with a default filled in. What is written to config.yaml."""
     from dreamtune.adapters import find_method, resolve_options
     from dreamtune.metrics import Clip, Dino
 
     method = find_method(config.method)
     resolution = config.resolution or base.resolution
-    small = resolution <= SMALL
+    small = resolution <= SMALL_RUN
     steps = config.max_train_steps or (240 if small else 1000)
     scorers = (Dino.default, Clip.default)
     templates: Sequence[str] = PROMPTS
@@ -98,9 +96,7 @@ def resolve(config: Config, base: Base, subject: SubjectWords, run_dir: Path) ->
         "prediction_type": base.prediction_type,
         "dino": scorers[0],
         "clip": scorers[1],
-        "sampler": "base" if base.zero_snr else "dpm++",
-        "guidance_scale": 4.0 if small else 7.5,
-        "guidance_rescale": 0.3 if base.zero_snr else 0.0,
+        **dataclasses.asdict(base.sampling_defaults(resolution)),
         "checkpointing_steps": every,
         "mixed_precision": PRECISIONS[base.dtype],
         "device": base.device.type,
@@ -110,15 +106,15 @@ def resolve(config: Config, base: Base, subject: SubjectWords, run_dir: Path) ->
             "class_prompt": config.class_prompt or subject.class_prompt(config.instance_prompt),
             "class_data_dir": str(run_dir / "class"),
         }
-    filled: dict[str, Any] = {k: v for k, v in defaults.items() if getattr(config, k) is None}
-    return dataclasses.replace(
-        config,
-        **filled,
-        identifier=subject.identifier,
-        validation_prompt=config.validation_prompt or list(templates),
-        output_dir=str(run_dir),
-        options=resolve_options(method, config.options),
-    )
+    given = config.to_dict()
+    filled = {k: v for k, v in defaults.items() if given[k] is None}
+    settled = {
+        "identifier": subject.identifier,
+        "validation_prompt": config.validation_prompt or list(templates),
+        "output_dir": str(run_dir),
+        "options": resolve_options(method, config.options),
+    }
+    return Settings(**given | filled | settled)
 
 
 PRECISIONS = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -149,10 +145,12 @@ def device_and_dtype(config: Config) -> tuple[torch.device, torch.dtype]:
     return device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def sampling_options(config: Config) -> dict[str, Any]:
-    return {
-        "steps": config.num_inference_steps,
-        "guidance_scale": config.guidance_scale,
-        "guidance_rescale": config.guidance_rescale,
-        "size": config.resolution,
-    }
+def sampling_of(settings: Settings) -> Sampling:
+    return Sampling(
+        sampler=settings.sampler,
+        steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        guidance_rescale=settings.guidance_rescale,
+        size=settings.resolution,
+        batch_size=settings.sample_batch_size,
+    )

@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from dreamtune.models.base import Base
 from dreamtune.models.sample import sample
-from dreamtune.models.stable_diffusion import Base
-from dreamtune.training.defaults import sampling_options
 from dreamtune.training.run import Run
 from dreamtune.training.slots import build_step
 
@@ -61,9 +60,8 @@ def one_step(base: Base, runs: Sequence[Run]) -> None:
 
 def one_sampling(base: Base, run: Run) -> None:
     """A batch as large as `sample_batch_size`, in one sampling step."""
-    c, n = run.config, run.config.sample_batch_size
-    text = dict(run.evaluator.embeddings())
-    text["prompt_embeds"] = text["prompt_embeds"][:1].expand(n, -1, -1)
-    with base.sampling(c.sampler or "base", prompts=False) as pipe:
-        options = {**sampling_options(c), "steps": 1}
-        sample(pipe, [""] * n, [0] * n, batch_size=n, **text, **options)
+    sampling, n = run.evaluator.sampling, run.config.sample_batch_size
+    arguments = base.sampling_arguments([run.evaluator.prompts[0]] * n)
+    with base.sampling(sampling.sampler, prompts=False) as pipe:
+        options = {**sampling.options(), "steps": 1}
+        sample(pipe, [""] * n, [0] * n, arguments=arguments, **options)

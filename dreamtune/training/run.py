@@ -10,19 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dreamtune.config import STACKED, Config
+from dreamtune.config import STACKED, Config, Settings
 from dreamtune.configfile import continued
 from dreamtune.data.photos import read_folder
 from dreamtune.evaluation.selection import Choice, choose_best
-from dreamtune.evaluation.validation import Evaluator
+from dreamtune.evaluation.validation import Evaluator, load_scorers
 from dreamtune.files.export import export
 from dreamtune.files.whole import whole, whole_folder
 from dreamtune.metrics.table import scores_of, scores_text
-from dreamtune.models.stable_diffusion import Base
+from dreamtune.models.base import Base
 from dreamtune.training import run_folder
 from dreamtune.training.cache import build_cache
 from dreamtune.training.class_images import class_images
-from dreamtune.training.defaults import resolve, subject_of, with_subject
+from dreamtune.training.defaults import resolve, sampling_of, subject_of, with_subject
 from dreamtune.training.run_folder import TrainResult as TrainResult
 from dreamtune.training.slots import Slot
 from dreamtune.training.speed import choose_speed, speed_up
@@ -51,9 +51,9 @@ class Run:
             self.start = run_folder.read_state(self.checkpoint)["step"]
         self.method = find_method(config.method)
         resolve_options(self.method, config.options)
-        self.config, photo_dir = with_subject(config)
+        self.given, photo_dir = with_subject(config)
         folder = read_folder(photo_dir)
-        self.subject = subject_of(self.config, folder.photos)
+        self.subject = subject_of(self.given, folder.photos)
         self.speed = choose_speed(config)
         name = config.name or f"{photo_dir.resolve().name}-{config.method}".replace(" ", "-")
         self.dir = (
@@ -70,6 +70,7 @@ class Run:
         self.info: dict[str, Any] = {"photos": digests}
         self.history: list[dict[str, Any]] = []
         self.choice = Choice(0, 0, "")
+        self.config: Settings  # from `open` on
         folder = replace(folder, skipped=[n for n in folder.skipped if n not in read])
         print(f"Subject {self.subject.summary()}: {folder.summary()}. Run: {self.dir}")
 
@@ -77,10 +78,24 @@ class Run:
         """What needs the base: the rest of the settings, and what scores."""
         self.base, self.info["base"] = base, base.id
         speed_up(base, self.speed)
-        self.config = resolve(self.config, base, self.subject, self.dir)
-        self.evaluator = Evaluator(self.config, base, self.subject, self.images, scorers)
-        prompt, plain = self.evaluator.prompts[0], self.evaluator.plain[0]
-        print(f"First validation prompt: `{prompt}`; without the identifier: `{plain}`")
+        c = self.config = resolve(self.given, base, self.subject, self.dir)
+        prompts = [
+            self.subject.prompt(p)
+            for p in c.validation_prompt
+            for _ in range(c.num_validation_images)
+        ]
+        plain = [self.subject.plain(p) for p in prompts]  # an identifier means nothing to a scorer
+        print(f"First validation prompt: `{prompts[0]}`; without the identifier: `{plain[0]}`")
+        self.evaluator = Evaluator(
+            base,
+            prompts,
+            plain,
+            [c.validation_seed + i for i in range(len(prompts))],
+            sampling=sampling_of(c),
+            folder=self.dir / "samples",
+            scorers=scorers or load_scorers(c.to_dict(), base.device),
+            photos=self.images,
+        )
         self.tracker = Tracker(self.config.report_to, self.dir)
         self.write_config()
 
@@ -122,7 +137,7 @@ class Run:
         return loss
 
     def learning_rate(self, slot: Slot) -> float:
-        return float(self.config.learning_rate or 0) * slot.learning_rate
+        return self.config.learning_rate * slot.learning_rate
 
     def score_text(self) -> str:
         last = self.history[-1] if self.history else {}
@@ -143,7 +158,7 @@ class Run:
         """The last step is reached, or no scoring has ranked better for `early_stop` scorings."""
         since = sum(r["step"] > self.best_step for r in self.history)
         stopping = self.config.early_stop is not None and since >= self.config.early_stop
-        return k >= (self.config.max_train_steps or 0) or stopping
+        return k >= self.config.max_train_steps or stopping
 
     def record(self, slot: Slot, k: int, images: Sequence[Any], loss: float, began: float) -> None:
         """Scores the images and keeps all: samples/, metrics.jsonl, best/. loss: the mean since

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dreamtune.config import Config
-from dreamtune.models.stable_diffusion import Base
+from dreamtune.config import Settings
+from dreamtune.models.base import Base
 from dreamtune.training.cache import Cache, Pools, join
 from dreamtune.training.optim import SlotAdamW
 from dreamtune.training.step import Step, StepSettings
@@ -62,7 +62,7 @@ class Slot:
 
 
 def build_step(
-    base: Base, configs: Sequence[Config], caches: Sequence[Cache], pools: Sequence[Pools]
+    base: Base, configs: Sequence[Settings], caches: Sequence[Cache], pools: Sequence[Pools]
 ) -> tuple[InjectedAdapter, Step]:
     """Injects a slot for each config. They differ in seed, learning rate and the method's
     `per_slot` options only; what is common is read from the first.
@@ -71,33 +71,29 @@ def build_step(
 
     c = configs[0]
     if c.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
+        base.network.enable_gradient_checkpointing()
     seeds = [x.seed for x in configs]
     adapter = inject(
-        base.unet,
+        base.network,
         c.method,
         slots=len(configs),
         target_modules=c.target_modules,
         seed=seeds,
         **stacked_options(c.method, [x.options for x in configs]),
     )
-    base.unet.train()
+    base.network.train()
     groups = [adapter.parameter_groups(x.learning_rate, x.adam_weight_decay) for x in configs]
     optimizer = SlotAdamW(groups, (c.adam_beta1, c.adam_beta2), c.adam_epsilon)
     settings = StepSettings(
-        batch=c.train_batch_size or 1,
+        batch=c.train_batch_size,
         accumulation=c.gradient_accumulation_steps,
-        prediction=c.prediction_type or "epsilon",
-        snr_gamma=c.snr_gamma,
         prior_weight=c.prior_loss_weight,
         max_grad_norm=c.max_grad_norm,
         loss_scale=2.0**16 if base.dtype == torch.float16 else 1.0,
     )
     cache, tickets = join(caches, pools)
-    alpha_bar = base.alpha_bar()
-    return adapter, Step(
-        base.unet, optimizer, cache, tickets, alpha_bar, seeds, settings, base.dtype
-    )
+    process = base.process(c.snr_gamma)
+    return adapter, Step(base.predict, optimizer, cache, tickets, process, seeds, settings)
 
 
 def stacked_options(method: str, options: Sequence[dict[str, Any]]) -> dict[str, Any]:

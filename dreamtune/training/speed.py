@@ -9,8 +9,8 @@ import torch
 
 from dreamtune.config import Config
 from dreamtune.fast import graphs, ops, unet
+from dreamtune.models.base import Base
 from dreamtune.models.quiet import quiet_diffusers
-from dreamtune.models.stable_diffusion import Base
 from dreamtune.training.defaults import device_and_dtype
 
 
@@ -53,10 +53,10 @@ def speed_up(base: Base, speed: Speed) -> None:
     """The network through fused kernels, its blocks compiled; what is done already stays."""
     if speed.fused and not base.fused:
         with quiet_diffusers():
-            left = unet.fuse(base.unet).left
+            left = unet.fuse(base.network).left
         base.fused = True
         if left:
             print(f"{len(left)} blocks of the network run unfused, `{left[0]}` first.")
     if speed.compiled and not base.compiled:
-        unet.compile_blocks(base.unet)
+        unet.compile_blocks(base.network)
         base.compiled = True

@@ -1,4 +1,4 @@
-"""One training step: draws, noise, UNet, loss per slot, backward, clipping, optimizer.
+"""One training step: draws, noise, network, loss per slot, backward, clipping, optimizer.
 
 S slots train at once on a batch of S contiguous blocks. A step is a function of static tensors and
 one generator a slot, reseeded from (slot seed, k): no host sync and no shape that depends on data,
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dreamtune.models.base import Conditioning, Process
 from dreamtune.training.cache import Cache, Pool
-from dreamtune.training.loss import add_noise, min_snr_weight, slot_losses, target
+from dreamtune.training.loss import slot_losses
 from dreamtune.training.optim import SlotAdamW, clip_factors, slot_norms
 
 MASK64 = (1 << 64) - 1
@@ -35,8 +35,8 @@ class Draw:
 
     entry: Tensor  # (S * n,) rows of the cache
     timestep: Tensor  # (S * n,)
-    noise: Tensor  # (S * n, c, h, w)
-    latent_noise: Tensor | None  # (S * n, c, h, w), where latents have a spread
+    noise: Tensor  # (S * n, ...), shaped like latents
+    latent_noise: Tensor | None  # the same, where latents have a spread
 
 
 def draw(
@@ -44,7 +44,7 @@ def draw(
     pools: Sequence[Pool],
     generators: Sequence[torch.Generator],
     batch: int,
-    timesteps: int,
+    process: Process,
 ) -> Draw:
     """The random part of a step. A slot's draws come from its own generator alone.
 
@@ -61,7 +61,7 @@ def draw(
             order = torch.rand(len(tickets), generator=generator, device=device).argsort()
             entries.append(tickets[order[spread % len(tickets)]])
             u = torch.rand(1, generator=generator, device=device)
-            times.append((((u + spread / batch) % 1) * timesteps).long().clamp_max(timesteps - 1))
+            times.append(process.timesteps((u + spread / batch) % 1))
         n = batch * len(pools)
         noises.append(
             torch.randn(n, *shape, generator=generator, device=device, dtype=cache.mean.dtype)
@@ -84,8 +84,6 @@ class StepSettings:
 
     batch: int = 1
     accumulation: int = 1
-    prediction: str = "epsilon"
-    snr_gamma: float | None = None
     prior_weight: float = 1.0
     max_grad_norm: float = 1.0
     # A power of two that keeps small gradients above fp16's smallest number; halved when a step
@@ -102,25 +100,25 @@ class Step:
     row.
 
     Args:
-        unet: called as (noisy, timestep, encoder_hidden_states, return_dict=False).
+        predict: the network's prediction for (noisy latents, timesteps, conditioning), each with
+            a row an image.
         pools: photos, and class images if the prior is preserved.
-        alpha_bar: (T,) of the noise schedule.
+        process: noise and target.
         seeds: one a slot.
     """
 
     def __init__(
         self,
-        unet: Callable[..., Any],
+        predict: Callable[[Tensor, Tensor, Conditioning], Tensor],
         optimizer: SlotAdamW,
         cache: Cache,
         pools: Sequence[Pool],
-        alpha_bar: Tensor,
+        process: Process,
         seeds: Sequence[int],
         settings: StepSettings,
-        dtype: torch.dtype,
     ) -> None:
-        self.unet, self.optimizer, self.cache, self.pools = unet, optimizer, cache, pools
-        self.alpha_bar, self.seeds, self.settings, self.dtype = alpha_bar, seeds, settings, dtype
+        self.predict, self.optimizer, self.cache, self.pools = predict, optimizer, cache, pools
+        self.process, self.seeds, self.settings = process, seeds, settings
         device, slots = cache.mean.device, len(seeds)
         assert slots == optimizer.slots == len(pools[0])
         self.generators = [torch.Generator(device) for _ in seeds]
@@ -147,7 +145,7 @@ class Step:
         gradients: list[Tensor] = []
         for _ in range(settings.accumulation):
             part = self.losses(
-                draw(self.cache, self.pools, self.generators, settings.batch, len(self.alpha_bar))
+                draw(self.cache, self.pools, self.generators, settings.batch, self.process)
             )
             new = torch.autograd.grad(
                 (part * self.loss_scale / settings.accumulation).sum(), params
@@ -163,22 +161,16 @@ class Step:
 
     def losses(self, drawn: Draw) -> Tensor:
         """(S,) for one batch."""
-        cache, settings = self.cache, self.settings
+        cache, settings, t = self.cache, self.settings, drawn.timestep
         latents = cache.mean[drawn.entry]
         if cache.std is not None and drawn.latent_noise is not None:
             latents = latents + cache.std[drawn.entry] * drawn.latent_noise
-        alpha_bar = self.alpha_bar[drawn.timestep]
-        noisy = add_noise(latents, drawn.noise, alpha_bar)
-        text = cache.prompts[cache.caption[drawn.entry]]
-        said = self.unet(
-            noisy.to(self.dtype), drawn.timestep, text.to(self.dtype), return_dict=False
-        )[0]
-        weight = None
-        if settings.snr_gamma is not None:
-            weight = min_snr_weight(alpha_bar, settings.snr_gamma, settings.prediction)
-        goal = target(latents, drawn.noise, alpha_bar, settings.prediction)
+        noisy = self.process.noised(latents, drawn.noise, t)
+        prediction = self.predict(noisy, t, cache.conditioning(drawn.entry))
+        target = self.process.target(latents, drawn.noise, t)
+        weight = self.process.weight(t)
         return slot_losses(
-            said, goal, weight, len(self.seeds), settings.batch, settings.prior_weight
+            prediction, target, weight, len(self.seeds), settings.batch, settings.prior_weight
         )
 
     @torch.no_grad()
@@ -199,6 +191,15 @@ class Step:
         self.loss_sum.zero_()
         self.loss_count.zero_()
         return mean
+
+    def reads(self) -> list[Tensor]:
+        """Tensors that a step reads and does not change."""
+        pools = [tickets for pool in self.pools for tickets in pool]
+        return [*self.cache.tensors(), *pools, *self.process.constants()]
+
+    def changes(self) -> list[Tensor]:
+        """Tensors that a step changes."""
+        return [*self.optimizer.params, *self.state_dict().values()]
 
     def state_dict(self, slot: int | None = None) -> dict[str, Tensor]:
         """Everything that a step changes, but the adapter; of one slot as if it were alone."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dreamtune.config import CPU_SLOTS, Config
+from dreamtune.models.base import Base
 from dreamtune.models.load import load_base
-from dreamtune.models.stable_diffusion import Base
 from dreamtune.training import run_folder
 from dreamtune.training.console import table
 from dreamtune.training.defaults import device_and_dtype
@@ -55,7 +55,7 @@ def train(config: Config) -> TrainResult:
     began = time.perf_counter()
     with Interrupts() as interrupts:
         run = Run(config)
-        run.open(base_of(run.config))
+        run.open(base_of(run.given))
         wave = Wave(run.base, {run.subject.name: run}, began)
         try:
             train_wave(wave, interrupts)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dreamtune.evaluation.validation import at_step, sample_slots
 from dreamtune.fast.graphs import drive
-from dreamtune.models.stable_diffusion import Base
+from dreamtune.models.base import Base
 from dreamtune.training.console import progress_bar, wave_text
 from dreamtune.training.optim import learning_rate_factor
 from dreamtune.training.run import Run
@@ -45,7 +45,7 @@ class Wave:
             print(note)
         for run in runs.values():
             run.begin()
-        self.bar = progress_bar(self.start, self.config.max_train_steps or 0)
+        self.bar = progress_bar(self.start, self.config.max_train_steps)
 
     def pack(self, labels: Sequence[str]) -> None:
         """An adapter and a step of these runs alone; each goes on where it was."""
@@ -138,8 +138,8 @@ class Wave:
     def advance(self, k: int) -> None:
         """One step of every run."""
         c = self.config
-        total = c.max_train_steps or 0
-        self.do_step(k, learning_rate_factor(k, c.lr_scheduler, c.lr_warmup_steps, total))
+        share = learning_rate_factor(k, c.lr_scheduler, c.lr_warmup_steps, c.max_train_steps)
+        self.do_step(k, share)
         self.k = k + 1
 
     def show(self, k: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,7 +20,9 @@ from random_models import build_unet  # noqa: E402, F401
 
 from dreamtune.fast import unet as fast_unet  # noqa: E402
 from dreamtune.injection.inject import inject  # noqa: E402
+from dreamtune.models.diffusion import Diffusion  # noqa: E402
 from dreamtune.models.quiet import quiet_diffusers  # noqa: E402
+from dreamtune.models.stable_diffusion import predict  # noqa: E402
 from dreamtune.training.cache import Cache  # noqa: E402
 from dreamtune.training.optim import SlotAdamW  # noqa: E402
 from dreamtune.training.step import Step, StepSettings  # noqa: E402
@@ -39,7 +42,7 @@ def make_cache(
     caption = torch.arange(entries)
     return Cache(
         mean.to(device, dtype), torch.full_like(mean, 0.1).to(device, dtype),
-        caption.to(device), prompts.to(device, dtype),
+        caption.to(device), {"prompt_embeds": prompts.to(device, dtype)},
     )  # fmt: skip
 
 
@@ -72,7 +75,10 @@ def make_step(
     alpha_bar = torch.linspace(0.999, 0.005, 1000, device=device, dtype=cache_dtype)
     settings = StepSettings(batch=batch)
     seeds = list(range(slots))
-    return adapter, Step(unet, SlotAdamW(groups), cache, pools, alpha_bar, seeds, settings, dtype)
+    optimizer, process = SlotAdamW(groups), Diffusion(alpha_bar)
+    return adapter, Step(
+        partial(predict, unet, dtype), optimizer, cache, pools, process, seeds, settings
+    )
 
 
 def now(cuda: bool) -> float:

@@ -1,0 +1,211 @@
+"""The contract of a base family: what training, sampling and files need of a frozen base model."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dreamtune.models.prefixes import Prefixes
+from dreamtune.models.quiet import move
+
+Conditioning = dict[str, Tensor]  # what the network is told beside x and t, a row a prompt
+
+
+class Latents(NamedTuple):
+    """mean (n, ...): encoded images as the network takes them; std: the spread of the encoder's
+    distribution, None where it has none.
+    """
+
+    mean: Tensor
+    std: Tensor | None
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    sampler: str
+    guidance_scale: float
+    guidance_rescale: float
+
+
+class Process(ABC):
+    """How latents become noise, and what the network is to predict. t: (n,) timesteps, as the
+    network takes them.
+    """
+
+    @abstractmethod
+    def timesteps(self, u: Tensor) -> Tensor:
+        """u (n,), uniform in [0, 1), to t by the family's distribution of timesteps."""
+
+    @abstractmethod
+    def noised(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The network's input, shaped like latents."""
+
+    @abstractmethod
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the network should predict from `noised`."""
+
+    def weight(self, t: Tensor) -> Tensor | None:
+        """(n,) weights of the rows' losses, or None for 1."""
+        return None
+
+    def constants(self) -> list[Tensor]:
+        """Tensors that the methods read: a recorded step reads them where they are."""
+        return []
+
+
+class Base(ABC):
+    """A text-to-image model whose parts are frozen. One family is a module with one subclass, and a
+    line in `load.FAMILIES`.
+
+    Attributes:
+        network_name: of the trained network in a pipeline and in the keys of files.
+        prefixes: of the keys of LoRA files.
+        multiple: of the sides of images, in pixels.
+        id: names the base in files: a hub id, or the last part of a path.
+        embedded: whether it is the one in this package.
+        device, dtype: where the network computes; the other parts wait on the CPU in float32.
+        fused, compiled: what was done to make the network faster.
+    """
+
+    network_name: ClassVar[str]
+    prefixes: ClassVar[Prefixes]
+    multiple: ClassVar[int] = 8
+
+    def __init__(self, id: str, embedded: bool, device: torch.device, dtype: torch.dtype) -> None:
+        self.id, self.embedded, self.device, self.dtype = id, embedded, device, dtype
+        self.fused = self.compiled = False
+
+    @classmethod
+    @abstractmethod
+    def load_folder(
+        cls, source: str, revision: str | None, variant: str | None, dtype: torch.dtype
+    ) -> tuple[Any, ...]:
+        """The parts, as `__init__` takes them first, of a diffusers folder or hub id.
+
+        Raises ValueError that says what to do.
+        """
+
+    @classmethod
+    @abstractmethod
+    def load_network(
+        cls, source: str, revision: str | None, variant: str | None, dtype: torch.dtype
+    ) -> nn.Module:
+        """The trained network alone."""
+
+    @property
+    @abstractmethod
+    def network(self) -> Any:
+        """The module that is trained: a diffusers model."""
+
+    @property
+    @abstractmethod
+    def resolution(self) -> int:
+        """The side in pixels that the base was trained at."""
+
+    @property
+    @abstractmethod
+    def prediction_type(self) -> str:
+        """What the network predicts, as the config names it."""
+
+    @abstractmethod
+    def sampling_defaults(self, size: int) -> SamplingDefaults:
+        """For images of `size` pixels a side."""
+
+    @abstractmethod
+    def process(self, snr_gamma: float | None = None) -> Process:
+        """Noise and target in training. Raises ValueError where `snr_gamma` has no meaning."""
+
+    @abstractmethod
+    def encode_images(self, pixels: Tensor, batch: int = 4) -> Latents:
+        """(n, 3, h, w) in [-1, 1] -> latents on the device, float32."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """A row a prompt, on the device, float32."""
+
+    @abstractmethod
+    def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's prediction for x (n, ...) and t (n,), computed in `dtype`."""
+
+    @abstractmethod
+    def pipeline(self, sampler: str = "base", prompts: bool = True) -> Any:
+        """A diffusers pipeline of these very modules; without `prompts` it has no text encoder.
+
+        sampler: "base", the one in the model's files, or "dpm++".
+        """
+
+    @abstractmethod
+    def call_arguments(self, conditioning: Conditioning, nothing: Conditioning) -> Conditioning:
+        """Arguments of the pipeline's call, a row an image, in `dtype`: `conditioning` with as many
+        rows, and the one row of `nothing`, the empty prompt, as the negative ones.
+        """
+
+    @abstractmethod
+    def waiting_parts(self, prompts: bool) -> Sequence[nn.Module]:
+        """The modules beside the network that sampling needs."""
+
+    def rows_per_image(self, guidance_scale: float) -> int:
+        """Rows of the network's batch for an image of the pipeline's: all rows without the prompt
+        come first, then all with it.
+        """
+        return 2 if guidance_scale > 1 else 1
+
+    def sampling_arguments(self, prompts: Sequence[str]) -> Conditioning:
+        """`call_arguments` of prompts, each distinct one encoded once."""
+        distinct = ["", *dict.fromkeys(prompts)]
+        encoded = self.encode_prompts(distinct)
+        rows = torch.tensor([distinct.index(p, 1) for p in prompts], device=self.device)
+        return self.call_arguments(
+            {k: v[rows] for k, v in encoded.items()}, {k: v[:1] for k, v in encoded.items()}
+        )
+
+    @contextlib.contextmanager
+    def on_device(self, dtype: torch.dtype, *modules: Any) -> Iterator[None]:
+        """Copies of the modules' weights on the training device in `dtype`, dropped afterwards: the
+        GPU is free while training, and the weights that wait on the CPU are never rounded.
+        """
+        if self.device.type == "cpu":  # no copies: there they are
+            before = [next(m.parameters()).dtype for m in modules]
+            for m in modules:
+                move(m, self.device, dtype)
+            try:
+                yield
+            finally:
+                for m, old in zip(modules, before, strict=True):
+                    move(m, self.device, old)
+            return
+        kept = [(t, t.data) for m in modules for t in (*m.parameters(), *m.buffers())]
+        try:
+            for t, here in kept:
+                there = here.to(self.device, non_blocking=True)
+                t.data = there.to(dtype) if there.is_floating_point() else there
+            yield
+        finally:
+            for t, here in kept:
+                t.data = here
+
+    @contextlib.contextmanager
+    def sampling(self, sampler: str = "base", prompts: bool = True) -> Iterator[Any]:
+        """The pipeline, everything on the device for as long as the block runs. Without `prompts`
+        it takes what `sampling_arguments` gives.
+        """
+        with self.on_device(self.dtype, *self.waiting_parts(prompts)):
+            training = self.network.training
+            self.network.eval()
+            try:
+                with self.uncompiled():
+                    yield self.pipeline(sampler, prompts)
+            finally:
+                self.network.train(training)
+
+    def uncompiled(self) -> contextlib.AbstractContextManager[Any]:
+        """A batch of samples has another shape than a step: not worth compiling for."""
+        if not self.compiled:
+            return contextlib.nullcontext()
+        return torch.compiler.set_stance("force_eager")

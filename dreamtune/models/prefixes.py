@@ -1,0 +1,13 @@
+"""The names of a family's layers in files. Without torch: formats are asked before it is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """What stands before a module path in the keys of a LoRA file."""
+
+    peft: str = "unet."
+    kohya: str = "lora_unet_"
