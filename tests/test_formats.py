@@ -26,7 +26,6 @@ from dreamtune.files.formats import (
     Change,
     ExportFormat,
     LayerFactors,
-    Prefixes,
     export_format,
     formats,
     read_adapter,
@@ -34,6 +33,8 @@ from dreamtune.files.formats import (
 from dreamtune.files.tensors import TensorFile, read_tensors, write_new
 from dreamtune.injection.adapter_file import AdapterFile
 from dreamtune.injection.inject import InjectedAdapter
+from dreamtune.models.prefixes import Prefixes
+from dreamtune.models.stable_diffusion import StableDiffusion
 
 each_export = pytest.mark.parametrize("format", list(EXPORTS))
 
@@ -72,7 +73,7 @@ def test_one_format_alone_reads_what_each_writes(method: str, format: str, tmp_p
     path = dreamtune.export(adapter, tmp_path, format, metadata={"prompt": "a sks dog"})
     adapter.eject()
     file = read_tensors(path)
-    assert [n for n, f in formats().items() if f.reads(file, Prefixes())] == [format]
+    assert [n for n, f in formats().items() if f.reads(file, StableDiffusion.prefixes)] == [format]
     read = read_adapter(path, unet)
     assert (read.method, read.exported_from) == ("lora", method)
     assert read.metadata == {"prompt": "a sks dog"} and len(read.shapes) == len(wanted)
@@ -81,7 +82,9 @@ def test_one_format_alone_reads_what_each_writes(method: str, format: str, tmp_p
 
 def test_native_is_read_by_native_alone(tmp_path: Path) -> None:
     file = read_tensors(trained(tiny_unet(), "ether").save(tmp_path))
-    assert [n for n, f in formats().items() if f.reads(file, Prefixes())] == ["native"]
+    assert [n for n, f in formats().items() if f.reads(file, StableDiffusion.prefixes)] == [
+        "native"
+    ]
 
 
 @pytest.mark.parametrize("there", list(EXPORTS))

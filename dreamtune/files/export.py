@@ -16,7 +16,7 @@ from dreamtune.files.formats import Change, LayerFactors, export_format, read_ad
 from dreamtune.files.lora import recompress, same_rank
 from dreamtune.injection.adapter_file import AdapterFile, Fingerprint
 from dreamtune.injection.inject import InjectedAdapter
-from dreamtune.models.load import load_network
+from dreamtune.models.load import load_network, prefixes_of
 
 DTYPES = {
     "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
@@ -80,7 +80,9 @@ def export(
     small = {path: recompress(up, down) for path, (up, down) in factors.items()}
     about = {"exported_from": method, "fingerprint": prints, "metadata": about}
     path = Path(out_dir) / target.file_name.format(name=name)
-    target.write(path, Change(same_rank(small), dtype, about, network=network), overwrite)
+    target.write(
+        path, Change(same_rank(small), dtype, about, prefixes_of(network), network), overwrite
+    )
     return path
 
 

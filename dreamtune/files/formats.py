@@ -34,9 +34,6 @@ NATIVE = "native"  # what `InjectedAdapter.save` writes
 LayerFactors = dict[str, "tuple[Tensor, Tensor]"]  # module path -> up (out, r), down (r, in)
 
 
-PREFIXES = Prefixes()
-
-
 @dataclass(frozen=True)
 class Change:
     """What is written: a low-rank change of a network.
@@ -51,7 +48,7 @@ class Change:
     factors: LayerFactors
     dtype: torch.dtype
     about: Mapping[str, Any]
-    prefixes: Prefixes = PREFIXES
+    prefixes: Prefixes
     network: nn.Module | None = None
 
 
@@ -114,15 +111,16 @@ def _load(name: str) -> Format:
 
 
 def read_adapter(
-    path: Path, network: nn.Module | None = None, prefixes: Prefixes = PREFIXES
+    path: Path, network: nn.Module | None = None, prefixes: Prefixes | None = None
 ) -> AdapterFile:
     """The adapter in a file of any format. Raises ValueError where none reads it.
 
-    network: see `Format.read`.
+    network: see `Format.read`. prefixes: by default those of the network's family.
     """
     from dreamtune.files.tensors import read_tensors
+    from dreamtune.models.load import prefixes_of
 
-    file = read_tensors(path)
+    file, prefixes = read_tensors(path), prefixes or prefixes_of(network)
     for found in formats().values():
         if found.reads(file, prefixes):
             return found.read(file, network, prefixes)

@@ -8,10 +8,11 @@ from torch import nn
 
 from dreamtune.files.find import adapter_file
 from dreamtune.files.fingerprint import fingerprint
-from dreamtune.files.formats import PREFIXES, Format, Prefixes
+from dreamtune.files.formats import Format, Prefixes
 from dreamtune.files.tensors import TensorFile, read_tensors, write_tensors
 from dreamtune.injection.adapter_file import AdapterFile
 from dreamtune.injection.inject import InjectedAdapter
+from dreamtune.models.load import prefixes_of
 from dreamtune.version import __version__
 
 FORMAT_VERSION = 1
@@ -76,6 +77,7 @@ def load_adapter_file(path: str | Path) -> AdapterFile:
     file = read_tensors(adapter_file(path))
     if "dreamtune" not in file.header:
         raise ValueError(f"`{file.name}` is not a native adapter file: no `dreamtune` header")
-    if not FORMAT.reads(file, PREFIXES):
+    prefixes = prefixes_of(None)
+    if not FORMAT.reads(file, prefixes):
         raise ValueError(f"`{file.name}` is an exported file, not a native one")
-    return FORMAT.read(file, None, PREFIXES)
+    return FORMAT.read(file, None, prefixes)

@@ -64,7 +64,8 @@ class Base(ABC):
     line in `load.FAMILIES`.
 
     Attributes:
-        network_name: of the trained network in a pipeline and in the keys of files.
+        network_name: of the trained network in a pipeline.
+        network_class: the name of its class in diffusers.
         prefixes: of the keys of LoRA files.
         multiple: of the sides of images, in pixels.
         id: names the base in files: a hub id, or the last part of a path.
@@ -74,6 +75,7 @@ class Base(ABC):
     """
 
     network_name: ClassVar[str]
+    network_class: ClassVar[str]
     prefixes: ClassVar[Prefixes]
     multiple: ClassVar[int] = 8
 

@@ -12,6 +12,7 @@ from dreamtune import embedded
 from dreamtune.config import EMBEDDED
 from dreamtune.models.base import Base
 from dreamtune.models.folder import looks_like_a_path, read_index
+from dreamtune.models.prefixes import Prefixes
 from dreamtune.models.quiet import quiet_diffusers
 from dreamtune.models.single_file import load_file
 
@@ -19,18 +20,17 @@ PACKAGED_MODEL = embedded.MODEL
 
 
 class Family(NamedTuple):
-    """Where a family is: its module and class in this folder; what its pipelines' names begin with
-    in a model_index.json; the name of its trained network.
+    """Where a family is: its module and class in this folder, and what its pipelines' names begin
+    with in a model_index.json.
     """
 
     module: str
     name: str
     pipeline: str
-    network: str
 
 
 # Plain, so that a family is imported when a base of it is loaded.
-FAMILIES = (Family("stable_diffusion", "StableDiffusion", "StableDiffusionPipeline", "unet"),)
+FAMILIES = (Family("stable_diffusion", "StableDiffusion", "StableDiffusionPipeline"),)
 SINGLE_FILE = FAMILIES[0]  # the family of single files
 
 
@@ -83,9 +83,21 @@ def family_of(source: str, revision: str | None = None) -> Family:
     )
 
 
-def family_class(family: Family) -> Any:
+def family_class(family: Family) -> type[Any]:
     """The subclass of `Base`."""
-    return getattr(importlib.import_module(f"dreamtune.models.{family.module}"), family.name)
+    module = importlib.import_module(f"dreamtune.models.{family.module}")
+    found: type[Any] = getattr(module, family.name)
+    return found
+
+
+def prefixes_of(network: torch.nn.Module | None) -> Prefixes:
+    """Of the keys of LoRA files for that network; those of the first family for one that no family
+    has, and for none.
+    """
+    families = [family_class(family) for family in FAMILIES]
+    own = (f.prefixes for f in families if f.network_class == type(network).__name__)
+    found: Prefixes = next(own, families[0].prefixes)
+    return found
 
 
 def load_network(
@@ -95,7 +107,7 @@ def load_network(
     that `load_base` takes or from a folder of a UNet. Raises ValueError for anything else.
     """
     if not isinstance(source, (str, Path)):
-        names = [family.network for family in FAMILIES]
+        names = [family_class(family).network_name for family in FAMILIES]
         found = [getattr(source, name) for name in names if hasattr(source, name)]
         network = source if isinstance(source, torch.nn.Module) else next(iter(found), None)
         if not isinstance(network, torch.nn.Module):

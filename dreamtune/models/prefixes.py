@@ -9,5 +9,5 @@ from dataclasses import dataclass
 class Prefixes:
     """What stands before a module path in the keys of a LoRA file."""
 
-    peft: str = "unet."
-    kohya: str = "lora_unet_"
+    peft: str
+    kohya: str

@@ -22,6 +22,7 @@ class StableDiffusion(Base):
     """Stable Diffusion 1.x and 2.x: a UNet that is told a CLIP text encoder's states."""
 
     network_name = "unet"
+    network_class = "UNet2DConditionModel"
     prefixes = Prefixes(peft="unet.", kohya="lora_unet_")
 
     def __init__(
