@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from scorer_folders import write_clip, write_dino
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -93,3 +95,28 @@ def photo_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "1.txt").write_text("a sks dog in the snow\n")
     (folder / ".DS_Store").write_bytes(b"\0")
     return folder
+
+
+@pytest.fixture(scope="session")
+def scorer_names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("scorers")
+    dino, clip = write_dino(folder / "dino"), write_clip(folder / "clip")
+    return {"dino": str(dino), "clip": f"local-dir:{clip}"}
+
+
+@pytest.fixture
+def settings(tiny_v_pipeline_dir: Path, photo_dir: Path, tmp_path: Path) -> dict[str, Any]:
+    """Six steps without scores: the least that goes through everything else."""
+    return {
+        "pretrained_model_name_or_path": str(tiny_v_pipeline_dir),
+        "instance_data_dir": str(photo_dir),
+        "instance_prompt": "a sks dog",
+        "validation_prompt": ["a {} on a red chair", "a {}"],
+        "max_train_steps": 6,
+        "validation_steps": 3,
+        "num_inference_steps": 2,
+        "output_dir": str(tmp_path / "run"),
+        "options": {"rank": 2},
+        "dino": "none",
+        "clip": "none",
+    }

@@ -13,6 +13,7 @@ from typing import Any
 from dreamtune.config import STACKED, Config, Settings
 from dreamtune.configfile import continued
 from dreamtune.data.photos import read_folder
+from dreamtune.data.words import SubjectWords
 from dreamtune.evaluation.selection import Choice, choose_best
 from dreamtune.evaluation.validation import Evaluator, load_scorers
 from dreamtune.files.export import export
@@ -79,12 +80,9 @@ class Run:
         self.base, self.info["base"] = base, base.id
         speed_up(base, self.speed)
         c = self.config = resolve(self.given, base, self.subject, self.dir)
-        prompts = [
-            self.subject.prompt(p)
-            for p in c.validation_prompt
-            for _ in range(c.num_validation_images)
-        ]
-        plain = [self.subject.plain(p) for p in prompts]  # an identifier means nothing to a scorer
+        prompts, plain = validation_prompts(
+            self.subject, c.validation_prompt, c.num_validation_images
+        )
         print(f"First validation prompt: `{prompts[0]}`; without the identifier: `{plain[0]}`")
         self.evaluator = Evaluator(
             base,
@@ -260,3 +258,13 @@ class Run:
 
     def close(self) -> None:
         self.tracker.close()
+
+
+def validation_prompts(
+    words: SubjectWords, templates: Sequence[str], images: int
+) -> tuple[list[str], list[str]]:
+    """The prompts, one an image with `images` of each template; and what a scorer is asked, to whom
+    an identifier means nothing.
+    """
+    prompts = [words.prompt(template) for template in templates for _ in range(images)]
+    return prompts, [words.plain(prompt) for prompt in prompts]

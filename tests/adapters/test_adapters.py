@@ -1,11 +1,10 @@
 """The contract of a method, over the registry: whatever registers is tested here."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from methods import make
 from tiny import cases, disturb, tiny_unet, unet_inputs
 from torch import Tensor, nn
 
@@ -13,15 +12,6 @@ import dreamtune
 from dreamtune import METHODS, Adapter, register
 from dreamtune.adapters.base import _REGISTRY, find_method, resolve_options
 from dreamtune.adapters.maths import bf16_parts, block_columns, unit
-
-
-def make(method, options, shape=(24, 16), slots=1, dtype=torch.float64, seed=0):
-    """(adapter, weight) with a random weight of `shape`; the adapter at its start."""
-    g = torch.Generator().manual_seed(seed)
-    weight = torch.randn(shape, generator=g, dtype=dtype) / math.sqrt(shape[-1])
-    generators = [torch.Generator().manual_seed(100 + s) for s in range(slots)]
-    return METHODS[method](weight, slots=slots, generator=generators, **options), weight
-
 
 all_cases = pytest.mark.parametrize("method,options", cases())
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_step import make
+from steps import make
 from tiny import tiny_unet
 
 from dreamtune.config import Config
@@ -79,7 +79,7 @@ def test_kernels_equal_torch(more: dict[str, str]) -> None:
     command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, str(Path(__file__).parent / "kernel_parity.py")],
-        env=environment, capture_output=True, text=True, cwd=Path(__file__).parent.parent,
+        env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr
 

@@ -6,7 +6,7 @@ product here (theirs splits rows); DeLoRA's zero rows give zero, not NaN.
 
 import pytest
 import torch
-from test_adapters import make
+from methods import make
 from tiny import disturb
 from torch import nn
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_step import make
-from test_train import scorer_names, settings  # noqa: F401  (fixtures)
+from steps import make
 from tiny import unet_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -175,7 +174,7 @@ def test_a_replaced_parameter_is_an_error() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("capture", ["on", "off"])
 def test_killed_and_resumed_equals_whole(
-    settings: dict[str, Any],  # noqa: F811
+    settings: dict[str, Any],
     tmp_path: Path,
     capture: str,
 ) -> None:
@@ -216,7 +215,7 @@ def test_what_cannot_be_captured_says_why() -> None:
 
 
 def test_capture_is_refused_before_any_work(
-    settings: dict[str, Any],  # noqa: F811
+    settings: dict[str, Any],
     tmp_path: Path,
 ) -> None:
     with pytest.raises(ValueError, match="`capture` is on"):

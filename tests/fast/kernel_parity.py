@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_step import make
+from steps import make
 
 from dreamtune.fast import ops
 from dreamtune.fast import unet as fast_unet

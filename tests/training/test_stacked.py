@@ -12,7 +12,6 @@ import torch
 import yaml
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
-from scorer_folders import write_clip, write_dino
 
 from dreamtune import METHODS
 from dreamtune.config import Config
@@ -25,13 +24,6 @@ from dreamtune.training.wave import Wave
 
 # Of a tensor's norm: float32 sums in another order.
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(scope="module")
-def scorer_names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("scorers")
-    dino, clip = write_dino(folder / "dino"), write_clip(folder / "clip")
-    return {"dino": str(dino), "clip": f"local-dir:{clip}"}
 
 
 @pytest.fixture

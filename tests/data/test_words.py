@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import assume, given
@@ -15,8 +14,8 @@ from dreamtune.config import Config
 from dreamtune.data.english import article_of
 from dreamtune.data.photos import read_folder
 from dreamtune.data.words import fill, read_words, without_identifier
-from dreamtune.evaluation.validation import Evaluator
 from dreamtune.training.defaults import PROMPTS, subject_of
+from dreamtune.training.run import validation_prompts
 from dreamtune.training.sweep import words as own_settings
 
 TEMPLATES = [*embedded.prompts(), *PROMPTS]
@@ -77,16 +76,11 @@ def test_the_shipped_class_words_that_take_an() -> None:
 
 def test_validation_asks_with_the_right_article() -> None:
     """Before: the scorer was asked about "a apple on the beach"."""
-    config = Config(
-        instance_data_dir="x",
-        validation_prompt=["a {} on the beach", "an {} in an {}"],
-        dino="none",
-        clip="none",
-    )
     words = read_words("a sks apple", "an apple")
-    evaluator = Evaluator(config, SimpleNamespace(), words, [])  # type: ignore[arg-type]
-    assert evaluator.prompts == ["a sks apple on the beach", "a sks apple in a sks apple"]
-    assert evaluator.plain == ["an apple on the beach", "an apple in an apple"]
+    prompts, plain = validation_prompts(words, ["a {} on the beach", "an {} in an {}"], 2)
+    each = ["a sks apple on the beach", "a sks apple in a sks apple"]
+    assert prompts == [each[0], each[0], each[1], each[1]]
+    assert plain[::2] == ["an apple on the beach", "an apple in an apple"]
 
 
 @pytest.mark.parametrize(

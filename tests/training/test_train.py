@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from scorer_folders import write_clip, write_dino
 
 from dreamtune.config import Config
 from dreamtune.evaluation.selection import choose_best
@@ -28,31 +27,6 @@ from dreamtune.training import train as train_module
 from dreamtune.training.run import Run
 from dreamtune.training.train import Interrupted, base_of, train
 from dreamtune.training.wave import Wave
-
-
-@pytest.fixture(scope="session")
-def scorer_names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("scorers")
-    dino, clip = write_dino(folder / "dino"), write_clip(folder / "clip")
-    return {"dino": str(dino), "clip": f"local-dir:{clip}"}
-
-
-@pytest.fixture
-def settings(tiny_v_pipeline_dir: Path, photo_dir: Path, tmp_path: Path) -> dict[str, Any]:
-    """Six steps without scores: the least that goes through everything else."""
-    return {
-        "pretrained_model_name_or_path": str(tiny_v_pipeline_dir),
-        "instance_data_dir": str(photo_dir),
-        "instance_prompt": "a sks dog",
-        "validation_prompt": ["a {} on a red chair", "a {}"],
-        "max_train_steps": 6,
-        "validation_steps": 3,
-        "num_inference_steps": 2,
-        "output_dir": str(tmp_path / "run"),
-        "options": {"rank": 2},
-        "dino": "none",
-        "clip": "none",
-    }
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -273,7 +247,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(settings: dict[str, Any], tmp_path: 
     flags = [f"--{k}={v}" for k, v in settings.items() if isinstance(v, (str, int))]
     flags += ["--rank", "2", "--max_train_steps", "100000", "--validation_steps", "50000"]
     flags += ["--validation_prompt", "a {}"]
-    script = Path(__file__).parents[1] / "train_dreambooth.py"
+    script = Path(__file__).parents[2] / "train_dreambooth.py"
     process = subprocess.Popen(
         [sys.executable, str(script), *flags], stderr=subprocess.PIPE, stdout=subprocess.PIPE,
         text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from PIL import Image
 from scorer_folders import PROMPTS, write_clip, write_dino
 from torch.nn.functional import cosine_similarity
 
-from dreamtune.config import Config
 from dreamtune.evaluation.validation import load_scorers
 from dreamtune.metrics import Clip, Dino, Scorers, without_identifier
 from dreamtune.metrics.features import matched, mean_among, mean_to_set, normalize, shuffled
@@ -297,15 +295,15 @@ def test_the_packages_scorers_have_one_name():
     """By their name, by their folders, and in a run: result files say "embedded"."""
     from dreamtune import embedded
 
-    cpu = SimpleNamespace(device="cpu")
+    cpu = torch.device("cpu")
     named = {"dino": "embedded", "clip": "embedded"}
     folders = {"dino": str(embedded.DINO), "clip": f"local-dir:{embedded.CLIP}"}
     found = [
         Scorers.load(named),
         Scorers.load(folders),
         Scorers.load({**folders, "clip": str(embedded.CLIP)}),
-        load_scorers(Config(**named), cpu),
-        load_scorers(Config(**folders), cpu),
+        load_scorers(named, cpu),
+        load_scorers(folders, cpu),
     ]
     for scorers in found:
         assert {k: scorers.protocol[k]["model"] for k in named} == named
