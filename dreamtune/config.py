@@ -318,8 +318,9 @@ HINTS = typing.get_type_hints(Config, include_extras=True)
 
 
 @cache
-def rules() -> TypeAdapter[dict[str, Any]]:
-    return checker(HINTS)
+def rules(others: bool = False) -> TypeAdapter[dict[str, Any]]:
+    """others: names that are no fields pass, such as the options of a method."""
+    return checker(HINTS, others=others)
 
 
 def having(fact: str) -> tuple[str, ...]:

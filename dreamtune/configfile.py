@@ -12,8 +12,16 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
-from dreamtune.config import FIELDS, Config, plain_default
-from dreamtune.fields import checker, nearest, validated
+from dreamtune.config import FIELDS, Config, plain_default, rules
+from dreamtune.fields import (
+    UnreadableFile,
+    checker,
+    contents,
+    from_file,
+    nearest,
+    shown,
+    validated,
+)
 
 METHODS_GROUP = "dreamtune.methods"
 # What a method's annotations may come from: modules that are imported here anyway.
@@ -149,6 +157,8 @@ def from_mapping(values: Mapping[str, Any], methods: Mapping[str, Signature]) ->
     checked there. methods: what `signatures` gives.
     """
     values = dict(values)
+    first: dict[str, Any] = {k: values[k] for k in ("method", "options") if k in values}
+    values |= validated(rules(), first)  # what the others depend on
     options = dict(values.pop("options", {}))
     options |= {k: values.pop(k) for k in [k for k in values if k not in FIELDS]}
     method = values.get("method", FIELDS["method"].default)
@@ -162,22 +172,45 @@ def from_mapping(values: Mapping[str, Any], methods: Mapping[str, Signature]) ->
             if owners:
                 raise ValueError(f"`{key}` is an option of {', '.join(owners)}, not of {method}.")
             raise ValueError(f"unknown option `{key}`.{nearest(key, [*FIELDS, *known])}")
-    rules = checker({name: kind for name, (kind, _) in known.items()})
-    return Config(**values, options=validated(rules, options))
+    own = checker({name: kind for name, (kind, _) in known.items()})
+    return Config(**values, options=validated(own, options))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A config file, its fields checked; what else it has may be options of the method. Raises
+    UnreadableFile, which names the file and the field.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UnreadableFile(f"there is no config file `{path}`.")
+    loaded = parse_yaml(contents(path, limit=1 << 20), f"`{path}`") or {}
+    if not isinstance(loaded, dict):
+        raise UnreadableFile(
+            f"`{path}` must hold `name: value` lines, got {type(loaded).__name__}."
+        )
+    for name in loaded:
+        if not isinstance(name, str):
+            raise UnreadableFile(f"`{path}`: a name must be a word, got {shown(name)}.")
+    return from_file(rules(others=True), loaded, f"`{path}`")
+
+
+def parse_yaml(text: str | bytes, place: str) -> Any:
+    """Raises UnreadableFile, which names the place, for what is no YAML, or has a name twice."""
     import yaml
 
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"there is no config file `{path}`.") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"`{path}` is not YAML: {error}") from None
-    if not isinstance(loaded or {}, dict):
-        raise ValueError(f"`{path}` must hold `name: value` lines, got {type(loaded).__name__}.")
-    return loaded or {}
+        root = yaml.compose(text, yaml.SafeLoader)
+        if isinstance(root, yaml.MappingNode):
+            names = [key.value for key, _ in root.value if isinstance(key, yaml.ScalarNode)]
+            if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+                raise UnreadableFile(f"{place} has `{twice[0]}` twice.")
+        return yaml.safe_load(text)
+    except UnreadableFile:
+        raise
+    except RecursionError:
+        raise UnreadableFile(f"{place} is not YAML of ours: it is nested too deeply.") from None
+    except Exception as error:  # what a tag makes of a value raises whatever it likes
+        raise UnreadableFile(f"{place} is not YAML: {error}") from None
 
 
 def continued(config: Config, saved_file: Path) -> Config:
@@ -190,7 +223,7 @@ def continued(config: Config, saved_file: Path) -> Config:
         raise ValueError(
             f"there is no `{saved_file}`: {saved_file.parent} is not the folder of a run."
         )
-    saved = read_yaml(saved_file)
+    saved = from_file(rules(), read_yaml(saved_file), f"`{saved_file}`")
     default = {name: plain_default(name) for name in FIELDS}
     merged, clashes = {}, []
     for key in FIELDS:

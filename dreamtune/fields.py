@@ -1,22 +1,24 @@
 """Settings field by field: the facts that stand on a field, and values checked against types and
 ranges, by pydantic's rules in our sentences. The same for flags, YAML, sweeps and Python, for the
-config and for the options of methods.
+config and for the options of methods; and for what stands in files.
 """
 
 from __future__ import annotations
 
+import json
+import reprlib
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import field
 from difflib import get_close_matches
 from functools import partial
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 AtLeast0 = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -30,6 +32,15 @@ KINDS = {
     "float_parsing": "a number",
     "bool_parsing": "true or false",
 }
+
+
+NAME_LIMIT = 100  # characters of a word that near ones are looked for
+
+
+class UnreadableFile(ValueError):
+    """A file that does not hold what it must. The message names the file, and what is wrong in it:
+    a field, a tensor, a line.
+    """
 
 
 def opt(
@@ -62,19 +73,30 @@ def opt(
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """' Did you mean `x`?' or ''."""
+    if len(word) > NAME_LIMIT:
+        return ""
     found = get_close_matches(word, list(known), 2, 0.55)
     return f" Did you mean {' or '.join(f'`{n}`' for n in found)}?" if found else ""
 
 
-def checker(hints: Mapping[str, Any]) -> TypeAdapter[dict[str, Any]]:
-    """What `validated` checks by. hints: name -> type with its range, for instance
-    `Annotated[int, Field(ge=1)]` or `Literal["auto", "off"]`.
+def checker(
+    hints: Mapping[str, Any], needed: Collection[str] = (), others: bool = False
+) -> TypeAdapter[dict[str, Any]]:
+    """What `validated` checks by.
+
+    Args:
+        hints: name -> type with its range, for instance `Annotated[int, Field(ge=1)]` or
+            `Literal["auto", "off"]`.
+        needed: the names that must be there.
+        others: further names pass, unchecked.
     """
     fields = {n: Annotated[h, BeforeValidator(partial(plain, h))] for n, h in hints.items()}
     make: Any = TypedDict  # for fields that are not written out
-    kind = make("Values", fields, total=False)
+    kind = make("Values", {n: h if n in needed else NotRequired[h] for n, h in fields.items()})
     kind.__pydantic_config__ = ConfigDict(
-        extra="forbid", coerce_numbers_to_str=True, arbitrary_types_allowed=True
+        extra="allow" if others else "forbid",
+        coerce_numbers_to_str=True,
+        arbitrary_types_allowed=True,
     )
     return TypeAdapter(kind)
 
@@ -95,10 +117,59 @@ def validated(rules: TypeAdapter[dict[str, Any]], values: Mapping[str, Any]) -> 
         raise ValueError(" ".join(sentence(f) for f in worst.values())) from None
 
 
+def contents(path: Path, limit: int = 1 << 24) -> bytes:
+    """Of a regular file, a pipe or a device would never end. limit: in bytes; what we read whole is
+    far below. Raises UnreadableFile, also where the system refuses.
+    """
+    try:
+        if not path.is_file():
+            raise UnreadableFile(f"`{path}` is {'not a file' if path.exists() else 'not there'}")
+        if (size := path.stat().st_size) > limit:
+            raise UnreadableFile(f"`{path}` has {size} bytes, at most {limit} are read")
+        return path.read_bytes()
+    except OSError as error:
+        raise UnreadableFile(f"`{path}` cannot be read: {error.strerror}") from None
+
+
+def from_file(rules: TypeAdapter[dict[str, Any]], values: Any, place: str) -> dict[str, Any]:
+    """`validated` for what was read. place: file, and where in it, for the UnreadableFile that it
+    raises.
+    """
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise UnreadableFile(f"{place} must hold names with values, got {shown(values)}")
+    try:
+        return validated(rules, values)
+    except ValueError as error:
+        raise UnreadableFile(f"{place}: {error}") from None
+
+
+def from_json(text: str | bytes, place: str) -> Any:
+    """A JSON text. Raises UnreadableFile, which names the place, for what is none."""
+    try:
+        return json.loads(text)
+    except ValueError as error:  # broken, not UTF-8, a number of too many digits
+        raise UnreadableFile(f"{place} is not JSON: {error}") from None
+    except RecursionError:
+        raise UnreadableFile(f"{place} is not JSON of ours: it is nested too deeply") from None
+
+
+def shown(value: Any) -> str:
+    """`repr`, of bounded length: a few lines of YAML may stand for a value without end."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 200, 200, 60
+
+
 def sentence(found: Mapping[str, Any]) -> str:
     """One of pydantic's errors as "`name` must be <rule>, got <value>."."""
     kind, value, context = found["type"], found["input"], found.get("ctx", {})
-    start, got = f"`{found['loc'][0]}` must be", f"got {value!r}."
+    if kind == "missing":
+        return f"`{found['loc'][0]}` is missing."
+    if kind == "extra_forbidden":
+        return f"`{found['loc'][0]}` is not known."
+    start, got = f"`{found['loc'][0]}` must be", f"got {shown(value)}."
     bounds = [v for v in context.values() if isinstance(v, (int, float))]
     if value is None:
         return f"`{found['loc'][0]}` cannot be empty."
@@ -110,7 +181,9 @@ def sentence(found: Mapping[str, Any]) -> str:
         return f"{start} {KINDS[kind]}, {got}"
     if bounds:
         number = type(bounds[0])(value) if isinstance(value, str) else value
-        return f"{start} {limit(kind, bounds[0])}, got {number}{near(kind, bounds[0], number)}."
+        return (
+            f"{start} {limit(kind, bounds[0])}, got {shown(number)}{near(kind, bounds[0], number)}."
+        )
     if kind.endswith("_type"):
         return f"{start} of type {kind.removesuffix('_type').replace('string', 'str')}, {got}"
     return f"`{found['loc'][0]}`: {found['msg']}, {got}"
@@ -127,8 +200,10 @@ def limit(kind: str, bound: float) -> str:
 
 
 def near(kind: str, bound: float, number: float) -> str:
-    close = max(1, round(number / bound)) * bound if kind == "multiple_of" else None
-    return "" if close is None else f"; the nearest is {close:g}"
+    if kind != "multiple_of":
+        return ""
+    close = max(1, (2 * number + bound) // (2 * bound)) * bound
+    return f"; the nearest is {shown(close)}"
 
 
 def plain(hint: Any, value: Any) -> Any:

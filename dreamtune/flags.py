@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dreamtune.config import FIELDS, HINTS, Config, plain_default
-from dreamtune.configfile import from_mapping, read_yaml, signatures
+from dreamtune.configfile import from_mapping, parse_yaml, read_yaml, signatures
 from dreamtune.fields import choices, nearest
 
 # Flags of diffusers' train_dreambooth_lora.py that have no counterpart here, and what to do
@@ -135,8 +135,6 @@ def train_config(argv: Sequence[str]) -> Config:
     """The config that the flags (and the YAML files they name) ask for. ValueError for anything not
     understood.
     """
-    import yaml
-
     methods = signatures()
     known, extra = train_parser().parse_known_args(argv)
     given = vars(known)
@@ -144,7 +142,7 @@ def train_config(argv: Sequence[str]) -> Config:
     for path in given.pop("config"):
         values |= read_yaml(path)
     values |= given
-    every = {k for o in methods.values() for k in o}
+    every, options = {k for o in methods.values() for k in o}, {}
     while extra:
         flag = extra.pop(0)
         if not flag.startswith("--"):
@@ -161,5 +159,5 @@ def train_config(argv: Sequence[str]) -> Config:
             if not extra or extra[0].startswith("--"):
                 raise FlagError(f"--{name} needs a value.")
             value = extra.pop(0)
-        values.setdefault("options", {})[name] = yaml.safe_load(value)
-    return from_mapping({**values, **values.pop("options", {})}, methods)
+        options[name] = parse_yaml(value, f"--{name}")
+    return from_mapping({**values, **options}, methods)

@@ -14,6 +14,7 @@ from dreamtune.files.find import adapter_file, run_settings
 from dreamtune.files.fingerprint import check_base, fingerprint
 from dreamtune.files.formats import Change, LayerFactors, export_format, read_adapter
 from dreamtune.files.lora import recompress, same_rank
+from dreamtune.files.tensors import naming
 from dreamtune.injection.adapter_file import AdapterFile, Fingerprint
 from dreamtune.injection.inject import InjectedAdapter
 from dreamtune.models.load import load_network, prefixes_of
@@ -76,7 +77,8 @@ def export(
         target.check(find_method(file.method), network)
         if network is None and find_method(file.method).depends_on_weight:
             network = _base_of_run(path, method)
-        factors, prints = factors_of_file(file, network, force)
+        with naming(path.name):
+            factors, prints = factors_of_file(file, network, force)
     small = {path: recompress(up, down) for path, (up, down) in factors.items()}
     about = {"exported_from": method, "fingerprint": prints, "metadata": about}
     path = Path(out_dir) / target.file_name.format(name=name)
@@ -139,6 +141,8 @@ def factors_of_file(
         own = {k.removeprefix(start): t for k, t in file.tensors.items() if k.startswith(start)}
         adapter.load_state_dict({k: t.unsqueeze(0) for k, t in own.items()})
         up, down = adapter.factors(weight)
+        if not (up.isfinite().all() and down.isfinite().all()):
+            raise ValueError(f"the change of `{path}` is not finite")
         found[path] = (up[0], down[0])
     return found, prints
 

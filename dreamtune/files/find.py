@@ -43,7 +43,7 @@ def adapter_file(path: str | Path) -> Path:
 
 
 def run_settings(file: Path) -> dict[str, Any]:
-    """config.yaml of the run that a file lies in, or {}."""
+    """config.yaml of the run that a file lies in, its fields checked, or {}."""
     for folder in list(file.resolve().parents)[:3]:
         if (folder / CONFIG).is_file():
             return read_yaml(folder / CONFIG)

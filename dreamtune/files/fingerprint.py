@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field, FiniteFloat
 from torch import Tensor
 
 from dreamtune.adapters import find_method
+from dreamtune.fields import UnreadableFile
 from dreamtune.injection.adapter_file import AdapterFile, Fingerprint
 
 PROJECTIONS = 16
+PRINTS: Any = dict[
+    str, Annotated[list[FiniteFloat], Field(min_length=PROJECTIONS, max_length=PROJECTIONS)]
+]
+"""The type of a fingerprint in a file."""
 
 
 # Relative distance of a layer's projections. A cast to fp16 or bf16 moves them at most 2e-3,
@@ -60,17 +67,28 @@ def compare_fingerprints(saved: Fingerprint, here: Fingerprint) -> list[str]:
     return sorted(far, key=lambda name: -distances[name])
 
 
+def uncovered(file: AdapterFile) -> list[str]:
+    """Layers of the adapter without a fingerprint: on no base would they be compared."""
+    return [path for path in file.shapes if path not in file.fingerprint]
+
+
 def check_base(file: AdapterFile, here: Fingerprint, force: bool = False) -> str | None:
     """None on the base of training; else a warning, or a ValueError where the method needs W. With
     `force`, factors alone, which nothing can recompute, are tried as they are.
     """
-    far = compare_fingerprints(file.fingerprint, here)
+    method = file.exported_from or file.method
+    missing = uncovered(file)
+    if missing and (file.fingerprint or find_method(method).depends_on_weight):
+        raise UnreadableFile(
+            f"`{file.source}`: the fingerprint of its base lacks {len(missing)} of its "
+            f"{len(file.shapes)} layers, `{missing[0]}` first"
+        )
+    far = compare_fingerprints({p: file.fingerprint[p] for p in file.shapes if not missing}, here)
     if not far:
         return None
-    method = file.exported_from or file.method
     what = (
-        "this base is not the one that the adapter was trained on: "
-        f"{len(far)} of {len(file.fingerprint)} layers differ, most `{far[0]}`"
+        f"`{file.source}`: this base is not the one that the adapter was trained on: "
+        f"{len(far)} of {len(file.shapes)} layers differ, most `{far[0]}`"
     )
     if not find_method(method).depends_on_weight or (force and file.exported_from is not None):
         return f"{what}; a `{method}` adapter can be tried on it"

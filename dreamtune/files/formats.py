@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from dreamtune.fields import UnreadableFile
 from dreamtune.models.prefixes import Prefixes
 
 if TYPE_CHECKING:
@@ -113,19 +114,21 @@ def _load(name: str) -> Format:
 def read_adapter(
     path: Path, network: nn.Module | None = None, prefixes: Prefixes | None = None
 ) -> AdapterFile:
-    """The adapter in a file of any format. Raises ValueError where none reads it.
+    """The adapter in a file of any format, all of it checked but the base. Raises UnreadableFile
+    where none reads it, and for what is wrong in it.
 
     network: see `Format.read`. prefixes: by default those of the network's family.
     """
-    from dreamtune.files.tensors import read_tensors
+    from dreamtune.files.tensors import naming, read_tensors
     from dreamtune.models.load import prefixes_of
 
     file, prefixes = read_tensors(path), prefixes or prefixes_of(network)
     for found in formats().values():
         if found.reads(file, prefixes):
-            return found.read(file, network, prefixes)
+            with naming(file.name):
+                return found.read(file, network, prefixes)
     first = next(iter(file.tensors), "none")
-    raise ValueError(
+    raise UnreadableFile(
         f"`{file.name}` is in none of the formats {', '.join(formats())}: its {len(file.tensors)} "
         f"keys match no attention projection, `{first}` first. For a LoRA of other layers use "
         "`pipe.load_lora_weights`"

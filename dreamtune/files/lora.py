@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamtune.adapters import METHODS, Adapter
+from dreamtune.fields import UnreadableFile, checker, from_file
+from dreamtune.files.fingerprint import PRINTS
 from dreamtune.files.formats import Change, ExportFormat, LayerFactors, Prefixes
-from dreamtune.files.tensors import TensorFile, write_new
+from dreamtune.files.tensors import FLOATS, TensorFile, write_new
 from dreamtune.injection.adapter_file import AdapterFile
 from dreamtune.injection.group import TARGET_MODULES, find_targets
+
+_ABOUT = checker(
+    {"metadata": dict[str, Any], "fingerprint": PRINTS, "exported_from": str}, others=True
+)
 
 
 def recompress(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +85,16 @@ class PlainLora(ExportFormat):
         return any(key.startswith(self.prefix(prefixes)) for key in file.tensors)
 
     def read(self, file: TensorFile, network: nn.Module | None, prefixes: Prefixes) -> AdapterFile:
-        """As an adapter of the method LoRA."""
+        """As an adapter of the method LoRA. One that another tool has changed since we wrote it is
+        read, with a warning that counts what changed.
+        """
+        about = from_file(_ABOUT, file.about, f"the `dreamtune` header of `{file.name}`")
+        if file.changed:
+            warnings.warn(
+                f"`{file.name}` is not what was written: {file.difference()} changed since. It is"
+                " loaded as it is now",
+                stacklevel=2,
+            )
         layers = None
         if network is not None:
             targets = find_targets(network, TARGET_MODULES)
@@ -85,14 +102,17 @@ class PlainLora(ExportFormat):
         by_name, unknown = plain_factors(file.tensors, self.prefix(prefixes))
         paths = self.paths(by_name, layers)
         factors = {paths[name]: pair for name, pair in by_name.items()}
+        if len(factors) < len(by_name):
+            raise UnreadableFile(f"`{file.name}` has two names for one layer")
         if layers is not None:
             unknown += [path for path in factors if path not in layers]
         if unknown or not factors:
-            raise ValueError(
+            raise UnreadableFile(
                 f"`{file.name}`: {len(unknown)} keys match no attention projection,"
                 f" `{[*unknown, 'none'][0]}` first. For a LoRA of other layers use"
                 " `pipe.load_lora_weights`"
             )
+        check_factors(file.name, factors)
         used = tuple(t for t in TARGET_MODULES if any(p.endswith(f".{t}") for p in factors))
         shapes = {path: (up.shape[0], down.shape[1]) for path, (up, down) in factors.items()}
         if layers is not None:
@@ -105,10 +125,11 @@ class PlainLora(ExportFormat):
             options={"rank": max(down.shape[0] for _, down in factors.values())},
             target_modules=used,
             tensors=tensors,
-            metadata=file.about.get("metadata", {}),
+            metadata=about.get("metadata", {}),
             shapes=shapes,
-            fingerprint=file.about.get("fingerprint", {}),
-            exported_from=file.about.get("exported_from"),
+            fingerprint=about.get("fingerprint", {}),
+            exported_from=about.get("exported_from"),
+            source=file.name,
         )
 
 
@@ -122,10 +143,10 @@ def _check_layers(
     expected = [path for path in layers if path.endswith(tuple(f".{t}" for t in used))]
     missing = [path for path in expected if path not in shapes]
     if missing:
-        raise ValueError(f"`{file}`: {len(missing)} layers have no keys, `{missing[0]}` first")
+        raise UnreadableFile(f"`{file}`: {len(missing)} layers have no keys, `{missing[0]}` first")
     for path, got in shapes.items():
         if got != layers[path]:
-            raise ValueError(f"`{file}`: `{path}` is {layers[path]} here and {got} in the file")
+            raise UnreadableFile(f"`{file}`: `{path}` is {layers[path]} here and {got} in the file")
 
 
 ENDINGS = {
@@ -134,9 +155,41 @@ ENDINGS = {
 }  # fmt: skip
 
 
+def check_factors(file: str, factors: LayerFactors) -> None:
+    """Raises UnreadableFile for a change that is not finite in float32."""
+    for path, (up, down) in factors.items():
+        # The largest value that the product of the two may have.
+        bound = float(up.double().norm()) * float(down.double().norm())
+        if not bound <= torch.finfo(torch.float32).max:
+            raise UnreadableFile(f"`{file}`: the change of `{path}` is not finite in float32")
+
+
+def check_pair(layer: str, found: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless up (out, r) and down (r, in) are floats of one rank, and alpha, if
+    any, one number.
+    """
+    for name in ("up", "down"):
+        tensor = found[name]
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"`{name}` of `{layer}` must be floats, got {tensor.dtype}")
+        if tensor.dim() != 2 or 0 in tensor.shape:
+            raise ValueError(
+                f"`{name}` of `{layer}` must be a matrix, got shape {tuple(tensor.shape)}"
+            )
+    up, down = tuple(found["up"].shape), tuple(found["down"].shape)
+    if up[1] != down[0]:
+        raise ValueError(f"`{layer}`: up {up} and down {down} must be of one rank")
+    if "alpha" in found and (
+        found["alpha"].numel() != 1 or found["alpha"].is_complex() or not found["alpha"].isfinite()
+    ):
+        raise ValueError(f"`alpha` of `{layer}` must be one finite number")
+
+
 def plain_factors(tensors: Mapping[str, Tensor], prefix: str) -> tuple[LayerFactors, list[str]]:
     """Name of a layer, which is what stands between prefix and ending -> (up, down) in float32,
     alpha in up; and the keys that are not understood.
+
+    Raises ValueError for a layer with two tensors of one kind, and as `check_pair`.
     """
     parts: dict[str, dict[str, Tensor]] = {}
     unknown = []
@@ -146,12 +199,16 @@ def plain_factors(tensors: Mapping[str, Tensor], prefix: str) -> tuple[LayerFact
             unknown.append(key)
             continue
         layer = key.removesuffix(ending).removeprefix(prefix)
-        parts.setdefault(layer, {})[ENDINGS[ending]] = tensor
+        kinds = parts.setdefault(layer, {})
+        if ENDINGS[ending] in kinds:
+            raise ValueError(f"`{layer}` has its `{ENDINGS[ending]}` twice, `{key}` is the second")
+        kinds[ENDINGS[ending]] = tensor
     factors = {}
     for layer, found in parts.items():
-        if "up" not in found or "down" not in found or found["up"].dim() != 2:
+        if "up" not in found or "down" not in found:
             unknown.append(prefix + layer)
             continue
+        check_pair(layer, found)
         up, down = found["up"].float(), found["down"].float()
         rank = down.shape[0]
         alpha = float(found["alpha"]) if "alpha" in found else float(rank)

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, Any
 
-from torch import nn
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
 
+from dreamtune.adapters import find_method
+from dreamtune.fields import UnreadableFile, checker, from_file
 from dreamtune.files.find import adapter_file
-from dreamtune.files.fingerprint import fingerprint
+from dreamtune.files.fingerprint import PRINTS, fingerprint, uncovered
 from dreamtune.files.formats import Format, Prefixes
-from dreamtune.files.tensors import TensorFile, read_tensors, write_tensors
+from dreamtune.files.tensors import FLOATS, TensorFile, read_tensors, write_tensors
 from dreamtune.injection.adapter_file import AdapterFile
 from dreamtune.injection.inject import InjectedAdapter
 from dreamtune.models.load import prefixes_of
 from dreamtune.version import __version__
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: without hashes
+HASHED_FROM = 2
+
+_FIELDS = {
+    "method": str,
+    "options": dict[str, Any],
+    "target_modules": Annotated[list[str], Field(min_length=1)],
+    "shapes": Annotated[
+        dict[str, Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]],
+        Field(min_length=1),
+    ],
+    "fingerprint": PRINTS,
+    "metadata": dict[str, Any],
+}
+_VERSION = checker({"format_version": PositiveInt}, needed=("format_version",), others=True)
+_HEADER = checker(_FIELDS, needed=_FIELDS, others=True)
 
 
 class Native(Format):
@@ -25,13 +46,21 @@ class Native(Format):
         return "method" in file.about
 
     def read(self, file: TensorFile, network: nn.Module | None, prefixes: Prefixes) -> AdapterFile:
-        header = file.about
-        if header["format_version"] > FORMAT_VERSION:
-            raise ValueError(
-                f"`{file.name}` has format version {header['format_version']}, this dreamtune reads"
+        place = f"the `dreamtune` header of `{file.name}`"
+        version = from_file(_VERSION, file.about, place)["format_version"]
+        if version > FORMAT_VERSION:
+            raise UnreadableFile(
+                f"`{file.name}` has format version {version}, this dreamtune reads"
                 f" up to {FORMAT_VERSION}: install a newer one"
             )
-        return AdapterFile(
+        if file.changed or (version >= HASHED_FROM and not file.hashed):
+            what = file.difference() if file.hashed else "its hashes are gone, which"
+            raise UnreadableFile(
+                f"`{file.name}` is not what was written: {what} changed since. Take another copy of"
+                " it"
+            )
+        header = from_file(_HEADER, file.about, place)
+        found = AdapterFile(
             method=header["method"],
             options=header["options"],
             target_modules=tuple(header["target_modules"]),
@@ -39,7 +68,52 @@ class Native(Format):
             metadata=header["metadata"],
             fingerprint=header["fingerprint"],
             shapes={name: (shape[0], shape[1]) for name, shape in header["shapes"].items()},
+            source=file.name,
         )
+        _check(found)
+        return found
+
+
+def _check(file: AdapterFile) -> None:
+    """Raises UnreadableFile unless tensors and fingerprint are those of the method's layers."""
+    if missing := uncovered(file):
+        raise UnreadableFile(
+            f"`{file.source}`: the fingerprint of the base covers {len(file.shapes) - len(missing)}"
+            f" of {len(file.shapes)} layers, `{missing[0]}` is not among them"
+        )
+    expected = _expected(file)
+    wrong = [key for key in {**expected, **file.tensors} if expected.get(key) != _kind(file, key)]
+    if wrong:
+        key = wrong[0]
+        raise UnreadableFile(
+            f"`{file.source}`: {len(wrong)} tensors do not fit `{file.method}` with {file.options}:"
+            f" `{key}` must be {expected.get(key, 'absent')}, got {_kind(file, key) or 'none'}"
+        )
+
+
+def _expected(file: AdapterFile) -> dict[str, str]:
+    """Key -> kind of each tensor, as the method would make it for such layers."""
+    by_shape: dict[tuple[int, int], Mapping[str, Tensor]] = {}
+    for shape in set(file.shapes.values()):
+        try:
+            weight = torch.empty(shape, device="meta")
+            by_shape[shape] = find_method(file.method)(weight, **file.options).state_dict()  # type: ignore[arg-type]
+        except (ValueError, RuntimeError) as error:  # torch's: sizes beyond its integers
+            raise UnreadableFile(f"`{file.source}`: {error}") from error
+    return {
+        f"{path}.{name}": _words(tuple(tensor.shape[1:]), tensor.dtype in FLOATS)
+        for path, shape in file.shapes.items()
+        for name, tensor in by_shape[shape].items()
+    }
+
+
+def _kind(file: AdapterFile, key: str) -> str | None:
+    tensor = file.tensors.get(key)
+    return None if tensor is None else _words(tuple(tensor.shape), tensor.dtype in FLOATS)
+
+
+def _words(shape: tuple[int, ...], floats: bool) -> str:
+    return f"{shape} {'floats' if floats else 'other values'}"
 
 
 FORMAT = Native()
@@ -71,13 +145,13 @@ InjectedAdapter.write = staticmethod(save_adapter)
 
 
 def load_adapter_file(path: str | Path) -> AdapterFile:
-    """Reads a native file, or the one that a folder means (`adapter_file`); a ValueError says what
-    is wrong with another.
+    """Reads a native file, or the one that a folder means (`adapter_file`); UnreadableFile says
+    what is wrong with another.
     """
     file = read_tensors(adapter_file(path))
     if "dreamtune" not in file.header:
-        raise ValueError(f"`{file.name}` is not a native adapter file: no `dreamtune` header")
+        raise UnreadableFile(f"`{file.name}` is not a native adapter file: no `dreamtune` header")
     prefixes = prefixes_of(None)
     if not FORMAT.reads(file, prefixes):
-        raise ValueError(f"`{file.name}` is an exported file, not a native one")
+        raise UnreadableFile(f"`{file.name}` is an exported file, not a native one")
     return FORMAT.read(file, None, prefixes)

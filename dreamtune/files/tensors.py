@@ -1,19 +1,35 @@
-"""Safetensors files: read with every value checked, written whole, never over other contents."""
+"""Safetensors files: read with every value checked, written whole, never over other contents.
+
+Each of ours has in its header the SHA-256 of every tensor and of the header's other values, so that
+a flipped bit, an edit or a missing tensor is seen, and named. Equal contents are equal bytes.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from dreamtune.fields import UnreadableFile, checker, from_file, from_json
 from dreamtune.files.whole import whole
+
+HEADER_LIMIT = 1 << 24  # bytes; a LoRA of every layer of SDXL has a header of 0.2 MB
+HASHES, HEADER = "sha256", "its header"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+_ANY = checker({}, others=True)
+_HASHES = checker({"header": Hash, "tensors": dict[str, Hash]}, needed=("header", "tensors"))
 
 
 @dataclass(frozen=True)
@@ -23,36 +39,119 @@ class TensorFile:
     Attributes:
         name: of the file, for messages.
         tensors: key -> tensor, all finite.
-        header: its strings. `about` is the JSON of the one that is ours, {} in a foreign file.
+        header: its strings.
+        about: the JSON of the one that is ours, without the hashes; {} in a foreign file.
+        hashed: whether it has hashes; files of older versions have none.
+        changed: what is not as it was written: keys of tensors that are others, missing or new,
+            and HEADER. Empty without hashes.
     """
 
     name: str
     tensors: Mapping[str, Tensor]
     header: Mapping[str, str]
+    about: Mapping[str, Any]
+    hashed: bool
+    changed: tuple[str, ...]
 
-    @property
-    def about(self) -> dict[str, Any]:
-        return dict(json.loads(self.header.get("dreamtune", "{}")))
+    def difference(self) -> str:
+        """`changed` in words."""
+        keys = [key for key in self.changed if key != HEADER]
+        total = len(self.tensors.keys() | set(keys))
+        words = [HEADER] if HEADER in self.changed else []
+        if keys:
+            words.append(f"{len(keys)} of {total} tensors (`{keys[0]}` first)")
+        return " and ".join(words)
 
 
 def read_tensors(path: Path) -> TensorFile:
-    """NaN, infinities and a damaged file are a ValueError."""
+    """Raises UnreadableFile for NaN, infinities, a damaged file, and one that cannot be read.
+
+    Whether it is what was written is in `changed`, for the format to judge.
+    """
     try:
+        size = int.from_bytes(_start(path), "little")
+        if size > HEADER_LIMIT:
+            raise UnreadableFile(f"`{path.name}` has a header of {size} bytes: no adapter has")
         with safe_open(str(path), framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             header = dict(file.metadata() or {})
     except SafetensorError as error:
-        raise ValueError(f"`{path.name}` is not a whole safetensors file: {error}") from error
+        raise UnreadableFile(f"`{path.name}` is not a whole safetensors file: {error}") from error
+    except OSError as error:
+        raise UnreadableFile(f"`{path}` cannot be read: {error.strerror or error}") from error
     for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"`{path.name}` holds values that are not finite in `{key}`")
-    return TensorFile(path.name, tensors, header)
+        if tensor.dtype in FLOATS and not torch.isfinite(tensor).all():
+            raise UnreadableFile(f"`{path.name}` holds values that are not finite in `{key}`")
+    place = f"the `dreamtune` header of `{path.name}`"
+    about = from_file(_ANY, from_json(header.get("dreamtune", "{}"), place), place)
+    hashes = about.pop(HASHES, None)
+    changed: tuple[str, ...] = ()
+    if hashes is not None:
+        changed = _changed(from_file(_HASHES, hashes, f"{place}, `{HASHES}`"), tensors, about)
+    return TensorFile(path.name, tensors, header, about, hashes is not None, changed)
+
+
+@contextmanager
+def naming(file: str) -> Iterator[None]:
+    """What is wrong with a file's contents is said with its name."""
+    try:
+        yield
+    except ValueError as error:
+        if file in str(error):
+            raise
+        raise UnreadableFile(f"`{file}`: {error}") from error
+
+
+def _start(path: Path) -> bytes:
+    if not path.is_file():
+        raise UnreadableFile(f"`{path}` is {'not a file' if path.exists() else 'not there'}")
+    with path.open("rb") as file:
+        return file.read(8)
+
+
+def _changed(
+    hashes: Mapping[str, Any], tensors: Mapping[str, Tensor], about: Mapping[str, Any]
+) -> tuple[str, ...]:
+    saved, here = hashes["tensors"], {key: hash_of(t) for key, t in tensors.items()}
+    keys = [k for k in sorted(saved.keys() | here.keys()) if saved.get(k) != here.get(k)]
+    return (*keys, *([HEADER] if hashes["header"] != hash_of_json(about) else []))
+
+
+def hash_of(tensor: Tensor) -> str:
+    """SHA-256 of dtype, shape and bytes."""
+    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    found.update(memoryview(data.numpy()))
+    return found.hexdigest()
+
+
+def hash_of_json(values: Any) -> str:
+    """SHA-256 of values as they come back from JSON, whatever their order was."""
+    plain = json.loads(json.dumps(values))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """about: JSON values, for the header."""
+    ours = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    hashes = {
+        "header": hash_of_json(about),
+        "tensors": {key: hash_of(tensor) for key, tensor in ours.items()},
+    }
+    text = json.dumps(json.loads(json.dumps({**about, HASHES: hashes})), sort_keys=True)
     with whole(path) as partial:
-        save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, partial, _header(about))
+        partial.write_bytes(_in_order(save(ours), {"dreamtune": text, "format": "pt"}))
+
+
+def _in_order(data: bytes, strings: Mapping[str, str]) -> bytes:
+    """A safetensors file with these strings in its header, in this order: the library writes them
+    in another one in every process.
+    """
+    size = int.from_bytes(data[:8], "little")
+    header = {"__metadata__": dict(strings), **json.loads(data[8 : 8 + size])}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def write_new(
@@ -78,15 +177,7 @@ def _holds(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) 
         old = read_tensors(path)
     except ValueError:
         return False
-    return (
-        old.header == _header(about)
-        and old.tensors.keys() == tensors.keys()
-        and all(
-            t.dtype == tensors[k].dtype and torch.equal(t, tensors[k].cpu())
-            for k, t in old.tensors.items()
-        )
-    )
-
-
-def _header(about: Mapping[str, Any]) -> dict[str, str]:
-    return {"format": "pt", "dreamtune": json.dumps(about)}
+    here = {key: hash_of(tensor) for key, tensor in tensors.items()}
+    return hash_of_json(old.about) == hash_of_json(about) and here == {
+        key: hash_of(tensor) for key, tensor in old.tensors.items()
+    }

@@ -24,6 +24,7 @@ class AdapterFile:
         weights: module path -> frozen weight (out, in). Not written: their fingerprint is.
         exported_from: the method whose change it is, where a file holds only the factors of it;
             `method` is then LoRA.
+        source: name of the file that it was read from, for messages.
     """
 
     method: str
@@ -35,3 +36,4 @@ class AdapterFile:
     fingerprint: Fingerprint = field(default_factory=dict)
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     exported_from: str | None = None
+    source: str = "the adapter"

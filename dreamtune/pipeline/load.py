@@ -11,6 +11,7 @@ from torch import nn
 from dreamtune.files.find import adapter_file
 from dreamtune.files.fingerprint import check_base, fingerprint
 from dreamtune.files.formats import read_adapter
+from dreamtune.files.tensors import naming
 from dreamtune.injection.adapter_file import AdapterFile
 from dreamtune.injection.group import find_targets
 from dreamtune.injection.inject import InjectedAdapter, inject
@@ -36,7 +37,9 @@ def load(
         another base.
     """
     unet = load_network(pipe)
-    adapter = _inject(unet, read_adapter(adapter_file(path), unet), force)
+    file = read_adapter(adapter_file(path), unet)
+    with naming(file.source):
+        adapter = _inject(unet, file, force)
     for parameter in list(adapter.parameters()):
         parameter.requires_grad_(False)
     adapter.scale, adapter.name = scale, name
@@ -58,7 +61,7 @@ def _inject(unet: nn.Module, file: AdapterFile, force: bool) -> InjectedAdapter:
     adapter = inject(unet, file.method, target_modules=file.target_modules, **file.options)
     try:
         adapter.load_state_dict(file.tensors)
-    except ValueError:
+    except BaseException:
         adapter.eject()
         raise
     if warning:

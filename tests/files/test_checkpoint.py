@@ -1,6 +1,7 @@
 """The native file: bit-exact, whole after a crash, and bound to its base."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny import cases, disturb, tiny_unet
 
 import dreamtune
-from dreamtune.files import native, tensors
+from dreamtune.files import native
 from dreamtune.files.fingerprint import compare_fingerprints, fingerprint
 from dreamtune.files.native import load_adapter_file
 
@@ -54,12 +55,12 @@ def test_crash_while_writing_leaves_the_file_before(tmp_path, monkeypatch):
     before = path.read_bytes()
     disturb(adapter)
 
-    def crash(tensors, file, metadata):
+    def crash(file, data):
         with open(file, "wb") as handle:
             handle.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tensors, "save_file", crash)
+    monkeypatch.setattr(Path, "write_bytes", crash)
     with pytest.raises(KeyboardInterrupt):
         adapter.save(tmp_path)
     assert path.read_bytes() == before
@@ -88,10 +89,10 @@ def test_damaged_and_foreign_files(tmp_path):
 
 
 def test_a_newer_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(native, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(native, "FORMAT_VERSION", 3)
     path = dreamtune.inject(tiny_unet(), "lora", rank=2).save(tmp_path)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="format version 2, this dreamtune reads up to 1"):
+    with pytest.raises(ValueError, match="format version 3, this dreamtune reads up to 2"):
         load_adapter_file(path)
 
 
