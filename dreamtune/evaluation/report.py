@@ -22,7 +22,7 @@ from dreamtune.version import __version__
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 PHOTO_SIDE, IMAGE_SIDE = 256, 448  # longest side in pixels of what is put into the page
-SMALL = 200  # images below this side are never shown larger than they are
+UNSCALED = 200  # images below this side are never shown larger than they are
 
 SHARES = ("Subject gained", "Prompt kept", "Product")
 FILES = {
@@ -192,7 +192,7 @@ def _pairs(
 def _layout(images: Sequence[Image.Image], per_prompt: int) -> dict[str, str]:
     """CSS of the image grid: small images at most at their own size, so that none is blurred."""
     side = images[0].width if images else IMAGE_SIDE
-    small = side < SMALL
+    small = side < UNSCALED
     # Four large images stand two by two; cards of a single pair stand beside each other.
     columns = 2 if per_prompt == 4 and not small else min(per_prompt, 4)
     return {
@@ -283,7 +283,7 @@ def _shown(value: Any) -> str:
 def _img(image: Image.Image, alt: str, side: int, crop: bool = False) -> str:
     """An <img> with the picture inside, shrunk to `side` if larger, never enlarged."""
     image = image.convert("RGB")
-    small = min(image.size) < SMALL
+    small = min(image.size) < UNSCALED
     if crop:
         edge = min(image.size)
         left, top = (image.width - edge) // 2, (image.height - edge) // 2

@@ -92,8 +92,9 @@ class StepSettings:
 
 
 class Step:
-    """`step(k, factor)` is optimizer step k, with the learning rates times `factor`. Returns
-    nothing: read `loss`.
+    """`step(k, multiplier)` is optimizer step k, with the learning rates times `multiplier`.
+
+    Returns nothing: read `loss`.
 
     loss (S,): of the last step; loss_sum, loss_count (S,): since `take_mean`; skipped (S,): steps
     whose loss or gradient was not finite, which changed nothing; skipped_now (S,): how many in a
@@ -128,15 +129,15 @@ class Step:
         self.skipped, self.skipped_now = torch.zeros_like(self.loss), torch.zeros_like(self.loss)
         self.loss_scale = torch.full_like(self.loss, settings.loss_scale)
 
-    def __call__(self, k: int, factor: float) -> None:
-        self.prepare(k, factor)
+    def __call__(self, k: int, multiplier: float) -> None:
+        self.prepare(k, multiplier)
         self.body()
 
-    def prepare(self, k: int, factor: float) -> None:
+    def prepare(self, k: int, multiplier: float) -> None:
         """The part that talks to the host: seeds and schedule."""
         for generator, seed in zip(self.generators, self.seeds, strict=True):
             generator.manual_seed(mix(seed, k))
-        self.optimizer.schedule.fill_(factor)
+        self.optimizer.schedule.fill_(multiplier)
 
     def body(self) -> None:
         """The part on the device, the same work every time."""

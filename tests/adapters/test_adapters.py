@@ -199,9 +199,9 @@ def test_bad_options(method, options, message):
 
 
 def test_unknown_names_get_suggestions():
-    with pytest.raises(ValueError, match="unknown method `delroa`: did you mean `delora`"):
+    with pytest.raises(ValueError, match="unknown method `delroa`. Did you mean `delora`"):
         find_method("delroa")
-    with pytest.raises(ValueError, match="`delora` has no option `rnak`: did you mean `rank`"):
+    with pytest.raises(ValueError, match="`delora` has no option `rnak`. Did you mean `rank`"):
         resolve_options(METHODS["delora"], {"rnak": 4})
 
 

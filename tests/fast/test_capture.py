@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreamtune import METHODS
 from dreamtune.config import Config
-from dreamtune.fast.graphs import CapturedForward, CapturedStep, choose, reason_against
+from dreamtune.fast.graphs import CapturedForward, CapturedStep, switched, why_not_captured
 from dreamtune.training.run import Run
 from dreamtune.training.train import Interrupted, train
 from dreamtune.training.wave import Wave
@@ -204,14 +204,14 @@ def test_killed_and_resumed_equals_whole(
 
 def test_what_cannot_be_captured_says_why() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert "CUDA device" in (reason_against(cpu) or "")
+    assert "CUDA device" in (why_not_captured(cpu) or "")
     if torch.backends.cuda.is_built():
-        assert reason_against(gpu) is None
-    assert "checkpointing" in (reason_against(gpu, gradient_checkpointing=True) or "")
-    assert choose("capture", "auto", None) and not choose("capture", "off", None)
-    assert not choose("capture", "auto", "why")
+        assert why_not_captured(gpu) is None
+    assert "checkpointing" in (why_not_captured(gpu, gradient_checkpointing=True) or "")
+    assert switched("capture", "auto", None) and not switched("capture", "off", None)
+    assert not switched("capture", "auto", "why")
     with pytest.raises(ValueError, match="`capture` is on, but CUDA graphs need a CUDA device"):
-        choose("capture", "on", reason_against(cpu))
+        switched("capture", "on", why_not_captured(cpu))
 
 
 def test_capture_is_refused_before_any_work(

@@ -101,8 +101,8 @@ def test_refused_before_any_work(tmp_path: Path) -> None:
         Run(Config(device="cpu", fused="on", output_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
     gpu = torch.device("cuda")
-    assert ops.reason_against(gpu) is None
-    assert "checkpointing" in (ops.reason_against(gpu, True) or "")
+    assert ops.why_not_fused(gpu) is None
+    assert "checkpointing" in (ops.why_not_fused(gpu, True) or "")
 
 
 @pytest.mark.parametrize("slots", [1, 2])

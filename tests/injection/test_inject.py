@@ -333,7 +333,7 @@ def test_refusals():
         dreamtune.inject(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="unknown method `dora2`"):
         dreamtune.inject(unet, "dora2")
-    with pytest.raises(ValueError, match="has no option `rnk`: did you mean `rank`"):
+    with pytest.raises(ValueError, match="has no option `rnk`. Did you mean `rank`"):
         dreamtune.inject(unet, rnk=4)
     with pytest.raises(ValueError, match="`blocks` must divide"):
         dreamtune.inject(unet, "ether", blocks=5)

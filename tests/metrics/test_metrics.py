@@ -247,7 +247,7 @@ def test_a_file_that_lacks_weights_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("ViT-B-33", "nearest: .*ViT-B-32"), ("ViT-B-32:opena", "it has .*openai")],
+    [("ViT-B-33", "Did you mean .*ViT-B-32"), ("ViT-B-32:opena", "it has .*openai")],
 )
 def test_misspelt_clip_names_the_right_ones(name, message):
     with pytest.raises(ValueError, match=message):

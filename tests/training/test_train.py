@@ -366,7 +366,7 @@ def test_refusals_come_before_any_model(
         ({"instance_data_dir": str(bad)}, "cannot read the image .*x.jpg"),
         ({"instance_prompt": None}, "`instance_prompt` is missing"),
         ({"identifier": "zwx"}, "the identifier `zwx` is not in the prompt `a sks dog`"),
-        ({"options": {"rnk": 4}}, "`delora` has no option `rnk`: did you mean `rank`"),
+        ({"options": {"rnk": 4}}, "`delora` has no option `rnk`. Did you mean `rank`"),
         ({"device": "cuda:99x"}, "`device` must be cpu, cuda or cuda:N"),
     ):
         with pytest.raises(ValueError, match=message):
