@@ -140,3 +140,29 @@ def test_loss_scale_halves_on_overflow_and_changes_nothing_else() -> None:
     other.loss_scale.fill_(float("inf"))
     other(3, 1.0)
     assert other.skipped.tolist() == [1.0]
+
+
+def test_loss_scale_grows_back_after_2000_good_steps() -> None:
+    """Each slot's own, and as well in a run that is resumed between."""
+    _, step = make("lora", [0, 1], loss_scale=1024.0)
+    yes, loss = torch.tensor([True, True]), torch.zeros(2, dtype=DTYPE)
+    first_fails = torch.tensor([False, True])
+
+    def go(step: Step, steps: int, ok: torch.Tensor = yes) -> list[float]:
+        for _ in range(steps):
+            step.account(loss, ok)
+        return step.loss_scale.tolist()
+
+    assert go(step, 2, first_fails) == [256.0, 1024.0]
+    assert go(step, 1500) == [256.0, 1024.0]
+    assert go(step, 1, first_fails) == [128.0, 1024.0]  # it counts anew
+    assert go(step, 1999) == [128.0, 1024.0]
+    _, resumed = make("lora", [1, 0], loss_scale=1024.0)
+    for slot in (0, 1):
+        resumed.load_state_dict({k: v.clone() for k, v in step.state_dict(slot).items()}, 1 - slot)
+    assert go(step, 1) == [256.0, 1024.0]
+    assert go(resumed, 1) == [1024.0, 256.0]
+    assert go(step, 3999) == [512.0, 1024.0]
+    assert go(step, 1) == [1024.0, 1024.0]
+    assert go(step, 2000) == [1024.0, 1024.0]  # never above the start
+    assert go(step, 12, first_fails) == [1.0, 1024.0]  # nor below 1

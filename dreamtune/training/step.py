@@ -19,6 +19,7 @@ from dreamtune.training.loss import add_noise, min_snr_weight, slot_losses, targ
 from dreamtune.training.optim import SlotAdamW, clip_factors, slot_norms
 
 MASK64 = (1 << 64) - 1
+GROWTH_INTERVAL = 2000  # steps without overflow until the loss scale is doubled, as torch has it
 
 
 def mix(seed: int, k: int) -> int:
@@ -89,7 +90,7 @@ class StepSettings:
     prior_weight: float = 1.0
     max_grad_norm: float = 1.0
     # A power of two that keeps small gradients above fp16's smallest number; halved when a step
-    # overflows.
+    # overflows, doubled up to this again after GROWTH_INTERVAL steps in a row that did not.
     loss_scale: float = 1.0
 
 
@@ -99,7 +100,7 @@ class Step:
 
     loss (S,): of the last step; loss_sum, loss_count (S,): since `take_mean`; skipped (S,): steps
     whose loss or gradient was not finite, which changed nothing; skipped_now (S,): how many in a
-    row.
+    row; loss_scale, good (S,): the scale, and how many steps in a row it has held.
 
     Args:
         unet: called as (noisy, timestep, encoder_hidden_states, return_dict=False).
@@ -129,6 +130,7 @@ class Step:
         self.loss_sum, self.loss_count = torch.zeros_like(self.loss), torch.zeros_like(self.loss)
         self.skipped, self.skipped_now = torch.zeros_like(self.loss), torch.zeros_like(self.loss)
         self.loss_scale = torch.full_like(self.loss, settings.loss_scale)
+        self.good = torch.zeros_like(self.loss)
 
     def __call__(self, k: int, factor: float) -> None:
         self.prepare(k, factor)
@@ -189,9 +191,11 @@ class Step:
         self.skipped += ~ok
         self.skipped_now.add_(1).masked_fill_(ok, 0.0)
         if self.settings.loss_scale != 1.0:
-            self.loss_scale.copy_(
-                torch.where(ok, self.loss_scale, self.loss_scale / 2).clamp_min(1.0)
-            )
+            self.good.add_(1).masked_fill_(~ok, 0.0)
+            grown = self.good == GROWTH_INTERVAL
+            self.good.masked_fill_(grown, 0.0)
+            scale = torch.where(ok, self.loss_scale * (1 + grown), self.loss_scale / 2)
+            self.loss_scale.copy_(scale.clamp(1.0, self.settings.loss_scale))
 
     def take_mean(self) -> list[float]:
         """The mean loss of each slot since the last call (nan without a step). A host sync."""
@@ -203,10 +207,8 @@ class Step:
     def state_dict(self, slot: int | None = None) -> dict[str, Tensor]:
         """Everything that a step changes, but the adapter; of one slot as if it were alone."""
         first, length = (0, len(self.seeds)) if slot is None else (slot, 1)
-        own = {
-            k: getattr(self, k).narrow(0, first, length)
-            for k in ("loss", "loss_sum", "loss_count", "skipped", "skipped_now", "loss_scale")
-        }
+        names = ["loss", "loss_sum", "loss_count", "skipped", "skipped_now", "loss_scale", "good"]
+        own = {k: getattr(self, k).narrow(0, first, length) for k in names}
         return {f"step.{k}": v for k, v in own.items()} | {
             f"optimizer.{k}": v for k, v in self.optimizer.state_dict(slot).items()
         }
