@@ -71,7 +71,8 @@ class InjectedAdapter:
     """An adapter in a model: its parameters, strength, routing, files, and the way out.
 
     Attributes:
-        model: the adapted model; frozen, its keys and layer types unchanged.
+        model: the adapted model; frozen, its keys unchanged, an adapted layer an `AdaptedLinear`,
+            which is a torch `Linear`.
         method, options, slots: as injected, options with defaults filled in.
         groups: the same-shape layers with their parameters.
         scale: strength, linear in the change; a number, or a tensor with one a slot.
