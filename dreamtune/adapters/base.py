@@ -50,6 +50,7 @@ class Adapter(nn.Module):
     own_learning_rates: ClassVar[Mapping[str, float]] = {}  # parameters with an absolute rate
     no_decay: ClassVar[frozenset[str]] = frozenset()
     per_slot: ClassVar[frozenset[str]] = frozenset()  # options that may be a list, one a slot
+    note: ClassVar[str] = ""  # what `dreamtune methods` says of the defaults
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)

@@ -80,7 +80,11 @@ class Projection:
             return input.reshape(-1, input.shape[-1])
         blocks, batch = self.down.shape[1], input.shape[0]
         if self.routed and batch != blocks:
-            raise ValueError(f"`route` was given {blocks} rows, but the batch has {batch}")
+            # twice as many may be guidance or two images a prompt: their rows lie differently
+            raise ValueError(
+                f"`route` was given {blocks} rows, but the batch has {batch}: each needs its slot,"
+                " `rows.repeat(2)` in a pipeline under guidance"
+            )
         if batch % blocks:
             raise ValueError(f"a batch of {batch} rows does not split into {blocks} equal slots")
         return input.reshape(blocks, -1, input.shape[-1])

@@ -81,7 +81,7 @@ def build_step(
         seed=seeds,
         **stacked_options(c.method, [x.options for x in configs]),
     )
-    base.network.train()
+    base.network.eval()  # dropout would draw from the global generator, which no seed of a run sets
     groups = [adapter.parameter_groups(x.learning_rate, x.adam_weight_decay) for x in configs]
     optimizer = SlotAdamW(groups, (c.adam_beta1, c.adam_beta2), c.adam_epsilon)
     settings = StepSettings(

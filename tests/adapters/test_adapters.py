@@ -277,6 +277,7 @@ def test_slots_of_a_method_that_is_not_low_rank(toy):
     adapter = dreamtune.inject(unet, "toy", slots=2)
     disturb(adapter)
     with torch.no_grad():
+        adapter.route(torch.tensor([0, 1]))
         both = unet(*inputs).sample
         adapter.route(torch.tensor([1, 0]))
         swapped = unet(*(x.flip(0) for x in inputs)).sample

@@ -125,7 +125,9 @@ def test_joint_projections_are_the_single_ones(slots: int) -> None:
     def results(**options: Any) -> list[torch.Tensor]:
         y = unet(x, torch.tensor([3, 9]), text, **options).sample
         with torch.no_grad():
+            adapter.route(torch.arange(2) if slots == 2 else None)
             again = unet(x, torch.tensor([3, 9]), text, **options).sample
+            adapter.route(None)
         return [y, again, *torch.autograd.grad(y.square().sum(), list(adapter.parameters()))]
 
     joint, masked = results(), results(encoder_attention_mask=mask)
