@@ -69,7 +69,7 @@ def test_what_is_cached_by_version_sees_the_replay() -> None:
     adapter, step = on_cuda("delora", [0])
     captured = CapturedStep(step)
     cache = step.cache
-    row = (cache.mean[:1], torch.zeros(1, device="cuda").long(), cache.prompts[:1])
+    row = (cache.mean[:1], torch.zeros(1, device="cuda").long(), cache.prompts["prompt_embeds"][:1])
     said = []
     for k in range(3):
         captured(k, 1.0)
