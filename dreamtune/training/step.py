@@ -8,7 +8,7 @@ so that it runs eagerly or in a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -87,15 +87,21 @@ def draw(
 
 @dataclass(frozen=True)
 class StepSettings:
-    """The constants of a step."""
+    """The constants of a step, by the names that a config has for them."""
 
-    batch: int = 1
-    accumulation: int = 1
-    prior_weight: float = 1.0
+    train_batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    prior_loss_weight: float = 1.0
     max_grad_norm: float = 1.0
     # A power of two that keeps small gradients above fp16's smallest number; halved when a step
     # overflows, doubled up to this again after GROWTH_INTERVAL steps in a row that did not.
     loss_scale: float = 1.0
+
+    @classmethod
+    def of(cls, config: object, loss_scale: float) -> StepSettings:
+        """The config's values of the same names."""
+        names = [f.name for f in fields(cls) if f.name != "loss_scale"]
+        return cls(**{name: getattr(config, name) for name in names}, loss_scale=loss_scale)
 
 
 class Step:
@@ -152,15 +158,17 @@ class Step:
         settings, params = self.settings, self.optimizer.params
         loss = torch.zeros_like(self.loss)
         gradients: list[Tensor] = []
-        for _ in range(settings.accumulation):
+        for _ in range(settings.gradient_accumulation_steps):
             part = self.losses(
-                draw(self.cache, self.pools, self.generators, settings.batch, self.process)
+                draw(
+                    self.cache, self.pools, self.generators, settings.train_batch_size, self.process
+                )
             )
             new = torch.autograd.grad(
-                (part * self.loss_scale / settings.accumulation).sum(), params
+                (part * self.loss_scale / settings.gradient_accumulation_steps).sum(), params
             )
             gradients = [a.add_(b) for a, b in zip(gradients, new)] if gradients else list(new)
-            loss += part.detach() / settings.accumulation
+            loss += part.detach() / settings.gradient_accumulation_steps
         flats = self.optimizer.gather(gradients)
         norms = slot_norms(flats) / self.loss_scale
         ok = norms.isfinite() & loss.isfinite()
@@ -179,7 +187,12 @@ class Step:
         target = self.process.target(latents, drawn.noise, t)
         weight = self.process.weight(t)
         return slot_losses(
-            prediction, target, weight, len(self.seeds), settings.batch, settings.prior_weight
+            prediction,
+            target,
+            weight,
+            len(self.seeds),
+            settings.train_batch_size,
+            settings.prior_loss_weight,
         )
 
     @torch.no_grad()

@@ -38,8 +38,8 @@ def gap(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 @pytest.mark.parametrize("slots", [[0], [0, 1, 2]])
 def test_captured_equals_eager(method: str, slots: list[int]) -> None:
     """Parameters, losses, skipped steps; with prior, clipping, accumulation and a schedule."""
-    eager_adapter, eager = on_cuda(method, slots, accumulation=2)
-    adapter, step = on_cuda(method, slots, accumulation=2)
+    eager_adapter, eager = on_cuda(method, slots, gradient_accumulation_steps=2)
+    adapter, step = on_cuda(method, slots, gradient_accumulation_steps=2)
     captured = CapturedStep(step)
     for k in range(STEPS):
         eager(k, 1 - k / STEPS)
@@ -259,7 +259,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("slots", [[0], [0, 1, 2]])
 def test_a_step_asks_nothing_of_the_device(method: str, slots: list[int]) -> None:
     """Checked on the CPU, where the step is the same function."""
-    _, step = make(method, slots, accumulation=2, loss_scale=1024.0)
+    _, step = make(method, slots, gradient_accumulation_steps=2, loss_scale=1024.0)
     step(0, 1.0)
     step.prepare(1, 1.0)
     # a tensor made without naming the device would be on `meta`, and fail where it is used

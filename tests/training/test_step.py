@@ -18,12 +18,12 @@ STEPS = 20
 @pytest.mark.parametrize("method", list(METHODS))
 def test_stacked_equals_alone(method: str) -> None:
     """Three slots with their own photos, seeds and rates, with prior preservation and clipping."""
-    together, step = make(method, [0, 1, 2], accumulation=2)
+    together, step = make(method, [0, 1, 2], gradient_accumulation_steps=2)
     start = [together.state_dict(s) for s in range(3)]
     for k in range(STEPS):
         step(k, 1.0)
     for slot in range(3):
-        alone, single = make(method, [slot], accumulation=2)
+        alone, single = make(method, [slot], gradient_accumulation_steps=2)
         for k in range(STEPS):
             single(k, 1.0)
         assert single.loss[0].item() == pytest.approx(step.loss[slot].item(), rel=1e-9)
