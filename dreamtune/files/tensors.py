@@ -121,7 +121,7 @@ def hash_of(tensor: Tensor) -> str:
     """SHA-256 of dtype, shape and bytes."""
     found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    found.update(memoryview(data.numpy()))
+    found.update(data.numpy().data)
     return found.hexdigest()
 
 
