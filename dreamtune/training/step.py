@@ -95,9 +95,9 @@ class Step:
     """`step(k, factor)` is optimizer step k, with the learning rates times `factor`. Returns
     nothing: read `loss`.
 
-    loss (S,): of the last step; loss_sum, loss_count (S,): since `take_mean`; skipped (S,): steps
-    whose loss or gradient was not finite, which changed nothing; skipped_now (S,): how many in a
-    row.
+    loss (S,): of the last step; loss_sum, loss_count (S,): since `forget_mean_loss`; skipped (S,):
+    steps whose loss or gradient was not finite, which changed nothing; skipped_now (S,): how many
+    in a row.
 
     Args:
         predict: the network's prediction for (noisy latents, timesteps, conditioning), each with
@@ -185,12 +185,14 @@ class Step:
                 torch.where(ok, self.loss_scale, self.loss_scale / 2).clamp_min(1.0)
             )
 
-    def take_mean(self) -> list[float]:
-        """The mean loss of each slot since the last call (nan without a step). A host sync."""
-        mean = (self.loss_sum / self.loss_count).tolist()
-        self.loss_sum.zero_()
-        self.loss_count.zero_()
-        return mean
+    def mean_loss(self) -> list[float]:
+        """Of each slot since `forget_mean_loss` (nan without a step). A host sync."""
+        return (self.loss_sum / self.loss_count).tolist()
+
+    def forget_mean_loss(self, slot: int) -> None:
+        """Apart from reading it: what was read may never have been written down."""
+        self.loss_sum[slot] = 0.0
+        self.loss_count[slot] = 0.0
 
     def reads(self) -> list[Tensor]:
         """Tensors that a step reads and does not change."""
