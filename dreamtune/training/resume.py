@@ -7,8 +7,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from dreamtune.config import Config
 from dreamtune.files import native
 from dreamtune.training.output import say
 from dreamtune.training.run_folder import (
@@ -25,10 +26,16 @@ from dreamtune.training.run_folder import (
     step_of,
 )
 
-if TYPE_CHECKING:
-    from dreamtune.training.run import Run
-
 FINISHED = (ADAPTER, LORA, "report.html")
+
+
+class Resumed(Protocol):
+    """A run before its models: where it goes on. given: its config."""
+
+    dir: Path
+    checkpoint: Path | None
+    start: int
+    given: Config
 
 
 def resumed_folder(resume: str, output_dir: str | None) -> Path:
@@ -97,7 +104,7 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
     return None
 
 
-def together(runs: Iterable[Run]) -> None:
+def together(runs: Iterable[Resumed]) -> None:
     """Runs that had begun and are not finished go on from the last step that all have a checkpoint
     of: together they were trained, and only so the numbers stay the same to the last bit.
 
@@ -121,7 +128,7 @@ def together(runs: Iterable[Run]) -> None:
             run.checkpoint = run.dir / f"checkpoint-{step}" if step else None
 
 
-def unfinished(run: Run) -> bool:
+def unfinished(run: Resumed) -> bool:
     if not (run.dir / METRICS).is_file():
         return False  # of a later wave
     try:
