@@ -67,7 +67,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
 
 def remove_folder(folder: Path) -> None:
     """Renamed first: a half-removed folder must not look like one."""
-    doomed = folder.with_name(f".{folder.name}.old")
+    doomed = folder.with_name(f".{folder.name}.gone")  # `.old` is what `whole_folder` sets aside
     _clear(doomed)
     os.replace(folder, doomed)
     _clear(doomed)

@@ -11,6 +11,7 @@ from dreamtune.files.whole import whole
 from dreamtune.models.base import Base
 from dreamtune.models.sample import sample
 from dreamtune.training.defaults import sampling_of
+from dreamtune.training.output import say
 from dreamtune.training.step import mix
 
 
@@ -47,7 +48,7 @@ def class_images(config: Settings, base: Base) -> list[Photo]:
     ]
     missing = missing[: max(0, config.num_class_images - have)]
     if missing:
-        print(f"Making {len(missing)} class images of `{config.class_prompt}` in {folder}")
+        say(f"Making {len(missing)} class images of `{config.class_prompt}` in {folder}")
         note.write_text(json.dumps(origin))
         sampling = sampling_of(config)
         arguments = base.sampling_arguments([config.class_prompt] * sampling.batch_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dreamtune.metrics.table import scored
+from dreamtune.training.output import Output
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,7 @@ def progress_bar(start: int, total: int) -> Any:
     from tqdm import tqdm
 
     return tqdm(
+        file=Output("stderr"),
         initial=start,
         total=total,
         unit="step",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from dreamtune.training import run_folder
 from dreamtune.training.cache import build_cache
 from dreamtune.training.class_images import class_images
 from dreamtune.training.defaults import resolve, sampling_of, subject_of, with_subject
+from dreamtune.training.lock import FolderLock
+from dreamtune.training.output import say
+from dreamtune.training.resume import find_checkpoint, resumed_folder
 from dreamtune.training.run_folder import TrainResult as TrainResult
 from dreamtune.training.slots import Slot
 from dreamtune.training.speed import choose_speed, speed_up
@@ -41,15 +44,23 @@ class Run:
     """
 
     def __init__(self, config: Config, read: Sequence[str] = ()) -> None:
+        self.checkpoint: Path | None = None
+        self.start = 0
+        self.lock: FolderLock | None = None
+        self.tracker = Tracker("none", Path())
+        self.resumed = config.resume_from_checkpoint is not None
+        try:
+            self.prepare(config, read)
+        except BaseException:
+            self.close()
+            raise
+
+    def prepare(self, config: Config, read: Sequence[str]) -> None:
+        """All that can be refused without a model; the folder is this run's from here on."""
         from dreamtune.adapters import find_method, resolve_options
 
-        self.checkpoint, self.start = None, 0
         if config.resume_from_checkpoint is not None:
-            self.checkpoint = run_folder.find_checkpoint(
-                config.resume_from_checkpoint, config.output_dir
-            )
-            config = continued(config, self.checkpoint.parent / run_folder.CONFIG)
-            self.start = run_folder.read_state(self.checkpoint)["step"]
+            config = self.go_on(config, config.resume_from_checkpoint)
         self.method = find_method(config.method)
         resolve_options(self.method, config.options)
         self.given, photo_dir = with_subject(config)
@@ -57,11 +68,10 @@ class Run:
         self.subject = subject_of(self.given, folder.photos)
         self.speed = choose_speed(config)
         name = config.name or f"{photo_dir.resolve().name}-{config.method}".replace(" ", "-")
-        self.dir = (
-            self.checkpoint.parent
-            if self.checkpoint
-            else run_folder.choose_run_dir(config.output_dir, name)
-        )
+        if self.lock is None:
+            self.lock = run_folder.take(config.output_dir, name)
+            self.dir = self.lock.folder
+            run_folder.sweep(self.dir)
         digests = [p.digest for p in folder.photos]
         if self.checkpoint and run_folder.read_state(self.checkpoint)["photos"] != digests:
             raise ValueError(
@@ -73,17 +83,31 @@ class Run:
         self.choice = Choice(0, 0, "")
         self.config: Settings  # from `open` on
         folder = replace(folder, skipped=[n for n in folder.skipped if n not in read])
-        print(f"Subject {self.subject.summary()}: {folder.summary()}. Run: {self.dir}")
+        say(f"Subject {self.subject.summary()}: {folder.summary()}. Run: {self.dir}")
+
+    def go_on(self, config: Config, resume: str) -> Config:
+        """Takes the folder of an earlier run; gives its settings."""
+        self.dir = resumed_folder(resume, config.output_dir)
+        self.lock = FolderLock(self.dir)
+        run_folder.sweep(self.dir)
+        self.checkpoint = find_checkpoint(resume, self.dir)
+        if self.checkpoint:
+            self.start = run_folder.step_of(self.checkpoint)
+        elif not (self.dir / run_folder.CONFIG).is_file():
+            return replace(config, resume_from_checkpoint=None)
+        return continued(config, self.dir / run_folder.CONFIG)
 
     def open(self, base: Base, scorers: Any = None) -> None:
         """What needs the base: the rest of the settings, and what scores."""
         self.base, self.info["base"] = base, base.id
+        if self.resumed and self.checkpoint is None:
+            run_folder.clear(self.dir)
         speed_up(base, self.speed)
         c = self.config = resolve(self.given, base, self.subject, self.dir)
         prompts, plain = validation_prompts(
             self.subject, c.validation_prompt, c.num_validation_images
         )
-        print(f"First validation prompt: `{prompts[0]}`; without the identifier: `{plain[0]}`")
+        say(f"First validation prompt: `{prompts[0]}`; without the identifier: `{plain[0]}`")
         self.evaluator = Evaluator(
             base,
             prompts,
@@ -117,10 +141,9 @@ class Run:
     def write_config(self) -> None:
         import yaml
 
-        self.dir.mkdir(parents=True, exist_ok=True)
         values = {**self.config.to_dict(), "resume_from_checkpoint": None}
         with whole(self.dir / run_folder.CONFIG) as partial:
-            partial.write_text(yaml.safe_dump(values, sort_keys=False))
+            partial.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
     def check(self, slot: Slot, k: int) -> float:
         """The loss, to the tracker too. Raises ValueError if training has come apart."""
@@ -140,7 +163,23 @@ class Run:
     def score_text(self) -> str:
         last = self.history[-1] if self.history else {}
         text = scores_text(last)
-        return f" | at {last['step']}: {text}, best {self.best_step}" if text else ""
+        skipped = self.skipped_text()
+        if not text and not skipped:
+            return ""
+        best = f"{text}, best {self.best_step}" if text else ""
+        return f" | at {last['step']}: {', '.join(x for x in (best, skipped) if x)}"
+
+    def skipped_since(self, record: Mapping[str, Any]) -> tuple[int, int]:
+        """(skipped, steps) from the scoring before that record to it. Not counted are those that
+        only found the scale of fp16's gradients.
+        """
+        before = [r for r in self.history if r["step"] < record["step"]][-1:]
+        skipped, step = (before[0]["skipped_steps"], before[0]["step"]) if before else (0, 0)
+        return record["skipped_steps"] - skipped, record["step"] - step
+
+    def skipped_text(self) -> str:
+        skipped, steps = self.skipped_since(self.history[-1]) if self.history else (0, 0)
+        return f"{skipped} of {steps} steps skipped" if skipped else ""
 
     def scoring_due(self, k: int) -> bool:
         every, scored = self.config.validation_steps, {r["step"] for r in self.history}
@@ -177,6 +216,13 @@ class Run:
             self.save_files(slot, self.dir / run_folder.BEST, record)
         run_folder.append_metrics(self.dir, record)
         self.tracker.log(record, k, images)
+        skipped, steps = self.skipped_since(record)
+        if (skipped - slot.scalings) * 2 > steps:
+            raise ValueError(
+                f"{skipped} of the {steps} steps up to {k} gave no finite loss or gradient: what "
+                "was not skipped is no training. A photo may be damaged; else lower "
+                "`learning_rate`, or use --mixed_precision bf16 or no."
+            )
 
     def rank(self) -> None:
         """The best scoring so far: what best/, the page and the result say."""
@@ -202,8 +248,10 @@ class Run:
                 export(slot.adapter, place, slot=slot.index, overwrite=True)
 
     def save(self, slot: Slot, k: int) -> Path:
-        limit = self.config.checkpoints_total_limit
-        return run_folder.save_checkpoint(self.dir, k, slot, self.info, limit)
+        return run_folder.save_checkpoint(self.dir, k, slot, self.info)
+
+    def rotate(self, k: int) -> None:
+        run_folder.rotate(self.dir, k, self.config.checkpoints_total_limit)
 
     def finish(self, slot: Slot) -> TrainResult:
         """Final files at the top level, the report, and what to tell the user."""
@@ -216,9 +264,9 @@ class Run:
             self.write_report()
         best = self.dir / run_folder.BEST
         lora = best / run_folder.LORA if self.method.low_rank else None
-        print(f"{self.choice.reason}\nBest: {lora or best / run_folder.ADAPTER}")
+        say(f"{self.choice.reason}\nBest: {lora or best / run_folder.ADAPTER}")
         if skipped := slot.skipped:
-            print(f"{skipped} steps were skipped: their loss or gradient was not finite.")
+            say(f"{skipped} steps were skipped: their loss or gradient was not finite.")
         return TrainResult(
             self.dir,
             best / run_folder.ADAPTER,
@@ -254,10 +302,13 @@ class Run:
             progress=[(s, g[0]) for s, g in grids.items()],
             protocol=self.evaluator.scorers.protocol,
         )
-        print(f"Report: {path}")
+        say(f"Report: {path}")
 
     def close(self) -> None:
+        """Lets the folder go. May be called twice."""
         self.tracker.close()
+        if self.lock is not None:
+            self.lock.release()
 
 
 def validation_prompts(

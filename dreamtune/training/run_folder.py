@@ -6,7 +6,9 @@ is whole or not there.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -14,17 +16,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from dreamtune.training.slots import Slot
-
+from dreamtune.adapters import find_method
+from dreamtune.evaluation.selection import choose_best
 from dreamtune.files import diffusers, find, native
 from dreamtune.files.whole import remove_folder, whole, whole_folder
+from dreamtune.training.lock import FolderLock
+from dreamtune.training.output import say
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dreamtune.training.slots import Slot
 
 CONFIG, STATE, BEST = find.CONFIG, find.STATE, find.BEST
 ADAPTER, LORA = native.FORMAT.file_name, diffusers.FORMAT.file_name
 METRICS, OPTIMIZER = "metrics.jsonl", "optimizer.safetensors"
 OURS = (CONFIG, METRICS, ADAPTER, LORA, "report.html", "samples", BEST)
 NAME = re.compile(r"checkpoint-(\d+)")
+# What `files.whole` leaves when it is killed.
+HIDDEN = re.compile(
+    r"\.(checkpoint-\d+|best|\.final)\.(old|part|gone)|\.final"
+    r"|\.(?:config\.yaml|metrics\.jsonl|report\.html)\.\w+\.part"
+)
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -42,98 +56,145 @@ class TrainResult:
     reason: str
 
 
-def choose_run_dir(output_dir: str | None, name: str) -> Path:
-    """A folder that holds no run: `output_dir` itself, or runs/<name>, runs/<name>-2, ...
+def take(output_dir: str | None, name: str) -> FolderLock:
+    """A folder that holds no run, made and locked: `output_dir` itself, or runs/<name>,
+    runs/<name>-2, ... Making it is what decides between two that start together.
 
-    Raises ValueError if `output_dir` has a run's files in it.
+    Raises ValueError if `output_dir` has a run's files in it, or another process.
     """
     if output_dir is not None:
         folder = Path(output_dir).expanduser()
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"`output_dir` {folder} is a file.")
-        saved = [p.name for p in checkpoints(folder)]
-        # a run that was stopped while it got ready left its settings and nothing else
-        taken = [n for n in OURS if n != CONFIG and (folder / n).exists()] + saved
-        if taken:
-            way = "Continue it with --resume_from_checkpoint latest" if saved else "Remove it"
-            raise ValueError(
-                f"`output_dir` {folder} holds another run ({', '.join(taken[:4])}); nothing is "
-                f"overwritten. {way}, or name another folder."
-            )
-        return folder
+        refuse_taken(folder)
+        lock = FolderLock(folder)
+        try:
+            refuse_taken(folder)  # a run may have ended meanwhile
+        except ValueError:
+            lock.release()
+            raise
+        return lock
     number, folder = 2, Path("runs") / name
-    while folder.exists() and any(folder.iterdir()):
+    while True:
+        with contextlib.suppress(FileExistsError):
+            return FolderLock(folder, new=True)
         folder = Path("runs") / f"{name}-{number}"
         number += 1
-    return folder
+
+
+def refuse_taken(folder: Path) -> None:
+    """Raises ValueError for a file, and for a folder with a run's files."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`output_dir` {folder} is a file.")
+    saved = [p.name for p in checkpoints(folder)]
+    # a run that was stopped while it got ready left its settings and nothing else
+    taken = [n for n in OURS if n != CONFIG and os.path.lexists(folder / n)] + saved
+    if taken:
+        way = "Continue it with --resume_from_checkpoint latest" if saved else "Remove it"
+        again = "" if saved else " The same flags with --resume_from_checkpoint latest begin anew."
+        raise ValueError(
+            f"`output_dir` {folder} holds another run ({', '.join(taken[:4])}); nothing is "
+            f"overwritten. {way}, or name another folder.{again}"
+        )
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """checkpoint-N folders by N."""
     if not folder.is_dir():
         return []
-    found = [
-        (int(m[1]), p) for p in folder.iterdir() if (m := NAME.fullmatch(p.name)) and p.is_dir()
-    ]
-    return [p for _, p in sorted(found)]
+    return sorted(
+        (p for p in folder.iterdir() if NAME.fullmatch(p.name) and p.is_dir()), key=step_of
+    )
 
 
-def find_checkpoint(resume: str, output_dir: str | None) -> Path:
-    """The checkpoint folder that `resume_from_checkpoint` names.
+def step_of(checkpoint: Path) -> int:
+    match = NAME.fullmatch(checkpoint.name)
+    assert match is not None
+    return int(match[1])
 
-    Raises ValueError if it is not there, or is not inside `output_dir`.
+
+def damage(checkpoint: Path) -> str | None:
+    """What keeps a run from going on from it; None if nothing does."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if (step := read_state(checkpoint)["step"]) != step_of(checkpoint):
+            return f"its {STATE} is of step {step}"
+        native.load_adapter_file(checkpoint / ADAPTER)
+        if broken := not_finite(load_file(checkpoint / OPTIMIZER)):
+            return f"its {OPTIMIZER} holds values that are not finite in `{broken[0]}`"
+        return None if place_of_best(checkpoint) is not None else "its best/ is not whole"
+    except (*UNREADABLE, SafetensorError) as error:
+        return " ".join(str(error).split())
+
+
+def place_of_best(checkpoint: Path) -> Path | None:
+    """The best adapter as it was then: the checkpoint's copy, else the run's own best/ where its
+    step is that of the best scoring so far; the checkpoint itself where none had been scored.
     """
-    if resume == "latest":
-        if output_dir is None:
-            raise ValueError(
-                "`resume_from_checkpoint latest` needs --output_dir, the folder of the run."
-            )
-        found = checkpoints(Path(output_dir).expanduser())
-        if not found:
-            raise ValueError(f"no checkpoint-N folder in `{output_dir}`: nothing to resume.")
-        return found[-1]
-    folder = Path(resume).expanduser()
-    if not NAME.fullmatch(folder.resolve().name) or not (folder / STATE).is_file():
-        there = ", ".join(p.name for p in checkpoints(folder)) or "none"
-        raise ValueError(
-            f"`{resume}` is not a checkpoint-N folder of a run (folders of that name in it: "
-            f"{there})."
-        )
-    if (
-        output_dir is not None
-        and Path(output_dir).expanduser().resolve() != folder.resolve().parent
-    ):
-        raise ValueError(
-            "a run goes on in its own folder: leave --output_dir out, or set it to "
-            f"{folder.parent}."
-        )
-    return folder
+    run_dir, step = checkpoint.parent, step_of(checkpoint)
+    scored = [r for r in read_metrics(run_dir) if r["step"] <= step]
+    for place in (checkpoint / BEST, run_dir / BEST):
+        with contextlib.suppress(*UNREADABLE):
+            file = native.load_adapter_file(place / ADAPTER)
+            start = find_method(file.method).identity_at_start
+            best = choose_best(scored, identity_at_start=start).step if scored else None
+            if place.parent == checkpoint or file.metadata["step"] == best:
+                return place
+    return None if scored else checkpoint
 
 
-def save_checkpoint(
-    run_dir: Path, k: int, slot: Slot, info: Mapping[str, Any], limit: int | None
-) -> Path:
-    """checkpoint-k: adapter, what else the step changes, the best adapter so far; then the oldest
-    beyond `limit` go.
+def save_checkpoint(run_dir: Path, k: int, slot: Slot, info: Mapping[str, Any]) -> Path:
+    """checkpoint-k: adapter, what else the step changes, the best adapter so far.
+
+    Raises ValueError, and writes nothing, where adapter or optimizer hold what is not finite.
     """
-    from safetensors.torch import save_file
+    from safetensors import torch as st
 
     folder = run_dir / f"checkpoint-{k}"
+    state = {n: t.detach().cpu() for n, t in slot.step.state_dict(slot.index).items()}
+    if broken := not_finite({**slot.adapter.state_dict(slot.index), **state}):
+        raise ValueError(
+            f"checkpoint-{k} is not written, training has come apart: {len(broken)} tensors of "
+            f"adapter and optimizer are not finite, `{broken[0]}` first. {safe(run_dir)} Lower "
+            "`learning_rate`."
+        )
     with whole_folder(folder) as partial:
         slot.save(partial / ADAPTER, {"step": k})
-        state = slot.step.state_dict(slot.index)
-        save_file({n: t.detach().cpu().contiguous() for n, t in state.items()}, partial / OPTIMIZER)
+        st.save_file(
+            {n: t.detach().cpu().contiguous() for n, t in state.items()}, partial / OPTIMIZER
+        )
         if (run_dir / BEST).is_dir():
             shutil.copytree(run_dir / BEST, partial / BEST)
-        (partial / STATE).write_text(json.dumps({"step": k, **info}, indent=1))
-    if limit is not None:
-        for old in checkpoints(run_dir)[:-limit]:
-            remove_folder(old)
+        text = json.dumps({"step": k, **info}, indent=1)
+        (partial / STATE).write_text(text, encoding="utf-8")
     return folder
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of those that hold NaN or infinities. The loss of a skipped step may."""
+    return [n for n, t in tensors.items() if n != "step.loss" and not bool(t.isfinite().all())]
+
+
+def rotate(run_dir: Path, k: int, limit: int | None) -> None:
+    """Of the checkpoints up to k the last `limit` stay."""
+    if limit is not None:
+        for old in [p for p in checkpoints(run_dir) if step_of(p) <= k][:-limit]:
+            remove_folder(old)
+
+
+def safe(run_dir: Path) -> str:
+    """What is on the disk, for an error in the middle of a run."""
+    whole = [p for p in checkpoints(run_dir) if damage(p) is None]
+    if not whole:
+        return f"No checkpoint had been saved in {run_dir}."
+    return (
+        f"{whole[-1].name} is whole: go on from it with --output_dir {run_dir} "
+        "--resume_from_checkpoint latest."
+    )
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    return dict(json.loads((checkpoint / STATE).read_text()))
+    return dict(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
 
 
 def restore(checkpoint: Path, run_dir: Path, slot: Slot) -> None:
@@ -142,19 +203,53 @@ def restore(checkpoint: Path, run_dir: Path, slot: Slot) -> None:
 
     adapter = native.load_adapter_file(checkpoint / ADAPTER).tensors
     slot.load(adapter, load_file(checkpoint / OPTIMIZER))
-    if (checkpoint / BEST).is_dir():
+    best = place_of_best(checkpoint)
+    if best == checkpoint / BEST:
         with whole_folder(run_dir / BEST) as partial:
-            shutil.copytree(checkpoint / BEST, partial, dirs_exist_ok=True)
+            shutil.copytree(best, partial, dirs_exist_ok=True)
+    elif best == run_dir / BEST:
+        say(f"{checkpoint.name} has no whole best/: that of {run_dir}, of the same step, stays.")
     else:
         shutil.rmtree(run_dir / BEST, ignore_errors=True)
     truncate_metrics(run_dir, read_state(checkpoint)["step"])
+    for later in checkpoints(run_dir):
+        if step_of(later) > step_of(checkpoint):
+            say(f"{later.name} is removed: the run goes on from {checkpoint.name}.")
+            remove_folder(later)
+
+
+def clear(run_dir: Path) -> None:
+    """Removes what a run left that is to start anew; class images stay."""
+    for folder in (*checkpoints(run_dir), run_dir / BEST):
+        if os.path.lexists(folder):
+            remove_folder(folder)
+    for path in (run_dir / METRICS, run_dir / "samples"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def sweep(run_dir: Path) -> None:
+    """Takes away what a killed process left half written, and puts back the folder that it was
+    about to replace.
+    """
+    for path in list(run_dir.iterdir()):
+        if path.is_symlink() or not (match := HIDDEN.fullmatch(path.name)):
+            continue
+        if match[2] == "old" and not os.path.lexists(run_dir / match[1]):
+            os.replace(path, run_dir / match[1])
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The scorings so far. A last line that a crash cut off is left out."""
     path = run_dir / METRICS
     records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
@@ -163,7 +258,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def append_metrics(run_dir: Path, record: Mapping[str, Any]) -> None:
-    with (run_dir / METRICS).open("a") as f:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+    with os.fdopen(os.open(run_dir / METRICS, flags, 0o666), "a", encoding="utf-8") as f:
         f.write(json.dumps(record) + "\n")
 
 
@@ -171,4 +267,4 @@ def truncate_metrics(run_dir: Path, step: int) -> None:
     """Drops what was scored after `step`."""
     kept = [r for r in read_metrics(run_dir) if r["step"] <= step]
     with whole(run_dir / METRICS) as partial:
-        partial.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")

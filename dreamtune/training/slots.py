@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,20 @@ class Slot:
     def skipped_now(self) -> int:
         """The same, of the last steps in a row."""
         return int(self.step.skipped_now[self.index].item())
+
+    @property
+    def mean_loss(self) -> float:
+        """Since `forget_mean_loss`, nan without a step."""
+        return float(self.step.mean_loss()[self.index])
+
+    def forget_mean_loss(self) -> None:
+        self.step.forget_mean_loss(self.index)
+
+    @property
+    def scalings(self) -> int:
+        """Of the skipped steps those that halved fp16's loss scale: at most, of a whole run."""
+        now = float(self.step.loss_scale[self.index].item())
+        return round(math.log2(self.step.settings.loss_scale / now))
 
     def states(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Copies of the adapter's tensors, and of what else a step changes, as if it were alone."""

@@ -12,6 +12,7 @@ from dreamtune.fast import graphs, ops, unet
 from dreamtune.models.base import Base
 from dreamtune.models.quiet import quiet_diffusers
 from dreamtune.training.defaults import device_and_dtype
+from dreamtune.training.output import say
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def speed_up(base: Base, speed: Speed) -> None:
             left = unet.fuse(base.network).left
         base.fused = True
         if left:
-            print(f"{len(left)} blocks of the network run unfused, `{left[0]}` first.")
+            say(f"{len(left)} blocks of the network run unfused, `{left[0]}` first.")
     if speed.compiled and not base.compiled:
         unet.compile_blocks(base.network)
         base.compiled = True

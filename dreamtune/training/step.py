@@ -109,9 +109,9 @@ class Step:
 
     Returns nothing: read `loss`.
 
-    loss (S,): of the last step; loss_sum, loss_count (S,): since `take_mean`; skipped (S,): steps
-    whose loss or gradient was not finite, which changed nothing; skipped_now (S,): how many in a
-    row; loss_scale, good (S,): the scale, and how many steps in a row it has held.
+    loss (S,): of the last step; loss_sum, loss_count (S,): since `forget_mean_loss`; skipped (S,):
+    steps whose loss or gradient was not finite, which changed nothing; skipped_now (S,): how many
+    in a row; loss_scale, good (S,): the scale, and how many steps in a row it has held.
 
     Args:
         predict: the network's prediction for (noisy latents, timesteps, conditioning), each with
@@ -209,12 +209,14 @@ class Step:
             scale = torch.where(ok, self.loss_scale * (1 + grown), self.loss_scale / 2)
             self.loss_scale.copy_(scale.clamp(1.0, self.settings.loss_scale))
 
-    def take_mean(self) -> list[float]:
-        """The mean loss of each slot since the last call (nan without a step). A host sync."""
-        mean = (self.loss_sum / self.loss_count).tolist()
-        self.loss_sum.zero_()
-        self.loss_count.zero_()
-        return mean
+    def mean_loss(self) -> list[float]:
+        """Of each slot since `forget_mean_loss` (nan without a step). A host sync."""
+        return (self.loss_sum / self.loss_count).tolist()
+
+    def forget_mean_loss(self, slot: int) -> None:
+        """Apart from reading it: what was read may never have been written down."""
+        self.loss_sum[slot] = 0.0
+        self.loss_count[slot] = 0.0
 
     def reads(self) -> list[Tensor]:
         """Tensors that a step reads and does not change."""

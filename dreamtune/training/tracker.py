@@ -47,5 +47,7 @@ class Tracker:
             )
 
     def close(self) -> None:
+        """May be called twice."""
         if self.inner is not None:
             self.inner.finish()
+            self.inner = None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from dreamtune.training import run_folder
 from dreamtune.training.console import table
 from dreamtune.training.defaults import device_and_dtype
 from dreamtune.training.interrupts import Interrupted, Interrupts
+from dreamtune.training.output import say
+from dreamtune.training.resume import together
 from dreamtune.training.run import Run
 from dreamtune.training.run_folder import TrainResult
 from dreamtune.training.sweep import PROMPT_FILE, SETTINGS_FILE, expand, in_folder
@@ -23,11 +26,11 @@ from dreamtune.training.wave import Wave
 def train_wave(wave: Wave, interrupts: Interrupts) -> None:
     """The loop: scores and saves first, then a step, until no run is left.
 
-    Raises KeyboardInterrupt on Ctrl-C, after saving.
+    Raises KeyboardInterrupt on Ctrl-C, after saving. What else ends it says what is safe.
     """
     try:
         while True:
-            wave.score(wave.k)
+            wave.score(wave.k, interrupts.held)
             with interrupts.held():
                 wave.save(wave.k)
                 wave.retire(wave.k)
@@ -39,6 +42,9 @@ def train_wave(wave: Wave, interrupts: Interrupts) -> None:
     except KeyboardInterrupt:
         with interrupts.held():
             wave.save_all()
+        raise
+    except Exception as error:
+        note(error, [run_folder.safe(run.dir) for run in wave.runs.values()])
         raise
     finally:
         wave.close()
@@ -53,17 +59,20 @@ def train(config: Config) -> TrainResult:
     if config.subjects or config.sweep:
         raise ValueError("`subjects` and `sweep` are several runs: use `train_stacked`.")
     began = time.perf_counter()
-    with Interrupts() as interrupts:
-        run = Run(config)
+    with Interrupts() as interrupts, closing(Run(config)) as run:
         run.open(base_of(run.given))
         wave = Wave(run.base, {run.subject.name: run}, began)
         try:
             train_wave(wave, interrupts)
         except KeyboardInterrupt:
-            raise Interrupted(
-                f"Stopped after step {wave.k} of {run.config.max_train_steps}; saved in "
-                f"{run.dir / f'checkpoint-{wave.k}'}. Go on with --output_dir {run.dir} "
+            saved = (
+                f"saved in {run.dir / f'checkpoint-{wave.k}'}. Go on with --output_dir {run.dir} "
                 "--resume_from_checkpoint latest"
+            )
+            raise Interrupted(
+                f"Stopped after step {wave.k} of {run.config.max_train_steps}; "
+                f"{'; '.join(wave.failed.values()) or saved}",
+                interrupts.signal,
             ) from None
     for reason in wave.failed.values():
         raise ValueError(reason)
@@ -86,8 +95,8 @@ def train_stacked(config: Config) -> StackedResult:
 
     Raises ValueError before any work for what cannot be done; Interrupted on Ctrl-C, after saving.
     """
-    with Interrupts() as interrupts:
-        root, runs, base = get_ready(config)
+    with Interrupts() as interrupts, ExitStack() as stack:
+        root, runs, base = get_ready(config, stack)
         results: dict[str, TrainResult] = {}
         failed: dict[str, str] = {}
         for part in waves(config, base, runs):
@@ -98,17 +107,21 @@ def train_stacked(config: Config) -> StackedResult:
                 raise Interrupted(
                     f"Stopped after step {wave.k}; saved in {root}. Go on with the same flags, "
                     f"--output_dir {root} --resume_from_checkpoint latest; or with one run alone: "
-                    f"--output_dir {root}/NAME --resume_from_checkpoint latest"
+                    f"--output_dir {root}/NAME --resume_from_checkpoint latest",
+                    interrupts.signal,
                 ) from None
             results |= wave.results
             failed |= wave.failed
         in_order = {n: results[n] for n in runs if n in results}
-        print(table(in_order, failed))
+        say(table(in_order, failed))
         return StackedResult(root, in_order, failed)
 
 
-def get_ready(config: Config) -> tuple[Path, dict[str, Run], Base]:
-    """The runs, refused before a model is loaded where they cannot be trained; then the base."""
+def get_ready(config: Config, stack: ExitStack) -> tuple[Path, dict[str, Run], Base]:
+    """The runs, refused before a model is loaded where they cannot be trained; then the base.
+
+    stack: holds the common folder and the runs' own until it is closed.
+    """
     resume = config.resume_from_checkpoint
     if resume not in (None, "latest") or (resume and config.output_dir is None):
         raise ValueError(
@@ -118,21 +131,28 @@ def get_ready(config: Config) -> tuple[Path, dict[str, Run], Base]:
     configs = expand(config)
     source = Path(config.subjects or config.instance_data_dir or "default").name.split(":")[-1]
     name = config.name or f"{source}-{'sweep' if config.sweep else config.method}"
-    root = Path(config.output_dir).expanduser() if config.output_dir else None
-    root = root if resume and root else run_folder.choose_run_dir(config.output_dir, name)
-    runs = {}
+    # the common folder has nothing of a run in it, whether new or gone on with
+    lock = run_folder.take(config.output_dir, name)
+    stack.callback(lock.release)
+    runs: dict[str, Run] = {}
     for label, own in configs.items():
         try:
-            there = bool(resume and run_folder.checkpoints(root / label))
-            runs[label] = Run(in_folder(own, root / label, there), (PROMPT_FILE, SETTINGS_FILE))
+            own = in_folder(own, lock.folder / label, bool(resume))
+            runs[label] = stack.enter_context(closing(Run(own, (PROMPT_FILE, SETTINGS_FILE))))
         except ValueError as error:
             raise ValueError(f"`{label}`: {error}") from error
+    together(runs.values())
     base = base_of(config)
     scorers = None
     for run in runs.values():
         run.open(base, scorers)
         scorers = run.evaluator.scorers
-    return root, runs, base
+    return lock.folder, runs, base
+
+
+def note(error: Exception, texts: Sequence[str]) -> None:
+    """Texts for whoever shows the error; Python 3.11 and later does by itself."""
+    error.__notes__ = [*getattr(error, "__notes__", []), *dict.fromkeys(texts)]  # type: ignore
 
 
 def base_of(config: Config) -> Base:
@@ -162,7 +182,7 @@ def waves(config: Config, base: Base, runs: dict[str, Run]) -> Iterator[dict[str
         size = int(config.slots) if config.slots != "auto" else fitting(base, group)
         for first in range(0, len(labels), size):
             part = labels[first : first + size]
-            print(f"Training {len(part)} of {len(runs)} runs at once: {'; '.join(part)}")
+            say(f"Training {len(part)} of {len(runs)} runs at once: {'; '.join(part)}")
             yield {n: runs[n] for n in part}
 
 

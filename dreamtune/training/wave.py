@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from dreamtune.fast.graphs import drive
 from dreamtune.models.base import Base
 from dreamtune.training.console import progress_bar, wave_text
 from dreamtune.training.optim import learning_rate_multiplier
+from dreamtune.training.output import say
 from dreamtune.training.run import Run
 from dreamtune.training.run_folder import TrainResult
 from dreamtune.training.slots import Slot, build_step
@@ -40,9 +42,9 @@ class Wave:
             run.fill_cache()
         self.pack(list(runs))
         adapter, took = next(iter(self.slots.values())).adapter, time.perf_counter() - began
-        print(wave_text(self.config, adapter, base.device, took))
+        say(wave_text(self.config, adapter, base.device, took))
         for note in next(iter(runs.values())).speed.notes(base.device):
-            print(note)
+            say(note)
         for run in runs.values():
             run.begin()
         self.bar = progress_bar(self.start, self.config.max_train_steps)
@@ -74,19 +76,26 @@ class Wave:
         self.adapter = None
         release(self.base)
 
-    def score(self, k: int) -> None:
-        """Images and scores of the runs that are due; best/ where one is the best so far."""
-        due = {n: r for n, r in self.runs.items() if r.scoring_due(k)}
+    def score(self, k: int, held: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        """Images and scores of the runs that are due; best/ where one is the best so far.
+
+        held: around what must not be stopped half way, each run's record.
+        """
+        due = {n: r for n, r in self.runs.items() if n not in self.failed and r.scoring_due(k)}
         if not due:
             return
         began, count = time.perf_counter(), sum(len(r.evaluator.prompts) for r in due.values())
         self.bar.set_postfix_str(f"sampling {count} images{self.score_text()}")
         with at_step(self.adapter, k), self.replayed():
             images = self.sample(due)
-        losses = self.step.take_mean()
         for label, pictures in images.items():
             slot = self.slots[label]
-            due[label].record(slot, k, pictures, losses[slot.index], began)
+            with held():
+                try:
+                    due[label].record(slot, k, pictures, slot.mean_loss, began)
+                except ValueError as error:
+                    self.failed[label] = str(error)
+                slot.forget_mean_loss()
         self.bar.set_postfix_str(self.score_text().lstrip(" |"))
 
     def sample(self, runs: dict[str, Run]) -> dict[str, list[Image.Image]]:
@@ -105,14 +114,25 @@ class Wave:
 
     def save(self, k: int) -> None:
         """Checkpoints of the runs that are due."""
-        for label, run in self.runs.items():
-            if label not in self.failed and run.saving_due(k):
-                run.save(self.slots[label], k)
+        self.save_each([n for n, run in self.runs.items() if run.saving_due(k)])
 
     def save_all(self) -> None:
         """A checkpoint of every run, where it stands."""
-        for label, run in self.runs.items():
-            run.save(self.slots[label], self.k)
+        self.save_each(list(self.runs))
+
+    def save_each(self, labels: Sequence[str]) -> None:
+        """Older ones go when all are written, so that there is always a step that all have. A run
+        whose adapter or optimizer is not finite has failed.
+        """
+        for label in labels:
+            if label not in self.failed:
+                try:
+                    self.runs[label].save(self.slots[label], self.k)
+                except ValueError as error:
+                    self.failed[label] = str(error)
+        for label in labels:
+            if label not in self.failed:
+                self.runs[label].rotate(self.k)
 
     def retire(self, k: int) -> None:
         """Final files and report of the runs that are done; packs the rest anew."""
@@ -124,10 +144,10 @@ class Wave:
             run = self.runs[label]
             if label in self.failed:
                 if self.many:
-                    print(f"`{label}` failed: {self.failed[label]}")
+                    say(f"`{label}` failed: {self.failed[label]}")
                 continue
             if self.many:
-                print(f"`{label}`, step {k} of {run.config.max_train_steps}:")
+                say(f"`{label}`, step {k} of {run.config.max_train_steps}:")
             self.results[label] = run.finish(self.slots[label])
         gone = [self.runs[label] for label in leaving]
         self.pack([label for label in self.runs if label not in leaving])

@@ -116,10 +116,11 @@ def checkpoint(folder: Path, version: int) -> None:
     state = {"x": torch.full((2,), float(version))}
     slot = SimpleNamespace(
         index=0,
+        adapter=adapter,
         save=lambda path, metadata: adapter.save(path, 0, metadata),
         step=SimpleNamespace(state_dict=lambda index: state),
     )
-    run_folder.save_checkpoint(folder, 3, slot, {"version": version}, limit=None)
+    run_folder.save_checkpoint(folder, 3, slot, {"version": version})
 
 
 def metrics(folder: Path, version: int) -> None:

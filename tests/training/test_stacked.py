@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -378,7 +379,9 @@ def test_the_largest_wave_that_fits(
     from dreamtune.training.train import get_ready
 
     common |= photos_of(photo_dir)
-    _, runs, base = get_ready(Config(**common, sweep=[f"seed={','.join(map(str, range(16)))}"]))
+    sweep = [f"seed={','.join(map(str, range(16)))}"]
+    with ExitStack() as stack:
+        _, runs, base = get_ready(Config(**common, sweep=sweep), stack)
     needs, weights = iter([8.0, 30.0, 35.0]), base.network.state_dict()
     before = {k: v.clone() for k, v in weights.items()}
 

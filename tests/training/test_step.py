@@ -47,7 +47,7 @@ def test_a_slot_with_nan_does_not_disturb_the_others() -> None:
     after = sick.state_dict(1)
     assert all(torch.equal(before[n].nan_to_num(7), after[n].nan_to_num(7)) for n in before)
     assert other.skipped.tolist() == other.skipped_now.tolist() == [0.0, 3.0]
-    assert other.take_mean()[0] == pytest.approx(step.take_mean()[0])
+    assert other.mean_loss()[0] == pytest.approx(step.mean_loss()[0])
 
 
 def test_draws_are_a_function_of_seed_and_step() -> None:
