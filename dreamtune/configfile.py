@@ -213,6 +213,12 @@ def parse_yaml(text: str | bytes, place: str) -> Any:
         raise UnreadableFile(f"{place} is not YAML: {error}") from None
 
 
+def fixed(saved: Mapping[str, Any]) -> list[str]:
+    """The fields that a continuation must leave as they are in the settings of a run."""
+    free = {name: f.metadata["resume"] for name, f in FIELDS.items()}
+    return [n for n, may in free.items() if not (may(saved) if callable(may) else may)]
+
+
 def continued(config: Config, saved_file: Path) -> Config:
     """The config of a resumed run: what is left at its default comes from the run; what differs
     must be free to.
@@ -225,15 +231,14 @@ def continued(config: Config, saved_file: Path) -> Config:
         )
     saved = from_file(rules(), read_yaml(saved_file), f"`{saved_file}`")
     default = {name: plain_default(name) for name in FIELDS}
-    merged, clashes = {}, []
+    merged, clashes, bound = {}, [], fixed(saved)
     for key in FIELDS:
         now = getattr(config, key)
         old = saved.get(key, default[key])
         merged[key] = old if now == default[key] and key != "resume_from_checkpoint" else now
         if key == "options":
             merged[key] = {**old, **now}
-        free = FIELDS[key].metadata["resume"]
-        if merged[key] != old and not (free(saved) if callable(free) else free):
+        if merged[key] != old and key in bound:
             clashes.append(f"`{key}` was {old!r}, is {now!r}")
     if clashes:
         raise ValueError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +63,10 @@ class TensorFile:
         return " and ".join(words)
 
 
-def read_tensors(path: Path) -> TensorFile:
+def read_tensors(path: Path, loose: Collection[str] = ()) -> TensorFile:
     """Raises UnreadableFile for NaN, infinities, a damaged file, and one that cannot be read.
+
+    loose: keys whose values need not be finite.
 
     Whether it is what was written is in `changed`, for the format to judge.
     """
@@ -80,7 +82,7 @@ def read_tensors(path: Path) -> TensorFile:
     except OSError as error:
         raise UnreadableFile(f"`{path}` cannot be read: {error.strerror or error}") from error
     for key, tensor in tensors.items():
-        if tensor.dtype in FLOATS and not torch.isfinite(tensor).all():
+        if key not in loose and tensor.dtype in FLOATS and not torch.isfinite(tensor).all():
             raise UnreadableFile(f"`{path.name}` holds values that are not finite in `{key}`")
     place = f"the `dreamtune` header of `{path.name}`"
     about = from_file(_ANY, from_json(header.get("dreamtune", "{}"), place), place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -20,7 +21,7 @@ from dreamtune.files.export import export
 from dreamtune.files.whole import whole, whole_folder
 from dreamtune.metrics.table import scores_of, scores_text
 from dreamtune.models.base import Base
-from dreamtune.training import run_folder
+from dreamtune.training import records, run_folder
 from dreamtune.training.cache import build_cache
 from dreamtune.training.class_images import class_images
 from dreamtune.training.defaults import resolve, sampling_of, subject_of, with_subject
@@ -73,7 +74,7 @@ class Run:
             self.dir = self.lock.folder
             run_folder.sweep(self.dir)
         digests = [p.digest for p in folder.photos]
-        if self.checkpoint and run_folder.read_state(self.checkpoint)["photos"] != digests:
+        if self.checkpoint and records.read_state(self.checkpoint)["photos"] != digests:
             raise ValueError(
                 f"the photos in `{photo_dir}` are not those that {self.dir} was started with."
             )
@@ -92,6 +93,7 @@ class Run:
         run_folder.sweep(self.dir)
         self.checkpoint = find_checkpoint(resume, self.dir)
         if self.checkpoint:
+            records.check_settings(self.checkpoint, self.dir / run_folder.CONFIG)
             self.start = run_folder.step_of(self.checkpoint)
         elif not (self.dir / run_folder.CONFIG).is_file():
             return replace(config, resume_from_checkpoint=None)
@@ -104,6 +106,7 @@ class Run:
             run_folder.clear(self.dir)
         speed_up(base, self.speed)
         c = self.config = resolve(self.given, base, self.subject, self.dir)
+        self.info["settings"] = records.hashes_of_settings(c.to_dict())
         prompts, plain = validation_prompts(
             self.subject, c.validation_prompt, c.num_validation_images
         )
@@ -135,7 +138,7 @@ class Run:
         if self.checkpoint:
             run_folder.restore(self.checkpoint, self.dir, slot)
             self.checkpoint = None
-            self.history = run_folder.read_metrics(self.dir)
+            self.history = records.read_metrics(self.dir)
             self.rank()
 
     def write_config(self) -> None:
@@ -204,7 +207,7 @@ class Run:
         record = {
             "step": k,
             **self.evaluator.judge(k, list(images)),
-            "loss": loss if loss == loss else None,
+            "loss": loss if math.isfinite(loss) else None,
             "learning_rate": self.learning_rate(slot),
             "skipped_steps": slot.skipped,
             "seconds": round(time.perf_counter() - self.began, 2),
@@ -214,7 +217,7 @@ class Run:
         self.rank()
         if self.best_step == k:
             self.save_files(slot, self.dir / run_folder.BEST, record)
-        run_folder.append_metrics(self.dir, record)
+        records.append_metrics(self.dir, record)
         self.tracker.log(record, k, images)
         skipped, steps = self.skipped_since(record)
         if (skipped - slot.scalings) * 2 > steps:

@@ -7,7 +7,6 @@ is whole or not there.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -19,9 +18,23 @@ from typing import TYPE_CHECKING, Any
 from dreamtune.adapters import find_method
 from dreamtune.evaluation.selection import choose_best
 from dreamtune.files import diffusers, find, native
-from dreamtune.files.whole import remove_folder, whole, whole_folder
+from dreamtune.files.fingerprint import compare_fingerprints, fingerprint
+from dreamtune.files.tensors import write_tensors
+from dreamtune.files.whole import remove_folder, whole_folder
 from dreamtune.training.lock import FolderLock
 from dreamtune.training.output import say
+from dreamtune.training.records import (
+    LOOSE,
+    METRICS,
+    OPTIMIZER,
+    check_written,
+    is_best,
+    read_metrics,
+    read_state,
+    read_step,
+    truncate_metrics,
+    write_state,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +43,6 @@ if TYPE_CHECKING:
 
 CONFIG, STATE, BEST = find.CONFIG, find.STATE, find.BEST
 ADAPTER, LORA = native.FORMAT.file_name, diffusers.FORMAT.file_name
-METRICS, OPTIMIZER = "metrics.jsonl", "optimizer.safetensors"
 OURS = (CONFIG, METRICS, ADAPTER, LORA, "report.html", "samples", BEST)
 NAME = re.compile(r"checkpoint-(\d+)")
 # What `files.whole` leaves when it is killed.
@@ -113,32 +125,32 @@ def step_of(checkpoint: Path) -> int:
 
 def damage(checkpoint: Path) -> str | None:
     """What keeps a run from going on from it; None if nothing does."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        if (step := read_state(checkpoint)["step"]) != step_of(checkpoint):
+        state = read_state(checkpoint)
+        if (step := state["step"]) != step_of(checkpoint):
             return f"its {STATE} is of step {step}"
-        native.load_adapter_file(checkpoint / ADAPTER)
-        if broken := not_finite(load_file(checkpoint / OPTIMIZER)):
-            return f"its {OPTIMIZER} holds values that are not finite in `{broken[0]}`"
+        adapter = native.load_adapter_file(checkpoint / ADAPTER)
+        if (own := adapter.metadata.get("step", step)) != step:
+            return f"its {ADAPTER} is of step {own}"
+        read_step(checkpoint)
+        check_written(checkpoint, state)
         return None if place_of_best(checkpoint) is not None else "its best/ is not whole"
-    except (*UNREADABLE, SafetensorError) as error:
+    except UNREADABLE as error:
         return " ".join(str(error).split())
 
 
 def place_of_best(checkpoint: Path) -> Path | None:
-    """The best adapter as it was then: the checkpoint's copy, else the run's own best/ where its
-    step is that of the best scoring so far; the checkpoint itself where none had been scored.
+    """The best adapter as it was then: the checkpoint's copy, else the run's own best/ where it is
+    of the step of the best scoring so far; the checkpoint itself where none had been scored.
     """
-    run_dir, step = checkpoint.parent, step_of(checkpoint)
-    scored = [r for r in read_metrics(run_dir) if r["step"] <= step]
+    run_dir, state = checkpoint.parent, read_state(checkpoint)
+    scored = [r for r in read_metrics(run_dir) if r["step"] <= step_of(checkpoint)]
     for place in (checkpoint / BEST, run_dir / BEST):
         with contextlib.suppress(*UNREADABLE):
             file = native.load_adapter_file(place / ADAPTER)
             start = find_method(file.method).identity_at_start
             best = choose_best(scored, identity_at_start=start).step if scored else None
-            if place.parent == checkpoint or file.metadata["step"] == best:
+            if file.metadata["step"] == best and is_best(place, state):
                 return place
     return None if scored else checkpoint
 
@@ -148,8 +160,6 @@ def save_checkpoint(run_dir: Path, k: int, slot: Slot, info: Mapping[str, Any]) 
 
     Raises ValueError, and writes nothing, where adapter or optimizer hold what is not finite.
     """
-    from safetensors import torch as st
-
     folder = run_dir / f"checkpoint-{k}"
     state = {n: t.detach().cpu() for n, t in slot.step.state_dict(slot.index).items()}
     if broken := not_finite({**slot.adapter.state_dict(slot.index), **state}):
@@ -160,19 +170,16 @@ def save_checkpoint(run_dir: Path, k: int, slot: Slot, info: Mapping[str, Any]) 
         )
     with whole_folder(folder) as partial:
         slot.save(partial / ADAPTER, {"step": k})
-        st.save_file(
-            {n: t.detach().cpu().contiguous() for n, t in state.items()}, partial / OPTIMIZER
-        )
+        write_tensors(partial / OPTIMIZER, state, {"step": k})
         if (run_dir / BEST).is_dir():
             shutil.copytree(run_dir / BEST, partial / BEST)
-        text = json.dumps({"step": k, **info}, indent=1)
-        (partial / STATE).write_text(text, encoding="utf-8")
+        write_state(partial, run_dir, k, info)
     return folder
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of those that hold NaN or infinities. The loss of a skipped step may."""
-    return [n for n, t in tensors.items() if n != "step.loss" and not bool(t.isfinite().all())]
+    return [n for n, t in tensors.items() if n not in LOOSE and not bool(t.isfinite().all())]
 
 
 def rotate(run_dir: Path, k: int, limit: int | None) -> None:
@@ -193,16 +200,15 @@ def safe(run_dir: Path) -> str:
     )
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    return dict(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
-
-
 def restore(checkpoint: Path, run_dir: Path, slot: Slot) -> None:
     """Puts adapter, step state, best/ and metrics.jsonl back to where the checkpoint was."""
-    from safetensors.torch import load_file
-
-    adapter = native.load_adapter_file(checkpoint / ADAPTER).tensors
-    slot.load(adapter, load_file(checkpoint / OPTIMIZER))
+    file, step = native.load_adapter_file(checkpoint / ADAPTER), read_step(checkpoint)
+    if far := compare_fingerprints(file.fingerprint, fingerprint(slot.adapter.weights())):
+        raise ValueError(
+            f"the base is not the one that {run_dir} was started with: {len(far)} of "
+            f"{len(file.shapes)} layers differ, most `{far[0]}`."
+        )
+    slot.load(file.tensors, step)
     best = place_of_best(checkpoint)
     if best == checkpoint / BEST:
         with whole_folder(run_dir / BEST) as partial:
@@ -243,28 +249,3 @@ def sweep(run_dir: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The scorings so far. A last line that a crash cut off is left out."""
-    path = run_dir / METRICS
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
-def append_metrics(run_dir: Path, record: Mapping[str, Any]) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
-    with os.fdopen(os.open(run_dir / METRICS, flags, 0o666), "a", encoding="utf-8") as f:
-        f.write(json.dumps(record) + "\n")
-
-
-def truncate_metrics(run_dir: Path, step: int) -> None:
-    """Drops what was scored after `step`."""
-    kept = [r for r in read_metrics(run_dir) if r["step"] <= step]
-    with whole(run_dir / METRICS) as partial:
-        partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")

@@ -256,21 +256,19 @@ def test_kill_leaves_the_previous_checkpoint_whole(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The write of the second checkpoint dies half way: the first is whole, and is resumed from."""
-    import safetensors.torch as st
+    original, calls = run_folder.write_tensors, []
 
-    original, calls = st.save_file, []
-
-    def dying(values: Any, path: Path, *rest: Any) -> None:
-        if Path(path).name == "optimizer.safetensors":
-            calls.append(path)
-            if len(calls) == 2:
-                Path(path).write_bytes(b"half")
-                os._exit(9)
-        original(values, path, *rest)
+    def dying(path: Path, *rest: Any) -> None:
+        assert path.name == "optimizer.safetensors"
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half")
+            os._exit(9)
+        original(path, *rest)
 
     child = os.fork()
     if not child:
-        monkeypatch.setattr(st, "save_file", dying)
+        monkeypatch.setattr(run_folder, "write_tensors", dying)
         train(Config(**settings, checkpointing_steps=2))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
