@@ -7,15 +7,28 @@ Nothing heavy is imported, so that `--help` and a mistyped flag answer at once.
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from pydantic import NonNegativeInt, PositiveInt, TypeAdapter
+from pydantic import TypeAdapter
 
-from dreamtune.fields import Above0, AtLeast0, Decay, Pixels, checker, opt, validated
+from dreamtune.fields import (
+    Above0,
+    AtLeast0,
+    Count,
+    CountOr0,
+    Decay,
+    Pixels,
+    Seed,
+    checker,
+    opt,
+    shown,
+    validated,
+)
 
 EMBEDDED = "embedded"
 CPU_SLOTS = 4
@@ -77,9 +90,7 @@ class Config:
     center_crop: bool = opt(
         True, "crop the middle of photos that are not square; off: random crops", "subject"
     )
-    crops: PositiveInt = opt(
-        1, "random crops cached for each photo, with --no_center_crop", "subject"
-    )
+    crops: Count = opt(1, "random crops cached for each photo, with --no_center_crop", "subject")
     random_flip: bool = opt(False, "also train on mirrored photos", "subject")
 
     with_prior_preservation: bool = opt(
@@ -96,7 +107,7 @@ class Config:
         resume=True,
         own=True,
     )
-    num_class_images: PositiveInt = opt(100, "class images wanted", "prior")
+    num_class_images: Count = opt(100, "class images wanted", "prior")
     prior_loss_weight: AtLeast0 = opt(1.0, "weight of the class images' loss", "prior")
 
     method: str = opt("delora", "adapter: a name of `dreamtune methods`", "method", swept=True)
@@ -105,18 +116,18 @@ class Config:
         ["to_q", "to_k", "to_v", "to_out.0"], "projections to adapt", "method"
     )
 
-    seed: NonNegativeInt = opt(
+    seed: Seed = opt(
         0,
         "seed of everything random; step k is a function of (seed, k)",
         "training",
         own=True,
         swept=True,
     )
-    train_batch_size: PositiveInt | None = opt(
+    train_batch_size: Count | None = opt(
         None, "photos a step", "training", "4 up to 256 px, else 1"
     )
-    gradient_accumulation_steps: PositiveInt = opt(1, "batches a step", "training")
-    max_train_steps: PositiveInt | None = opt(
+    gradient_accumulation_steps: Count = opt(1, "batches a step", "training")
+    max_train_steps: Count | None = opt(
         None, "optimizer steps", "training", "240 up to 256 px, else 1000", resume=constant_rate
     )
     learning_rate: Above0 | None = opt(
@@ -125,7 +136,7 @@ class Config:
     lr_scheduler: Literal["constant", "constant_with_warmup", "cosine", "linear"] = opt(
         "constant", "shape of the learning rate", "training"
     )
-    lr_warmup_steps: NonNegativeInt = opt(0, "steps of linear warm-up", "training")
+    lr_warmup_steps: CountOr0 = opt(0, "steps of linear warm-up", "training")
     max_grad_norm: Above0 = opt(1.0, "gradient norm above which a step is scaled down", "training")
     snr_gamma: Above0 | None = opt(None, "min-SNR weighting (5 is usual)", "training", "off")
     adam_beta1: Decay = opt(0.9, "AdamW's first decay", "training")
@@ -174,14 +185,14 @@ class Config:
         "8 prompts for the base's domain",
         own=True,
     )
-    num_validation_images: PositiveInt = opt(1, "images a prompt", "scoring")
-    validation_steps: NonNegativeInt | None = opt(
+    num_validation_images: Count = opt(1, "images a prompt", "scoring")
+    validation_steps: CountOr0 | None = opt(
         None,
         "steps between scorings; 0: only the start and the end",
         "scoring",
         "a quarter of --max_train_steps",
     )
-    validation_seed: NonNegativeInt = opt(1234, "seed of the scored images", "scoring")
+    validation_seed: Seed = opt(1234, "seed of the scored images", "scoring")
     dino: str | None = opt(
         None,
         "image scorer: a transformers ViT folder or id, or 'none'",
@@ -194,7 +205,7 @@ class Config:
         "scoring",
         "the package's with the embedded base, else ViT-B-32:openai",
     )
-    early_stop: PositiveInt | None = opt(
+    early_stop: Count | None = opt(
         None,
         "stop after so many scorings in a row that are not the best so far",
         "scoring",
@@ -207,27 +218,27 @@ class Config:
         "scoring",
         "the base's own if its terminal SNR is zero, else dpm++",
     )
-    num_inference_steps: PositiveInt = opt(25, "sampling steps", "scoring")
+    num_inference_steps: Count = opt(25, "sampling steps", "scoring")
     guidance_scale: Above0 | None = opt(
         None, "classifier-free guidance", "scoring", "4 up to 256 px, else 7.5"
     )
     guidance_rescale: AtLeast0 | None = opt(
         None, "guidance rescale", "scoring", "0.3 if the terminal SNR is zero, else 0"
     )
-    sample_batch_size: PositiveInt = opt(8, "images sampled at once", "scoring", resume=True)
+    sample_batch_size: Count = opt(8, "images sampled at once", "scoring", resume=True)
 
     output_dir: str | None = opt(None, "folder of the run", "output", "runs/<name>", resume=True)
     name: str | None = opt(
         None, "name of the run", "output", "<subject folder>-<method>", resume=True
     )
-    checkpointing_steps: NonNegativeInt | None = opt(
+    checkpointing_steps: CountOr0 | None = opt(
         None,
         "steps between checkpoints; 0: only on Ctrl-C and at the end",
         "output",
         "every scoring",
         resume=True,
     )
-    checkpoints_total_limit: PositiveInt | None = opt(
+    checkpoints_total_limit: Count | None = opt(
         2, "checkpoints kept (the oldest go)", "output", resume=True
     )
     resume_from_checkpoint: str | None = opt(
@@ -272,8 +283,8 @@ class Config:
         default_base = self.pretrained_model_name_or_path == EMBEDDED
         if self.early_stop and "none" in (self.dino, self.clip):
             raise ValueError("`early_stop` goes by the scores, but `dino` or `clip` is none.")
-        if self.slots != "auto" and not (self.slots.isdecimal() and int(self.slots) > 0):
-            raise ValueError(f"`slots` must be auto or at least 1, got {self.slots!r}.")
+        if self.slots != "auto" and not re.fullmatch("0*[1-9][0-9]{0,8}", self.slots):
+            raise ValueError(f"`slots` must be auto or at least 1, got {shown(self.slots)}.")
         if self.subjects and self.instance_data_dir:
             raise ValueError("`subjects` and `instance_data_dir` are both set: leave one out.")
         photos = self.instance_data_dir or self.subjects

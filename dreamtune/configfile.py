@@ -25,7 +25,7 @@ from dreamtune.fields import (
 
 METHODS_GROUP = "dreamtune.methods"
 # What a method's annotations may come from: modules that are imported here anyway.
-LIGHT = {"typing", "typing_extensions", "pydantic", "annotated_types"}
+LIGHT = {"typing", "typing_extensions", "pydantic", "annotated_types", "dreamtune.fields"}
 NOT_OPTIONS = ("slots", "generator")
 Signature = dict[str, tuple[Any, Any]]  # option -> type with its range, default
 

@@ -23,7 +23,12 @@ from typing_extensions import NotRequired, TypedDict
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 AtLeast0 = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Pixels = Annotated[int, Field(ge=1, multiple_of=8)]
+Pixels = Annotated[int, Field(ge=1, le=1 << 14, multiple_of=8)]
+# What is made of a larger number overflows, or never ends.
+Count = Annotated[int, Field(ge=1, le=10**9)]
+CountOr0 = Annotated[int, Field(ge=0, le=10**9)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]  # torch takes 64 bits; images count up from it
+Rank = Annotated[int, Field(ge=1, le=4096)]  # beyond the width of every layer
 # YAML 1.1 reads bare `no` and `off` as false, `on` as true.
 YAML_WORDS = {"no": False, "off": False, "on": True}
 KINDS = {
@@ -191,12 +196,13 @@ def sentence(found: Mapping[str, Any]) -> str:
 
 def limit(kind: str, bound: float) -> str:
     whole = isinstance(bound, int)
+    number = f"{bound}" if whole else f"{bound:g}"
     if kind == "greater_than":
         return f"at least {bound + 1}" if whole else f"above {bound:g} and finite"
     if kind == "less_than":
-        return f"below {bound:g}"
+        return f"below {number}"
     words = {"greater_than_equal": "at least", "less_than_equal": "at most"}
-    return f"{words.get(kind, 'a multiple of')} {bound:g}"
+    return f"{words.get(kind, 'a multiple of')} {number}"
 
 
 def near(kind: str, bound: float, number: float) -> str:

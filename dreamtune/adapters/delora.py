@@ -6,11 +6,12 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import FiniteFloat
 from torch import Tensor, nn
 
 from dreamtune.adapters.base import Adapter, Generators, register
 from dreamtune.adapters.maths import unit
+from dreamtune.fields import Rank
 
 
 @register
@@ -58,8 +59,8 @@ class DeLoRA(Adapter):
         *,
         slots: int = 1,
         generator: Generators = None,
-        rank: PositiveInt = 16,
-        lambda_init: float | list[float] = 4.0,
+        rank: Rank = 16,
+        lambda_init: FiniteFloat | list[FiniteFloat] = 4.0,
         start: Literal["residual", "peft"] = "residual",
     ) -> None:
         options = {"rank": rank, "lambda_init": lambda_init, "start": start}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from dreamtune.adapters.base import Adapter, Generators, register
 from dreamtune.adapters.maths import block_columns, blocks_of, frozen_product, unit
+from dreamtune.fields import Count
 
 
 @register
@@ -37,7 +37,7 @@ class ETHER(Adapter):
         *,
         slots: int = 1,
         generator: Generators = None,
-        blocks: PositiveInt = 1,
+        blocks: Count = 1,
         side: Literal["input", "output"] = "input",
     ) -> None:
         super().__init__(weight, slots, generator, {"blocks": blocks, "side": side})

@@ -6,11 +6,11 @@ import math
 from typing import Any, Literal
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from dreamtune.adapters.base import Adapter, Generators, register
 from dreamtune.adapters.maths import blocks_of, frozen_product, unit
+from dreamtune.fields import Count
 
 
 @register
@@ -40,7 +40,7 @@ class ETHERPlus(Adapter):
         *,
         slots: int = 1,
         generator: Generators = None,
-        blocks: PositiveInt = 4,
+        blocks: Count = 4,
         sides: Literal[1, 2] = 2,
     ) -> None:
         super().__init__(weight, slots, generator, {"blocks": blocks, "sides": sides})

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from pydantic import PositiveInt
+from pydantic import FiniteFloat
 from torch import Tensor, nn
 
 from dreamtune.adapters.base import Adapter, Generators, register
+from dreamtune.fields import Rank
 
 
 @register
@@ -38,8 +39,8 @@ class LoRA(Adapter):
         *,
         slots: int = 1,
         generator: Generators = None,
-        rank: PositiveInt = 16,
-        alpha: float | list[float | None] | None = None,
+        rank: Rank = 16,
+        alpha: FiniteFloat | list[FiniteFloat | None] | None = None,
     ) -> None:
         given = alpha if isinstance(alpha, list) else [alpha]
         alphas = [float(rank if a is None else a) for a in given]

@@ -75,11 +75,13 @@ class Evaluator:
         return record
 
     def saved(self, step: int) -> list[Image.Image] | None:
-        """The images of an earlier scoring, read back from its grid."""
+        """The images of an earlier scoring, read back from its grid; None where it is lost."""
         path = self.folder / f"{step:06d}.png"
         if not path.is_file():
             return None
-        return read_grid(path, len(self.prompts), self.sampling.size)
+        with contextlib.suppress(OSError, ValueError, SyntaxError):  # what Pillow has for damage
+            return read_grid(path, len(self.prompts), self.sampling.size)
+        return None
 
 
 @contextlib.contextmanager

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from dreamtune.fields import Seed, checker, validated
 from dreamtune.files.find import adapter_file, base_of_run, run_settings
 from dreamtune.files.whole import whole
 from dreamtune.models.load import load_base
 from dreamtune.models.sample import grid, sample
+
+_SEED = checker({"seed": Seed})
 
 
 def generate(
@@ -30,8 +33,7 @@ def generate(
     for key, value in (("num_images", num_images), ("num_inference_steps", steps)):
         if value is not None and value < 1:
             raise ValueError(f"`{key}` must be at least 1, got {value}.")
-    if seed < 0:
-        raise ValueError(f"`seed` must be at least 0, got {seed}.")
+    validated(_SEED, {"seed": seed})
     if resolution is not None and (resolution < 8 or resolution % 8):
         raise ValueError(f"`resolution` must be a multiple of 8, got {resolution}.")
     from dreamtune.config import Config

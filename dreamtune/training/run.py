@@ -285,6 +285,9 @@ class Run:
 
         c, steps = self.config, [r["step"] for r in self.history]
         grids = {s: g for s in steps if (g := self.evaluator.saved(s)) is not None}
+        if lost := [step for step in (0, self.best_step) if step not in grids]:
+            place = self.evaluator.folder
+            return say(f"No report: the images of step {lost[0]} in {place} are gone or damaged.")
         options = {"num_inference_steps": c.num_inference_steps, "guidance_scale": c.guidance_scale}
         if c.guidance_rescale:
             options["guidance_rescale"] = c.guidance_rescale
