@@ -39,6 +39,7 @@ KINDS = {
 }
 
 
+SHOWN = 300  # characters of a value in a message
 NAME_LIMIT = 100  # characters of a word that near ones are looked for
 
 
@@ -160,7 +161,8 @@ def from_json(text: str | bytes, place: str) -> Any:
 
 def shown(value: Any) -> str:
     """`repr`, of bounded length: a few lines of YAML may stand for a value without end."""
-    return _SHORT.repr(value)
+    text = _SHORT.repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 _SHORT = reprlib.Repr()
@@ -185,13 +187,21 @@ def sentence(found: Mapping[str, Any]) -> str:
     if kind in KINDS:
         return f"{start} {KINDS[kind]}, {got}"
     if bounds:
-        number = type(bounds[0])(value) if isinstance(value, str) else value
+        number = number_of(value) if isinstance(value, str) else value
         return (
             f"{start} {limit(kind, bounds[0])}, got {shown(number)}{near(kind, bounds[0], number)}."
         )
     if kind.endswith("_type"):
         return f"{start} of type {kind.removesuffix('_type').replace('string', 'str')}, {got}"
     return f"`{found['loc'][0]}`: {found['msg']}, {got}"
+
+
+def number_of(text: str) -> float:
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        return int(number) if number.is_integer() else number
 
 
 def limit(kind: str, bound: float) -> str:

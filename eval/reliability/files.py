@@ -198,7 +198,7 @@ class Resumed:
             path.unlink()
         elif what == 1:
             like = [p for p in inside if p.name == path.name and p != path]
-            shutil.copy(rng.choice(like or inside), path)
+            shutil.copy(rng.choice(like or [p for p in inside if p != path]), path)
         elif what == 2:
             shutil.rmtree(rng.choice([p for p in folder.rglob("*") if p.is_dir()]))
         else:
