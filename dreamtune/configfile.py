@@ -14,11 +14,13 @@ from typing import Any
 
 from dreamtune.config import FIELDS, Config, plain_default
 from dreamtune.fields import checker, nearest, validated
+from dreamtune.textfile import read_text
 
 METHODS_GROUP = "dreamtune.methods"
 # What a method's annotations may come from: modules that are imported here anyway.
 LIGHT = {"typing", "typing_extensions", "pydantic", "annotated_types"}
 NOT_OPTIONS = ("slots", "generator")
+MAX_VALUES = 10_000  # of a config file, aliases written out
 Signature = dict[str, tuple[Any, Any]]  # option -> type with its range, default
 
 
@@ -167,17 +169,47 @@ def from_mapping(values: Mapping[str, Any], methods: Mapping[str, Signature]) ->
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
+    """What a config file holds. Raises ValueError that names the file."""
     import yaml
 
+    if not Path(path).exists():
+        raise ValueError(f"there is no config file `{path}`.")
+    text = read_text(path)
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"there is no config file `{path}`.") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"`{path}` is not YAML: {error}") from None
+        weigh(yaml.compose(text, yaml.SafeLoader))
+        loaded = yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError(f"`{path}` is not YAML: it is nested too deeply.") from None
+    # a date or a number that is none is a ValueError, what tags make of values may be others
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, OverflowError) as error:
+        raise ValueError(f"`{path}` is not YAML: {str(error)[:500]}") from None
     if not isinstance(loaded or {}, dict):
         raise ValueError(f"`{path}` must hold `name: value` lines, got {type(loaded).__name__}.")
     return loaded or {}
+
+
+def weigh(node: Any) -> None:
+    """Raises ValueError for YAML that is small as a text and endless once it is read: each alias
+    stands for all that its anchor holds, and a number takes the square of its digits.
+    """
+    sizes: dict[int, int] = {}
+    open_nodes: set[int] = set()
+
+    def size(node: Any) -> int:
+        if id(node) in open_nodes:
+            raise ValueError(f"what line {node.start_mark.line + 1} begins holds itself.")
+        if isinstance(node.value, str) and not node.tag.endswith(":str") and len(node.value) > 400:
+            raise ValueError(f"line {node.start_mark.line + 1} has a number of too many digits.")
+        if id(node) not in sizes:
+            open_nodes.add(id(node))
+            inner = node.value if isinstance(node.value, list) else []
+            parts = [x for i in inner for x in (i if isinstance(i, tuple) else (i,))]
+            sizes[id(node)] = 1 + sum(map(size, parts))
+            open_nodes.remove(id(node))
+        return sizes[id(node)]
+
+    if node is not None and size(node) > MAX_VALUES:
+        raise ValueError(f"its aliases stand for more than {MAX_VALUES} values.")
 
 
 def continued(config: Config, saved_file: Path) -> Config:
