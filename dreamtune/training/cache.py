@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dreamtune.config import Settings
-from dreamtune.data.photos import Photo, views
+from dreamtune.data.photos import Photo
+from dreamtune.data.views import views
 from dreamtune.models.base import Base, Conditioning
 
 

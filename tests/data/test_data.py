@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dreamtune.data.photos import decode, from_tensor, read_folder, square, to_tensor, views
+from dreamtune.data.photos import read_folder
+from dreamtune.data.picture import decode
+from dreamtune.data.views import from_tensor, square, to_tensor, views
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
