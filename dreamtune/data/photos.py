@@ -7,9 +7,12 @@ first second.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -33,6 +36,12 @@ class Photo:
     repeats: int
     image: Image.Image = field(repr=False, compare=False)  # at most `side` of `read_folder`
     digest: str = field(repr=False)  # SHA-256 of the file
+
+    @property
+    def told(self) -> str:
+        """A digest of what training takes from its surroundings: caption, folder, repeats."""
+        values = [self.caption, self.folder_caption, self.repeats]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
     @property
     def words(self) -> str | None:
@@ -94,6 +103,23 @@ def read_folder(folder: str | Path, need: int = 1, side: int = KEPT_SIDE) -> Fol
             " in it and in folders named like `10_sks dog`."
         )
     return Folder(photos, sorted(skipped))
+
+
+def statement(photos: Sequence[Photo]) -> dict[str, list[str]]:
+    """What a run keeps of its photos, to know them again: JSON values for its state."""
+    return {"photos": [p.digest for p in photos], "captions": [p.told for p in photos]}
+
+
+def changed(saved: Mapping[str, Any], photos: Sequence[Photo]) -> str | None:
+    """What is not as that `statement` has it, None if all is. Older runs keep no captions."""
+    here = statement(photos)
+    if saved["photos"] != here["photos"]:
+        return "the photos"
+    if "captions" not in saved or saved["captions"] == here["captions"]:
+        return None
+    told = zip(photos, saved["captions"], here["captions"])
+    names = [photo.path.name for photo, was, now in told if was != now]
+    return f"the captions (or repeats) of {listed(names)}"
 
 
 def photo_folders(root: Path) -> list[tuple[Path, str | None, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -58,6 +59,16 @@ def compare_fingerprints(saved: Fingerprint, here: Fingerprint) -> list[str]:
         distances[name] = float((a - b).norm()) / size if size else 0.0
     far = [name for name, distance in distances.items() if not distance <= TOLERANCE]
     return sorted(far, key=lambda name: -distances[name])
+
+
+def refuse_other_base(saved: Fingerprint, here: Fingerprint, run: Path) -> None:
+    """Raises ValueError if a run that was started on one base is to go on with another."""
+    if far := compare_fingerprints(saved, here):
+        raise ValueError(
+            f"the base is not the one that {run} was started with: {len(far)} of {len(saved)} "
+            f"layers differ, most `{far[0]}`. Go on with that base, or start a new run with "
+            "another --output_dir."
+        )
 
 
 def check_base(file: AdapterFile, here: Fingerprint, force: bool = False) -> str | None:

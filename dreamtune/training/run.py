@@ -12,18 +12,26 @@ from typing import Any
 
 from dreamtune.config import STACKED, Config, Settings
 from dreamtune.configfile import continued
-from dreamtune.data.photos import read_folder
+from dreamtune.data.photos import KEPT_SIDE, changed, read_folder, statement
 from dreamtune.data.words import SubjectWords
 from dreamtune.evaluation.selection import Choice, choose_best
 from dreamtune.evaluation.validation import Evaluator, load_scorers
+from dreamtune.files import native
 from dreamtune.files.export import export
+from dreamtune.files.fingerprint import fingerprint, refuse_other_base
 from dreamtune.files.whole import whole, whole_folder
 from dreamtune.metrics.table import scores_of, scores_text
 from dreamtune.models.base import Base
 from dreamtune.training import run_folder
 from dreamtune.training.cache import build_cache
-from dreamtune.training.class_images import class_images
-from dreamtune.training.defaults import resolve, sampling_of, subject_of, with_subject
+from dreamtune.training.class_images import check_class_folder, class_images
+from dreamtune.training.defaults import (
+    resolve,
+    sampling_of,
+    subject_of,
+    unnamed,
+    with_subject,
+)
 from dreamtune.training.run_folder import TrainResult as TrainResult
 from dreamtune.training.slots import Slot
 from dreamtune.training.speed import choose_speed, speed_up
@@ -53,7 +61,7 @@ class Run:
         self.method = find_method(config.method)
         resolve_options(self.method, config.options)
         self.given, photo_dir = with_subject(config)
-        folder = read_folder(photo_dir)
+        folder = read_folder(photo_dir, side=max(KEPT_SIDE, config.resolution or 0))
         self.subject = subject_of(self.given, folder.photos)
         self.speed = choose_speed(config)
         name = config.name or f"{photo_dir.resolve().name}-{config.method}".replace(" ", "-")
@@ -62,24 +70,33 @@ class Run:
             if self.checkpoint
             else run_folder.choose_run_dir(config.output_dir, name)
         )
-        digests = [p.digest for p in folder.photos]
-        if self.checkpoint and run_folder.read_state(self.checkpoint)["photos"] != digests:
-            raise ValueError(
-                f"the photos in `{photo_dir}` are not those that {self.dir} was started with."
-            )
+        if self.checkpoint:
+            other = changed(run_folder.read_state(self.checkpoint), folder.photos)
+            if other:
+                raise ValueError(
+                    f"{other} in `{photo_dir}` are not those that {self.dir} was started with."
+                )
+        check_class_folder(self.given, folder.photos)
         self.photos, self.images = folder.photos, [p.image for p in folder.photos]
-        self.info: dict[str, Any] = {"photos": digests}
+        self.info: dict[str, Any] = statement(folder.photos)
         self.history: list[dict[str, Any]] = []
         self.choice = Choice(0, 0, "")
         self.config: Settings  # from `open` on
         folder = replace(folder, skipped=[n for n in folder.skipped if n not in read])
         print(f"Subject {self.subject.summary()}: {folder.summary()}. Run: {self.dir}")
+        if warning := unnamed(self.subject, folder.photos):
+            print(warning)
 
     def open(self, base: Base, scorers: Any = None) -> None:
         """What needs the base: the rest of the settings, and what scores."""
         self.base, self.info["base"] = base, base.id
         speed_up(base, self.speed)
         c = self.config = resolve(self.given, base, self.subject, self.dir)
+        if self.start > c.max_train_steps:
+            raise ValueError(
+                f"`max_train_steps` is {c.max_train_steps}, and the run is at step {self.start}: "
+                "it cannot go back. Start a new run with another --output_dir."
+            )
         prompts, plain = validation_prompts(
             self.subject, c.validation_prompt, c.num_validation_images
         )
@@ -109,6 +126,8 @@ class Run:
     def resume(self, slot: Slot) -> None:
         """A resumed run goes back to its checkpoint, once."""
         if self.checkpoint:
+            file = native.load_adapter_file(self.checkpoint / run_folder.ADAPTER)
+            refuse_other_base(file.fingerprint, fingerprint(slot.adapter.weights()), self.dir)
             run_folder.restore(self.checkpoint, self.dir, slot)
             self.checkpoint = None
             self.history = run_folder.read_metrics(self.dir)
