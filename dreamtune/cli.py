@@ -87,6 +87,8 @@ def methods(argv: Sequence[str]) -> int:
         options = " ".join(f"--{k} {v}" for k, v in resolve_options(method, {}).items())
         print(f"{name:<10} learning rate {method.learning_rate:<8g} {options or 'no options'}")
         print(f"{'':<10} {method.paper}")
+        if method.note:
+            print(f"{'':<10} {method.note}")
     return 0
 
 

@@ -146,7 +146,10 @@ def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
     assert "unknown command `trian`. Did you mean `train`" in capsys.readouterr().err
     assert main(["methods"]) == 0
-    assert "delora" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert "delora" in listed
+    note = "alpha None is the rank; the papers' rows of rank 16 are of alpha = 2 rank: --alpha 32"
+    assert note in listed
 
 
 def saved(tmp_path: Path, **changes: object) -> Path:

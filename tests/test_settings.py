@@ -183,7 +183,7 @@ def test_an_unknown_option_names_the_nearest_everywhere(tmp_path: Path) -> None:
         train_config(["--rnk", "4"])
     with pytest.raises(ValueError, match="`rnk` cannot be swept. Did you mean `rank`"):
         expand(Config(sweep=["rnk=4"]))
-    with pytest.raises(ValueError, match="`delora` has no option `rnk`: did you mean `rank`"):
+    with pytest.raises(ValueError, match="`delora` has no option `rnk`. Did you mean `rank`"):
         dreamtune.inject(tiny_unet(), rnk=4)
     file.write_text("options: {blocks: 4}")
     with pytest.raises(ValueError, match="`blocks` is an option of ether, ether.*, not of delora"):

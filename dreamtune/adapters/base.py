@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from functools import cache, wraps
 from importlib.metadata import EntryPoint
 from typing import Any, ClassVar
@@ -20,7 +19,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from dreamtune.configfile import NOT_OPTIONS, entry_points, wrong
-from dreamtune.fields import checker, validated
+from dreamtune.fields import checker, nearest, validated
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -51,6 +50,7 @@ class Adapter(nn.Module):
     own_learning_rates: ClassVar[Mapping[str, float]] = {}  # parameters with an absolute rate
     no_decay: ClassVar[frozenset[str]] = frozenset()
     per_slot: ClassVar[frozenset[str]] = frozenset()  # options that may be a list, one a slot
+    note: ClassVar[str] = ""  # what `dreamtune methods` says of the defaults
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
@@ -175,9 +175,8 @@ def _load(point: EntryPoint) -> type[Adapter]:
 def find_method(name: str) -> type[Adapter]:
     """`METHODS[name]`; a ValueError that names the nearest ones for an unknown name."""
     if name not in METHODS:
-        near = get_close_matches(name, METHODS, cutoff=0.3)
-        hint = f"did you mean {' or '.join(f'`{n}`' for n in near)}? " if near else ""
-        raise ValueError(f"unknown method `{name}`: {hint}Methods: {', '.join(sorted(METHODS))}")
+        listed = ", ".join(sorted(METHODS))
+        raise ValueError(f"unknown method `{name}`.{nearest(name, METHODS)} There are {listed}.")
     return METHODS[name]
 
 
@@ -224,9 +223,9 @@ def resolve_options(method: type[Adapter], options: Mapping[str, Any]) -> dict[s
     known = options_of(method.__init__)
     for name in options:
         if name not in known:
-            near = get_close_matches(name, known, n=1, cutoff=0.4)
-            hint = f"did you mean `{near[0]}`? " if near else ""
             listed = ", ".join(known) or "none"
-            raise ValueError(f"`{method.name}` has no option `{name}`: {hint}Options: {listed}")
+            raise ValueError(
+                f"`{method.name}` has no option `{name}`.{nearest(name, known)} There are {listed}."
+            )
     defaults = {name: default for name, (_, default) in known.items()}
     return {**defaults, **validated(_rules(method.__init__), options)}

@@ -19,9 +19,12 @@ class DeLoRA(Adapter):
 
     Paper: DeLoRA, arXiv 2503.18225, equations 5 and 9. As in the authors' code the frozen copy (A0,
     B0) of the start is multiplied by the trainable lambda; the paper subtracts a constant. So the
-    change is 0 at the start, and grows with the learning rate; its norm stays below 2 lambda max_j
-    w_j. `start="peft"` is PEFT's form: no copy, B zero at the start; the first optimizer step then
-    jumps to the boundary, whatever the learning rate.
+    change is 0 at the start, and grows with the learning rate. `start="peft"` is PEFT's form: no
+    copy, B zero at the start; the first optimizer step then jumps to the boundary, whatever the
+    learning rate.
+
+    Whatever A and B are, the change's Frobenius norm is at most 2 |lambda| max_j w_j, half of that
+    with `start="peft"`. Nothing bounds lambda, which is trained too.
 
     The difference of the two products is written as `(b̂ - b̂0) â + b̂0 (â - â0)`, which is the
     same and has no large terms that cancel: exactly 0 at the start, and accurate in bf16 and fp16
@@ -29,11 +32,12 @@ class DeLoRA(Adapter):
 
     Args:
         rank: r; the change has rank 2 r (r with `start="peft"`).
-        lambda_init: start of lambda, the strength. The change is about lambda / sqrt(r in) of W's
-            norm once the directions have turned away from their start, and at most
-            2 lambda / sqrt(in). The default is from one short comparison
-            (n = 1 subject, 30 steps at rate 1e-2, layers 128 to 192 wide): 4 fitted best, 1 was
-            bound too tightly, 15 moved the weights by 31% and fitted worse.
+        lambda_init: start of lambda, the strength. The change is about lambda sqrt(2 / (r in)) of
+            W's norm for directions at random to their start, lambda / sqrt(r in) with
+            `start="peft"`, and at most 2 lambda max_j w_j / ||W||: that is 2 lambda / sqrt(in)
+            where all columns have one norm, more where not. The default is from one short
+            comparison (n = 1 subject, 30 steps at rate 1e-2, layers 128 to 192 wide): 4 fitted
+            best, 1 was bound too tightly, 15 moved the weights by 31% and fitted worse.
         start: "residual" or "peft".
     """
 

@@ -22,7 +22,7 @@ from dreamtune.version import __version__
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 PHOTO_SIDE, IMAGE_SIDE = 256, 448  # longest side in pixels of what is put into the page
-SMALL = 200  # images below this side are never shown larger than they are
+UNSCALED = 200  # images below this side are never shown larger than they are
 
 SHARES = ("Subject gained", "Prompt kept", "Product")
 FILES = {
@@ -87,7 +87,7 @@ def write_report(
         **_layout(base_images, per_prompt),
         strip=_strip(progress, choice.step),
         reason=escape(choice.reason),
-        rule=escape(RULE),
+        rule="".join(f"<p>{escape(paragraph)}</p>" for paragraph in RULE),
         protocol=_protocol(protocol),
         snippet=escape(snippet(run_dir, base, example_prompt, sample_settings or {})),
         files=_files(run_dir),
@@ -154,8 +154,7 @@ def _scores(history: Sequence[Mapping[str, Any]], choice: Choice) -> dict[str, s
 def _facts(
     metrics: Sequence[Metric], rating: Rating, record: Mapping[str, Any], last_step: int
 ) -> str:
-    shares = (rating.subject_gained, rating.prompt_kept)
-    gained, kept = (f"{share:.0%}" if record["step"] > 0 else "–" for share in shares)
+    gained, kept, _ = _shares(rating)
     entries = [
         ("Best step", f"{record['step']}", f"of {last_step} trained", ""),
         (SHARES[0], gained, "of the way from base to photos", "main"),
@@ -192,7 +191,7 @@ def _pairs(
 def _layout(images: Sequence[Image.Image], per_prompt: int) -> dict[str, str]:
     """CSS of the image grid: small images at most at their own size, so that none is blurred."""
     side = images[0].width if images else IMAGE_SIDE
-    small = side < SMALL
+    small = side < UNSCALED
     # Four large images stand two by two; cards of a single pair stand beside each other.
     columns = 2 if per_prompt == 4 and not small else min(per_prompt, 4)
     return {
@@ -235,16 +234,32 @@ def _charts(metrics: Sequence[Metric], history: Sequence[Mapping[str, Any]], bes
 
 
 def _row(metrics: Sequence[Metric], record: Mapping[str, Any], rating: Rating, won: bool) -> str:
-    shares = ["–", "–", "–"]
-    if record["step"] != 0:
-        shares = [
-            f"{rating.subject_gained:.0%}",
-            f"{rating.prompt_kept:.0%}",
-            f"{rating.product:.2f}" if rating.kept_enough else "too little prompt",
-        ]
-    cells = "".join(f"<td>{value}</td>" for value in [*(m.text(record) for m in metrics), *shares])
+    gained, kept, product = _shares(rating)
+    errors = [*(m.error_text(record) for m in metrics), "", _kept_error(rating), ""]
+    values = [*(m.text(record) for m in metrics), gained, kept, product]
+    cells = "".join(
+        f"<td>{value}{f' <small>{error}</small>' if error else ''}</td>"
+        for value, error in zip(values, errors, strict=True)
+    )
     mark = " best" if won else ""
     return f'<tr class="{mark and "won"}"><th scope="row">{record["step"]}{mark}</th>{cells}</tr>'
+
+
+def _shares(rating: Rating) -> tuple[str, str, str]:
+    """Subject gained, prompt kept and their product, as the page shows them."""
+    if rating.step == 0 or not rating.finite:
+        return ("–", "–", "–")
+    kept = f"{rating.prompt_kept:.0%}"
+    if not rating.kept_enough:
+        product = "too little prompt"
+    else:
+        product = "–" if rating.product is None else f"{rating.product:.2f}"
+    gained = "–" if rating.subject_gained is None else f"{rating.subject_gained:.0%}"
+    return (gained, kept, product)
+
+
+def _kept_error(rating: Rating) -> str:
+    return "" if rating.prompt_error is None else f"± {rating.prompt_error:.0%}"
 
 
 def _files(run_dir: Path) -> str:
@@ -283,7 +298,7 @@ def _shown(value: Any) -> str:
 def _img(image: Image.Image, alt: str, side: int, crop: bool = False) -> str:
     """An <img> with the picture inside, shrunk to `side` if larger, never enlarged."""
     image = image.convert("RGB")
-    small = min(image.size) < SMALL
+    small = min(image.size) < UNSCALED
     if crop:
         edge = min(image.size)
         left, top = (image.width - edge) // 2, (image.height - edge) // 2

@@ -1,4 +1,4 @@
-"""Which checkpoint is the best: the rule, its reason in numbers, and every checkpoint's rating."""
+"""Which checkpoint is the best: the rule, the choice, and its reason in numbers."""
 
 from __future__ import annotations
 
@@ -7,51 +7,45 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SUBJECT, PROMPT = ("dino", "clip_i"), "clip_t"
-NEEDED = (*SUBJECT, PROMPT)
-"""The metrics that the rule reads, by key, with what they are compared with."""
+from dreamtune.evaluation.rating import (
+    MIN_ERRORS,
+    MIN_PROMPT_GAP,
+    MIN_PROMPT_KEPT,
+    NEEDED,
+    Baseline,
+    Rating,
+    Way,
+    baseline_of,
+    prompt_gap,
+    rate,
+)
+from dreamtune.metrics import METRICS
 
-MIN_PROMPT_KEPT = 0.8
-"""Share of the base's prompt following that a winner keeps."""
+__all__ = ["MIN_PROMPT_KEPT", "NEEDED", "RULE", "Choice", "Rating", "choose_best", "rate"]
 
 RULE = (
-    "The best checkpoint has the highest product of two shares, both measured from step 0. Subject "
-    "gained: how much of the way from the base's images to the photos' own similarity to each "
-    "other is covered, the mean of DINO and CLIP-I, at most 100%. Prompt kept: CLIP-T with an "
-    "image's own prompt minus CLIP-T with the other prompts, divided by the same at step 0, at "
-    f"most 100%. A checkpoint that keeps less than {MIN_PROMPT_KEPT:.0%} of it cannot win against "
-    "one that keeps more, and step 0 wins only if no checkpoint gained anything."
+    "The best checkpoint has the highest product of two shares, subject gained and prompt kept. "
+    "Both are measured from step 0.",
+    "Subject gained: how much of the way from the base's images to the photos' own similarity to "
+    "each other is covered, at most 100%, by DINO and by CLIP-I. The surer a scorer's way is, the "
+    "more it weighs: (way / standard error of the way) squared. A scorer whose way is below "
+    f"{MIN_ERRORS} standard errors does not count. Without standard errors, as in older runs, both "
+    "weigh the same.",
+    "Prompt kept: CLIP-T with an image's own prompt minus CLIP-T with the other prompts, divided "
+    "by the same at step 0, at most 100%. If at step 0 that is not above "
+    f"{MIN_ERRORS} standard errors, there is no prompt following to lose and all counts as kept.",
+    f"A checkpoint that keeps less than {MIN_PROMPT_KEPT:.0%} of the prompt cannot win against one "
+    "that keeps more, and step 0 wins only if no checkpoint gained anything. If no scorer counts, "
+    f"the last checkpoint that keeps {MIN_PROMPT_KEPT:.0%} wins. The line of {MIN_PROMPT_KEPT:.0%} "
+    "is drawn through the measured share, whatever its standard error; a checkpoint near it may be "
+    "on the wrong side.",
 )
-
-# Below these the denominators are noise of a few images: similarity and prompt gap, as cosines.
-_MIN_GAP, _MIN_PROMPT_GAP = 0.02, 0.005
-
-
-@dataclass(frozen=True)
-class Rating:
-    """`subject_gained` and `prompt_kept` as shares (1 is all of it), `product` of the two."""
-
-    step: int
-    subject_gained: float
-    prompt_kept: float
-    kept_enough: bool
-
-    @property
-    def product(self) -> float:
-        return self.subject_gained * self.prompt_kept
-
-    @property
-    def rank(self) -> tuple[int, float]:
-        """What the best checkpoint has the largest of; step 0 is (0, 0)."""
-        if not self.subject_gained > 0 or not self.prompt_kept > 0:
-            return (0, 0.0)
-        # Among those that lost too much of the prompt, the one that lost least is the most use.
-        return (2, self.product) if self.kept_enough else (1, self.prompt_kept)
+"""The rule in words, a paragraph each."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The best record of a history: its index there, its step, and why, in a sentence or two.
+    """The best record of a history: its index there, its step, and why, in a few sentences.
 
     `ratings` has one entry a record; it is empty where nothing was scored.
     """
@@ -60,24 +54,6 @@ class Choice:
     step: int
     reason: str
     ratings: Sequence[Rating] = ()
-
-
-def rate(history: Sequence[Mapping[str, Any]]) -> list[Rating]:
-    """A rating for every scoring, by `RULE`.
-
-    Args:
-        history: records with step, dino, clip_i, clip_t, and where known clip_t_shuffled,
-            dino_photos and clip_i_photos. Without the photos' own similarity (a single photo) the
-            way goes to a cosine of 1; without shuffled prompts (a single prompt) CLIP-T counts as
-            it is.
-
-    Raises:
-        ValueError: there is no record of step 0.
-    """
-    start = next((record for record in history if record["step"] == 0), None)
-    if start is None:
-        raise ValueError("the base (step 0) is not in the history; every share is measured from it")
-    return [_rating(record, start) for record in history]
 
 
 def choose_best(history: Sequence[Mapping[str, Any]], identity_at_start: bool = True) -> Choice:
@@ -98,80 +74,186 @@ def choose_best(history: Sequence[Mapping[str, Any]], identity_at_start: bool = 
     last = len(history) - 1
     if any(history[last].get(key) is None for key in NEEDED):
         return Choice(last, history[last]["step"], "No scorers: the last step.")
-    ratings = rate(history)
+    baseline, ratings = baseline_of(history), rate(history)
     zero = next(i for i, rating in enumerate(ratings) if rating.step == 0)
     best = zero
     for i, rating in enumerate(ratings):
         if rating.rank > ratings[best].rank:
             best = i
-    reason = _reason(history, ratings, best, zero)
-    if best == zero != last and not identity_at_start:
+    reason = _Reason(history, ratings, baseline, best, identity_at_start).text()
+    if best == zero and not identity_at_start:
         best = last
-        reason += " No file of this method holds the base, so best/ has the last step."
     return Choice(best, history[best]["step"], reason, ratings)
 
 
-def _rating(record: Mapping[str, Any], start: Mapping[str, Any]) -> Rating:
-    gained = []
-    for name in SUBJECT:
-        photos = start.get(f"{name}_photos")
-        way = max((1.0 if photos is None else photos) - start[name], _MIN_GAP)
-        gained.append(min((record[name] - start[name]) / way, 1.0))
-    subject = sum(gained) / len(gained)
-    # Where the base itself does not follow prompts there is nothing to lose.
-    base = prompt_gap(start)
-    prompt = min(prompt_gap(record) / base, 1.0) if base > _MIN_PROMPT_GAP else 1.0
-    if record is start:
-        subject, prompt = 0.0, 1.0
-    if not (math.isfinite(subject) and math.isfinite(prompt)):
-        subject, prompt = -math.inf, 0.0
-    return Rating(record["step"], subject, prompt, prompt >= MIN_PROMPT_KEPT)
+@dataclass(frozen=True)
+class _Reason:
+    """The sentences on a choice. Each says only what the numbers say."""
 
+    history: Sequence[Mapping[str, Any]]
+    ratings: Sequence[Rating]
+    baseline: Baseline
+    best: int
+    identity_at_start: bool
 
-def prompt_gap(record: Mapping[str, Any]) -> float:
-    """CLIP-T with the own prompt minus with the others (or minus nothing, for one prompt)."""
-    return record[PROMPT] - (record.get(f"{PROMPT}_shuffled") or 0.0)
+    @property
+    def start(self) -> Mapping[str, Any]:
+        return next(record for record in self.history if record["step"] == 0)
 
+    @property
+    def trained(self) -> list[Rating]:
+        return [rating for rating in self.ratings if rating.step > 0]
 
-def _reason(
-    history: Sequence[Mapping[str, Any]], ratings: Sequence[Rating], best: int, zero: int
-) -> str:
-    start, won, rating = history[zero], history[best], ratings[best]
-    others = len(ratings) - 1
-    if best == zero:
-        if not others:
+    def text(self) -> str:
+        rating = self.ratings[self.best]
+        if not self.trained:
             return "Only the base (step 0) has been scored."
-        return (
-            f"None of {others} checkpoints came closer to the photos than the base (DINO "
-            f"{start['dino']:.3f}, CLIP-I {start['clip_i']:.3f} at step 0) with any prompt "
-            "following left, so step 0 stays."
+        if not self.baseline.counting:
+            return f"No scorer counts. {self.scorers(self.best)}. {self.last_that_kept(rating)}"
+        if rating.step == 0:
+            return self.none_gained()
+        text = (
+            f"Step {rating.step} gained {_percent(rating.subject_gained)} of the subject: "
+            f"{self.scorers(self.best)}. {self.prompt(self.best)}"
         )
-    photos = ""
-    if start.get("dino_photos") is not None:
-        photos = f"; the photos among themselves {start['dino_photos']:.3f} and "
-        photos += f"{start['clip_i_photos']:.3f}"
-    gap = "CLIP-T" if start.get("clip_t_shuffled") is None else "own minus other prompts' CLIP-T"
-    text = (
-        f"Step {rating.step} gained {rating.subject_gained:.0%} of the subject (DINO "
-        f"{start['dino']:.3f} to {won['dino']:.3f}, CLIP-I {start['clip_i']:.3f} to "
-        f"{won['clip_i']:.3f}{photos}) and kept {rating.prompt_kept:.0%} of the prompt ({gap} "
-        f"{prompt_gap(start):.3f} to {prompt_gap(won):.3f})"
+        if not rating.kept_enough:
+            return (
+                f"{text} That is below the {MIN_PROMPT_KEPT:.0%} asked for, but no checkpoint that "
+                "gained anything kept more: a lower learning rate or fewer steps should do better."
+            )
+        return f"{text} {self.comparison(rating)}"
+
+    @property
+    def stays(self) -> str:
+        if self.identity_at_start:
+            return ", so step 0 stays"
+        return ". No file of this method holds the base, so best/ has the last step"
+
+    def none_gained(self) -> str:
+        measured = [i for i, r in enumerate(self.ratings) if r.step and r.finite]
+        if not measured:
+            return f"No checkpoint has finite scores{self.stays}."
+        text = (
+            f"None of {_count(len(self.trained))} gained on the subject and kept any of the "
+            f"prompt{self.stays}."
+        )
+        most = max(measured, key=lambda i: self.ratings[i].subject_gained or 0.0)
+        return (
+            f"{text} The largest gain was {_percent(self.ratings[most].subject_gained)}, at step "
+            f"{self.ratings[most].step}: {self.scorers(most)}. {self.prompt(most)}"
+        )
+
+    def last_that_kept(self, rating: Rating) -> str:
+        if rating.step == 0:
+            finite = any(r.finite for r in self.trained)
+            none = "kept any of the prompt" if finite else "has finite scores"
+            return f"No checkpoint {none}{self.stays}."
+        if not self.baseline.prompt_counts:
+            return (
+                f"{self.prompt(self.best)} So the last checkpoint with finite "
+                f"scores is taken: step {rating.step}."
+            )
+        if rating.kept_enough:
+            return (
+                f"So the last checkpoint that kept at least {MIN_PROMPT_KEPT:.0%} of the prompt is "
+                f"taken: step {rating.step}. {self.prompt(self.best)}"
+            )
+        return (
+            f"So the checkpoint that kept most of the prompt is taken: step {rating.step}. "
+            f"{self.prompt(self.best)} That is below the {MIN_PROMPT_KEPT:.0%} asked for: a lower "
+            "learning rate or fewer steps should do better."
+        )
+
+    def comparison(self, rating: Rating) -> str:
+        """The winner among the others."""
+        product = rating.product or 0.0
+        kept = [r for r in self.trained if r.kept_enough]
+        least = f"kept at least {MIN_PROMPT_KEPT:.0%} of it"
+        which = least if self.baseline.prompt_counts else "have finite scores"
+        text = f"Its product is {product:.2f}"
+        if len(kept) > 1:
+            text += f", the highest of the {len(kept)} checkpoints that {which}"
+        elif len(self.trained) > 1:
+            which = which.replace("have", "has")
+            text += f"; of {len(self.trained)} checkpoints it alone {which}"
+        rest = [r for r in self.trained if r is not rating and r.finite]
+        others = [r for r in rest if r.rank[0] == 2]
+        if others:
+            second = max(others, key=lambda r: r.rank)
+            text += f" (next is step {second.step} with {second.product:.2f})"
+        lost = [r for r in rest if not r.kept_enough and (r.product or 0.0) > product]
+        if lost:
+            worst = max(lost, key=lambda r: r.product or 0.0)
+            text += (
+                f". Step {worst.step} gained {_percent(worst.subject_gained)} but kept only "
+                f"{_kept(worst)} of the prompt, less than the {MIN_PROMPT_KEPT:.0%} asked for"
+            )
+        return f"{text}."
+
+    def scorers(self, index: int) -> str:
+        """What each scorer says of that record, and how much it weighs."""
+        return "; ".join(
+            f"{METRICS[way.key].title} "
+            + (self.went(way, index) if way.weight > 0 else f"does not count, {_why_not(way)}")
+            for way in self.baseline.ways
+        )
+
+    def went(self, way: Way, index: int) -> str:
+        alone = self.start.get(METRICS[way.key].comparison_key) is None
+        whose = "a possible" if alone else "the photos'"
+        taken = f", taken as {way.span:.3f}" if way.span > way.length else ""
+        return (
+            f"went from {way.start:.3f} to {self.history[index][way.key]:.3f} of {whose} "
+            f"{way.end:.3f} (way {_measured(way)}{taken}, weight {way.weight:.0%})"
+        )
+
+    def prompt(self, index: int) -> str:
+        title = METRICS[NEEDED[-1]].title
+        gap = title if self.baseline.one_prompt else f"own minus other prompts' {title}"
+        start, error = self.baseline.gap, self.baseline.gap_error
+        if self.baseline.prompt_counts:
+            end = prompt_gap(self.history[index])
+            return (
+                f"It kept {_kept(self.ratings[index])} of the prompt ({gap} {start:.3f} to "
+                f"{end:.3f})."
+            )
+        if not math.isfinite(start):
+            why = "has no finite value at step 0"
+        elif start <= MIN_PROMPT_GAP:
+            why = f"is {start:.4f} at step 0, not above {MIN_PROMPT_GAP}"
+        else:
+            why = f"is {start:.3f} ± {error:.3f} at step 0, not above {MIN_ERRORS} standard errors"
+        return f"The prompt does not count, {gap} {why}."
+
+
+def _why_not(way: Way) -> str:
+    if not math.isfinite(way.length):
+        return "it has no finite way at step 0"
+    if way.length <= 0:
+        return f"the base's {way.start:.3f} is not below the photos' {way.end:.3f}"
+    return (
+        f"its way from {way.start:.3f} to the photos' {way.end:.3f}, {_measured(way)}, is below "
+        f"{MIN_ERRORS} standard errors"
     )
-    if not rating.kept_enough:
-        return (
-            f"{text}. That is below the {MIN_PROMPT_KEPT:.0%} asked for, but no checkpoint that "
-            "gained anything kept more: a lower learning rate or fewer steps should do better."
-        )
-    rest = [r for i, r in enumerate(ratings) if i not in (best, zero)]
-    text += f": the highest product, {rating.product:.2f}, of {others} checkpoints"
-    second = max((r for r in rest if r.rank[0] == 2), key=lambda r: r.product, default=None)
-    if second is not None:
-        text += f" (next is step {second.step} with {second.product:.2f})"
-    lost = [r for r in rest if not r.kept_enough and r.product > rating.product]
-    if lost:
-        worst = max(lost, key=lambda r: r.product)
-        text += (
-            f". Step {worst.step} gained {worst.subject_gained:.0%} but kept only "
-            f"{worst.prompt_kept:.0%} of the prompt, less than the {MIN_PROMPT_KEPT:.0%} asked for"
-        )
-    return text + "."
+
+
+def _measured(way: Way) -> str:
+    return f"{way.length:.3f}" + ("" if way.error is None else f" ± {way.error:.3f}")
+
+
+def _count(n: int) -> str:
+    return f"{n} checkpoint{'' if n == 1 else 's'}"
+
+
+def _percent(share: float | None) -> str:
+    return f"{share or 0.0:.0%}"
+
+
+def _kept(rating: Rating) -> str:
+    """Rounded, but never across the line that decides."""
+    share, error = rating.prompt_kept, rating.prompt_error
+    for digits in range(8):
+        text = f"{share:.{digits}%}"
+        if (float(text[:-1]) >= 100 * MIN_PROMPT_KEPT) == rating.kept_enough:
+            break
+    return text + ("" if error is None else f" ± {error:.0%}")

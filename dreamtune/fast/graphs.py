@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 WARM_UP = 3  # steps, so that libraries have made their workspaces and chosen their kernels
 
 
-def reason_against(device: torch.device, gradient_checkpointing: bool = False) -> str | None:
+def why_not_captured(device: torch.device, gradient_checkpointing: bool = False) -> str | None:
     """Why a step here cannot be captured, or None."""
     if device.type != "cuda":
         return f"CUDA graphs need a CUDA device, this is {device.type}"
@@ -30,7 +30,7 @@ def reason_against(device: torch.device, gradient_checkpointing: bool = False) -
     return None
 
 
-def choose(option: str, value: str, against: str | None) -> bool:
+def switched(option: str, value: str, against: str | None) -> bool:
     """Whether to, of `value` auto, on or off. ValueError for "on" where it cannot be."""
     if value == "on" and against is not None:
         raise ValueError(f"`{option}` is on, but {against}. Use auto or off.")
@@ -44,7 +44,7 @@ class StaticStep(Protocol):
 
     generators: Sequence[torch.Generator]
 
-    def prepare(self, k: int, factor: float) -> None: ...
+    def prepare(self, k: int, multiplier: float) -> None: ...
 
     def body(self) -> None: ...
 
@@ -54,7 +54,7 @@ class StaticStep(Protocol):
 
 
 class CapturedStep:
-    """`captured(k, factor)` is `step(k, factor)` by the replay of a CUDA graph.
+    """`captured(k, multiplier)` is `step(k, multiplier)` by the replay of a CUDA graph.
 
     Captured at the first call, after warm-up steps whose effect is undone. The random numbers are
     those of the eager step: its generators are registered with the graph and seeded before every
@@ -72,15 +72,15 @@ class CapturedStep:
         self._addresses: list[int] = []
         self._changing: list[Tensor] = []
 
-    def __call__(self, k: int, factor: float) -> None:
+    def __call__(self, k: int, multiplier: float) -> None:
         if self.graph is None:
-            self.graph = self._capture(k, factor)
+            self.graph = self._capture(k, multiplier)
             self._addresses, self._changing = self._where(), self.step.changes()
         elif self._where() != self._addresses:
             raise RuntimeError(
                 "parameters, optimizer state or the cache were replaced after the step was captured"
             )
-        self.step.prepare(k, factor)
+        self.step.prepare(k, multiplier)
         self.graph.replay()
         # autograd saw nothing of the replay; what is cached by version must be computed again
         for t in self._changing:
@@ -89,7 +89,7 @@ class CapturedStep:
     def _where(self) -> list[int]:
         return [t.data_ptr() for t in (*self.step.reads(), *self.step.changes())]
 
-    def _capture(self, k: int, factor: float) -> Any:
+    def _capture(self, k: int, multiplier: float) -> Any:
         step, changing = self.step, self.step.changes()
         device = changing[0].device
         with torch.cuda.device(device):
@@ -100,7 +100,7 @@ class CapturedStep:
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP):
-                    step.prepare(k, factor)
+                    step.prepare(k, multiplier)
                     step.body()
                 with torch.no_grad():
                     for t, old in zip(changing, before, strict=True):
@@ -108,13 +108,13 @@ class CapturedStep:
             torch.cuda.current_stream(device).wait_stream(stream)
             torch.cuda.synchronize(device)
             del before
-            return self._record(stream, k, factor)
+            return self._record(stream, k, multiplier)
 
-    def _record(self, stream: torch.cuda.Stream, k: int, factor: float) -> Any:
+    def _record(self, stream: torch.cuda.Stream, k: int, multiplier: float) -> Any:
         graph = torch.cuda.CUDAGraph()
         for generator in self.step.generators:
             graph.register_generator_state(generator)
-        self.step.prepare(k, factor)
+        self.step.prepare(k, multiplier)
         with recording(graph, "training step", self.pool, stream):
             self.step.body()
         return graph

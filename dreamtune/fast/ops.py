@@ -1,7 +1,7 @@
 """The operators of the fused step, as functions with a backward: each is one or two kernels.
 
 Pictures come and go channels-last, (N, C, H, W) with C innermost in memory. Norm weights, biases
-and `add` get no gradient: in a frozen UNet none of them asks for one. `reason_against` says
+and `add` get no gradient: in a frozen UNet none of them asks for one. `why_not_fused` says
 where these cannot run; there the UNet's own modules do.
 """
 
@@ -21,7 +21,7 @@ PROGRAMS = 264  # to fill a large GPU twice
 WARPS = 4
 
 
-def reason_against(device: torch.device, gradient_checkpointing: bool = False) -> str | None:
+def why_not_fused(device: torch.device, gradient_checkpointing: bool = False) -> str | None:
     """Why a frozen UNet cannot run through the kernels here, or None."""
     if device.type != "cuda":
         return f"the kernels need a CUDA device, this is {device.type}"

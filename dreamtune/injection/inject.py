@@ -34,7 +34,8 @@ def inject(
         unet: a diffusers UNet, or any module with attention modules that have `to_q`, `to_k`,
             `to_v`.
         method: a name in `METHODS`.
-        slots: number of independent adapters; the batch is that many equal blocks (see `route`).
+        slots: number of independent adapters; the batch is that many equal blocks, in order, or
+            rows that `route` gives to slots. Without gradients several slots need a route.
         target_modules: paths of the layers below each attention module.
         seed: of the adapter's start; one for all slots, or one a slot. A slot starts as it would
             alone.
@@ -70,7 +71,8 @@ class InjectedAdapter:
     """An adapter in a model: its parameters, strength, routing, files, and the way out.
 
     Attributes:
-        model: the adapted model; frozen, its keys and layer types unchanged.
+        model: the adapted model; frozen, its keys unchanged, an adapted layer an `AdaptedLinear`,
+            which is a torch `Linear`.
         method, options, slots: as injected, options with defaults filled in.
         groups: the same-shape layers with their parameters.
         scale: strength, linear in the change; a number, or a tensor with one a slot.
@@ -208,6 +210,13 @@ class InjectedAdapter:
         return strength, id(self._rows), torch.is_inference_mode_enabled(), versions
 
     def _before_forward(self) -> None:
+        if self.slots > 1 and self._rows is None and not torch.is_grad_enabled():
+            # equal blocks would give the half without the prompt to the first slots
+            raise ValueError(
+                f"an adapter of {self.slots} slots needs `route(rows)`, the slot of each row of the"
+                " batch, for a forward without gradients. A pipeline's batch under guidance holds"
+                " all rows without the prompt, then all with it: `route(rows.repeat(2))`"
+            )
         for group in self.groups:
             first = group.layers[0].weight
             moved = first.data_ptr() != group.weight.data_ptr()
@@ -218,7 +227,11 @@ class InjectedAdapter:
             self._refresh()
 
     def route(self, rows: Tensor | None) -> None:
-        """Sets the slot of each batch row, (batch,) long; None: S equal blocks, in order."""
+        """Sets the slot of each batch row, (batch,) long; None: S equal blocks, in order, which
+        needs gradients where S > 1.
+
+        A pipeline's batch under guidance has all rows twice: `route(rows.repeat(2))`.
+        """
         if rows is not None:
             if rows.dim() != 1 or rows.dtype != torch.long:
                 raise ValueError(f"`rows` must be 1-D long, got {rows.dtype} {tuple(rows.shape)}")

@@ -31,7 +31,7 @@ class Projection:
     """
 
     def __init__(self, layers: Sequence[AdaptedLinear]) -> None:
-        self.layers, self.alone = list(layers), len(layers) == 1
+        self.layers, self.single = list(layers), len(layers) == 1
         self.weight: Tensor  # (P, out, in), frozen
         self.up: Tensor | None = None
         self.down: Tensor
@@ -43,7 +43,7 @@ class Projection:
     @property
     def bias(self) -> Tensor | None:
         """Layers that are one product have none."""
-        return self.layers[0].bias if self.alone else None
+        return self.layers[0].bias if self.single else None
 
     def together(self, device: str) -> bool:
         """Whether `__call__` gives what the layers would: nothing of the weights asks for a
@@ -80,7 +80,11 @@ class Projection:
             return input.reshape(-1, input.shape[-1])
         blocks, batch = self.down.shape[1], input.shape[0]
         if self.routed and batch != blocks:
-            raise ValueError(f"`route` was given {blocks} rows, but the batch has {batch}")
+            # twice as many may be guidance or two images a prompt: their rows lie differently
+            raise ValueError(
+                f"`route` was given {blocks} rows, but the batch has {batch}: each needs its slot,"
+                " `rows.repeat(2)` in a pipeline under guidance"
+            )
         if batch % blocks:
             raise ValueError(f"a batch of {batch} rows does not split into {blocks} equal slots")
         return input.reshape(blocks, -1, input.shape[-1])
@@ -207,7 +211,7 @@ class AdaptedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         many = self.projection
-        if many.alone and many.together(input.device.type):
+        if many.single and many.together(input.device.type):
             if many.wide is not None and not torch.is_grad_enabled():
                 return many.wide.one(input).view(*input.shape[:-1], self.out_features)
             return many(input)[0]

@@ -36,6 +36,7 @@ class Clip(TextExtractor):
         self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
         import open_clip
+        from open_clip.transformer import QuickGELU
 
         self.device, self.dtype = torch.device(device), dtype
         arguments = clip_arguments(name)
@@ -52,7 +53,8 @@ class Clip(TextExtractor):
         self.protocol = {
             "model": public_name(name),
             "weights": weights_hash(self.model),
-            "quick_gelu": bool(arguments.get("force_quick_gelu", False)),
+            # what the model has, whichever of folder, hub, architecture and tag asked for it
+            "quick_gelu": any(isinstance(m, QuickGELU) for m in self.model.modules()),
             "resize": settings["size"],
             "resize_mode": settings["resize_mode"],
             "filter": f"PIL {settings['interpolation']}, antialiased",

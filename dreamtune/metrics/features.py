@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,39 @@ def mean_among(a: Tensor) -> float | None:
         return None
     cosines = a @ a.T
     return ((cosines.sum() - cosines.diagonal().sum()) / (n * (n - 1))).item()
+
+
+def mean_error(values: Tensor, index: Tensor) -> float | None:
+    """Standard error of the mean of values (N,), one an image; None for fewer than two images.
+
+    Images of one prompt are not independent: with several a prompt their deviations are added up
+    before they are squared, P / (P - 1) * sum_p (sum_{i in p} (x_i - mean))^2 / N^2 for P prompts.
+    Of few prompts that can be small by chance, so it is never less than the error over all images,
+    std / sqrt(N), which is also that of a single prompt: its mean says nothing of other prompts.
+
+    Args:
+        index: (N,), the number of the prompt that image i was made from, from 0.
+    """
+    n, prompts = len(values), len(index.unique())
+    if n < 2:
+        return None
+    deviations = values.double() - values.double().mean()
+    variance = deviations.square().sum().item() / (n - 1) / n
+    if 1 < prompts < n:
+        sums = deviations.new_zeros(int(index.max()) + 1).index_add(0, index, deviations)
+        variance = max(variance, sums.square().sum().item() * prompts / (prompts - 1) / n**2)
+    return math.sqrt(variance)
+
+
+def mean_among_error(a: Tensor) -> float | None:
+    """Standard error of `mean_among` over the rows (N, D), by the jackknife: each row is in many
+    pairs, so the pairs are not independent. None for fewer than three rows."""
+    n = len(a)
+    if n < 3:
+        return None
+    cosines = (a.double() @ a.double().T).fill_diagonal_(0)
+    without = (cosines.sum() - 2 * cosines.sum(dim=1)) / ((n - 1) * (n - 2))
+    return math.sqrt((n - 1) / n * (without - without.mean()).square().sum().item())
 
 
 def matched(images: Tensor, texts: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamtune.embedded import CLIP, DINO
+from dreamtune.fields import nearest
 
 EMBEDDED = "embedded"
 PACKAGED = {"dino": DINO, "clip": CLIP}
@@ -39,11 +39,10 @@ def clip_arguments(name: str) -> dict[str, Any]:
     architecture, _, tag = name.partition(":")
     tag = tag or "openai"
     if architecture not in open_clip.list_models():
-        near = difflib.get_close_matches(architecture, open_clip.list_models(), 3)
+        near = nearest(architecture, open_clip.list_models())
         raise ValueError(
             f"unknown CLIP `{name}`: not a folder with open_clip_config.json, not `local-dir:` or "
-            f"`hf-hub:`, and no open_clip architecture"
-            + (f"; nearest: {', '.join(near)}" if near else "")
+            f"`hf-hub:`, and no open_clip architecture.{near}"
         )
     arguments: dict[str, Any] = {"model_name": architecture, "pretrained": tag}
     known = open_clip.pretrained.get_pretrained_cfg(architecture, tag)

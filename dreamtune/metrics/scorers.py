@@ -12,7 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from dreamtune.metrics.extractor import Extractor, TextExtractor
-from dreamtune.metrics.table import Features, Metric, find_metrics
+from dreamtune.metrics.features import mean_error
+from dreamtune.metrics.table import Features, Metric, error_key, find_metrics
+
+ERRORS = (
+    "of a mean over the images, those of one prompt taken together; of pairs of photos by the "
+    "jackknife over the photos"
+)
 
 
 @dataclass(frozen=True)
@@ -30,14 +36,16 @@ class Scores:
 
     means: over all images; None where there is nothing to compare, such as one photo among
     themselves. per_image: of each key that has one value an image, in the order of the images.
+    errors: standard errors of the means, by `error_key`; None where there are too few images.
     """
 
     means: Mapping[str, float | None]
     per_image: Mapping[str, list[float]]
+    errors: Mapping[str, float | None]
 
     def record(self) -> dict[str, float | None]:
         """The numbers of one line of metrics.jsonl; what `choose_best` reads."""
-        return dict(self.means)
+        return {**self.means, **self.errors}
 
 
 class Scorers:
@@ -53,6 +61,7 @@ class Scorers:
                 for metric in self.metrics
                 for key, (_, pairing) in metric.functions.items()
             },
+            "standard_error": ERRORS,
             "versions": {name: version(name) for name in dict.fromkeys(["torch", *libraries])},
         }
 
@@ -127,17 +136,26 @@ class Scorers:
             for name, extractor in self.extractors.items()
         }
         means: dict[str, float | None] = {}
-        per_image: dict[str, list[float]] = {}
+        per_image: dict[str, Tensor] = {}
+        errors: dict[str, float | None] = {}
         for metric in self.metrics:
+            inputs = features[metric.extractor.name]
             for key, (function, _) in metric.functions.items():
-                value = function(features[metric.extractor.name])
+                value = function(inputs)
                 if isinstance(value, Tensor):
                     if value.shape != (len(images),):
                         raise ValueError(
                             f"`{key}` gave values of shape {tuple(value.shape)} for {len(images)} "
                             f"images; a tensor holds one an image, ({len(images)},)"
                         )
-                    per_image[key] = value.tolist()
+                    per_image[key] = value
+                    errors[error_key(key)] = mean_error(value, index)
                     value = value.mean().item()
                 means[key] = value
-        return Scores(means, per_image)
+            against = metric.comparison
+            if against is not None and against.error is not None:
+                errors[error_key(metric.comparison_key)] = against.error(inputs)
+            if metric.key in per_image and metric.comparison_key in per_image:
+                difference = per_image[metric.key] - per_image[metric.comparison_key]
+                errors[error_key(metric.difference_key)] = mean_error(difference, index)
+        return Scores(means, {key: v.tolist() for key, v in per_image.items()}, errors)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from dreamtune.metrics.extractor import Extractor, TextExtractor
-from dreamtune.metrics.features import matched, mean_among, mean_to_set, shuffled
+from dreamtune.metrics.features import (
+    matched,
+    mean_among,
+    mean_among_error,
+    mean_to_set,
+    shuffled,
+)
 from dreamtune.metrics.table import Comparison, Features, Metric
 
 PHOTOS = Comparison(
@@ -14,6 +20,7 @@ PHOTOS = Comparison(
     score=lambda f: mean_among(f.photos),
     pairing="mean cosine of all pairs of different photos",
     constant=True,
+    error=lambda f: mean_among_error(f.photos),
 )
 
 

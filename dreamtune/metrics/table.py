@@ -37,11 +37,18 @@ Score = Callable[[Features], "Tensor | float | None"]
 compare."""
 
 
+def error_key(key: str) -> str:
+    """Where a record keeps the standard error of `key`."""
+    return f"{key}_se"
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What a metric's curve is read against, kept in records as `<metric>_<suffix>`.
 
     constant: the same at every step, drawn as a level; else a second curve.
+    error: standard error of a score that is one number, None where it has none. Scores with one
+        value an image have theirs from those.
     """
 
     suffix: str
@@ -49,6 +56,7 @@ class Comparison:
     score: Score
     pairing: str
     constant: bool
+    error: Callable[[Features], float | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,9 +95,26 @@ class Metric:
     def comparison_key(self) -> str:
         return "" if self.comparison is None else f"{self.key}_{self.comparison.suffix}"
 
+    @property
+    def difference_key(self) -> str:
+        """Of the metric minus its comparison, image by image: records keep its standard error,
+        which is smaller than those of the two suggest."""
+        return "" if self.comparison is None else f"{self.key}_minus_{self.comparison.suffix}"
+
+    @property
+    def record_keys(self) -> list[str]:
+        """All that a record may hold of it."""
+        numbers = list(self.functions)
+        return numbers + [error_key(k) for k in (*numbers, self.difference_key) if k]
+
     def text(self, record: Mapping[str, Any], missing: str = "–") -> str:
         """Its number in a record."""
         return missing if (value := record.get(self.key)) is None else format(value, self.format)
+
+    def error_text(self, record: Mapping[str, Any]) -> str:
+        """`± 0.012`, "" where the record has no standard error of it."""
+        value = record.get(error_key(self.key))
+        return "" if value is None else f"± {value:{self.format}}"
 
     def comparison_text(self, record: Mapping[str, Any]) -> str:
         """Title and number of what it is read against, "" where the record has none."""
@@ -110,7 +135,7 @@ def register(metric: Metric) -> Metric:
         ValueError: one of its keys is taken, or another extractor has its extractor's name.
     """
     for other in _TABLE.values():
-        if taken := [key for key in metric.functions if key in other.functions]:
+        if taken := [key for key in metric.record_keys if key in other.record_keys]:
             raise ValueError(f"metric key `{taken[0]}` is taken by `{other.title}`")
         ours, theirs = metric.extractor, other.extractor
         if ours.name == theirs.name and ours is not theirs:

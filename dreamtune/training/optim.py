@@ -147,8 +147,8 @@ class SlotAdamW:
             tensor.copy_(state[key])
 
 
-def learning_rate_factor(step: int, kind: str, warmup: int, total: int) -> float:
-    """The factor of the learning rate at 0-based `step`: linear warm-up, then constant, half a
+def learning_rate_multiplier(step: int, kind: str, warmup: int, total: int) -> float:
+    """What multiplies the learning rate at 0-based `step`: linear warm-up, then constant, half a
     cosine or a line.
     """
     if step < warmup:

@@ -81,16 +81,10 @@ def build_step(
         seed=seeds,
         **stacked_options(c.method, [x.options for x in configs]),
     )
-    base.network.train()
+    base.network.eval()  # dropout would draw from the global generator, which no seed of a run sets
     groups = [adapter.parameter_groups(x.learning_rate, x.adam_weight_decay) for x in configs]
     optimizer = SlotAdamW(groups, (c.adam_beta1, c.adam_beta2), c.adam_epsilon)
-    settings = StepSettings(
-        batch=c.train_batch_size,
-        accumulation=c.gradient_accumulation_steps,
-        prior_weight=c.prior_loss_weight,
-        max_grad_norm=c.max_grad_norm,
-        loss_scale=2.0**16 if base.dtype == torch.float16 else 1.0,
-    )
+    settings = StepSettings.of(c, loss_scale=2.0**16 if base.dtype == torch.float16 else 1.0)
     cache, tickets = join(caches, pools)
     process = base.process(c.snr_gamma)
     return adapter, Step(base.predict, optimizer, cache, tickets, process, seeds, settings)

@@ -38,12 +38,12 @@ def choose_speed(config: Config) -> Speed:
     """Raises ValueError for an option that is "on" where it cannot be."""
     device, _ = device_and_dtype(config)
     against = {
-        "capture": graphs.reason_against(device, config.gradient_checkpointing),
-        "fused": ops.reason_against(device, config.gradient_checkpointing),
+        "capture": graphs.why_not_captured(device, config.gradient_checkpointing),
+        "fused": ops.why_not_fused(device, config.gradient_checkpointing),
     }
     return Speed(
-        captured=graphs.choose("capture", config.capture, against["capture"]),
-        fused=graphs.choose("fused", config.fused, against["fused"]),
+        captured=graphs.switched("capture", config.capture, against["capture"]),
+        fused=graphs.switched("fused", config.fused, against["fused"]),
         compiled=config.compile,
         refusals={name: reason for name, reason in against.items() if reason is not None},
     )

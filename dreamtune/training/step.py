@@ -8,7 +8,7 @@ so that it runs eagerly or in a CUDA graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -19,10 +19,16 @@ from dreamtune.training.loss import slot_losses
 from dreamtune.training.optim import SlotAdamW, clip_factors, slot_norms
 
 MASK64 = (1 << 64) - 1
+GROWTH_INTERVAL = 2000  # steps without overflow until the loss scale is doubled, as torch has it
 
 
 def mix(seed: int, k: int) -> int:
-    """A generator seed of 63 bits from (seed, k): splitmix64, so that neighbours share nothing."""
+    """A generator seed of 63 bits from (seed, k), by splitmix64: neighbours differ in about half
+    their bits, and no two of a run's are the same but by chance.
+
+    A GPU's generator takes all bits. The CPU's takes the lower 32: of N steps about N^2 / 2^33
+    pairs have the same draws, one pair in 90,000 steps.
+    """
     z = (seed * 0x9E3779B97F4A7C15 + k * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) & MASK64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK64
@@ -48,9 +54,10 @@ def draw(
 ) -> Draw:
     """The random part of a step. A slot's draws come from its own generator alone.
 
-    A batch holds different entries as long as there are enough. Timesteps of a batch are
-    stratified: each is uniform, together they cover the range, which takes variance out of the
-    gradient; with one row it is plain uniform.
+    A batch is drawn from a pool without putting back, as long as there is enough: an entry that
+    stands there w times is drawn w times as often, and is in a batch up to w times. Timesteps of a
+    batch are stratified: each is uniform, together they cover the range, which takes variance out
+    of the gradient; with one row it is plain uniform.
     """
     device, shape = cache.mean.device, cache.mean.shape[1:]
     spread = torch.arange(batch, device=device)
@@ -80,24 +87,31 @@ def draw(
 
 @dataclass(frozen=True)
 class StepSettings:
-    """The constants of a step."""
+    """The constants of a step, by the names that a config has for them."""
 
-    batch: int = 1
-    accumulation: int = 1
-    prior_weight: float = 1.0
+    train_batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    prior_loss_weight: float = 1.0
     max_grad_norm: float = 1.0
     # A power of two that keeps small gradients above fp16's smallest number; halved when a step
-    # overflows.
+    # overflows, doubled up to this again after GROWTH_INTERVAL steps in a row that did not.
     loss_scale: float = 1.0
+
+    @classmethod
+    def of(cls, config: object, loss_scale: float) -> StepSettings:
+        """The config's values of the same names."""
+        names = [f.name for f in fields(cls) if f.name != "loss_scale"]
+        return cls(**{name: getattr(config, name) for name in names}, loss_scale=loss_scale)
 
 
 class Step:
-    """`step(k, factor)` is optimizer step k, with the learning rates times `factor`. Returns
-    nothing: read `loss`.
+    """`step(k, multiplier)` is optimizer step k, with the learning rates times `multiplier`.
+
+    Returns nothing: read `loss`.
 
     loss (S,): of the last step; loss_sum, loss_count (S,): since `take_mean`; skipped (S,): steps
     whose loss or gradient was not finite, which changed nothing; skipped_now (S,): how many in a
-    row.
+    row; loss_scale, good (S,): the scale, and how many steps in a row it has held.
 
     Args:
         predict: the network's prediction for (noisy latents, timesteps, conditioning), each with
@@ -127,31 +141,34 @@ class Step:
         self.loss_sum, self.loss_count = torch.zeros_like(self.loss), torch.zeros_like(self.loss)
         self.skipped, self.skipped_now = torch.zeros_like(self.loss), torch.zeros_like(self.loss)
         self.loss_scale = torch.full_like(self.loss, settings.loss_scale)
+        self.good = torch.zeros_like(self.loss)
 
-    def __call__(self, k: int, factor: float) -> None:
-        self.prepare(k, factor)
+    def __call__(self, k: int, multiplier: float) -> None:
+        self.prepare(k, multiplier)
         self.body()
 
-    def prepare(self, k: int, factor: float) -> None:
+    def prepare(self, k: int, multiplier: float) -> None:
         """The part that talks to the host: seeds and schedule."""
         for generator, seed in zip(self.generators, self.seeds, strict=True):
             generator.manual_seed(mix(seed, k))
-        self.optimizer.schedule.fill_(factor)
+        self.optimizer.schedule.fill_(multiplier)
 
     def body(self) -> None:
         """The part on the device, the same work every time."""
         settings, params = self.settings, self.optimizer.params
         loss = torch.zeros_like(self.loss)
         gradients: list[Tensor] = []
-        for _ in range(settings.accumulation):
+        for _ in range(settings.gradient_accumulation_steps):
             part = self.losses(
-                draw(self.cache, self.pools, self.generators, settings.batch, self.process)
+                draw(
+                    self.cache, self.pools, self.generators, settings.train_batch_size, self.process
+                )
             )
             new = torch.autograd.grad(
-                (part * self.loss_scale / settings.accumulation).sum(), params
+                (part * self.loss_scale / settings.gradient_accumulation_steps).sum(), params
             )
             gradients = [a.add_(b) for a, b in zip(gradients, new)] if gradients else list(new)
-            loss += part.detach() / settings.accumulation
+            loss += part.detach() / settings.gradient_accumulation_steps
         flats = self.optimizer.gather(gradients)
         norms = slot_norms(flats) / self.loss_scale
         ok = norms.isfinite() & loss.isfinite()
@@ -170,7 +187,12 @@ class Step:
         target = self.process.target(latents, drawn.noise, t)
         weight = self.process.weight(t)
         return slot_losses(
-            prediction, target, weight, len(self.seeds), settings.batch, settings.prior_weight
+            prediction,
+            target,
+            weight,
+            len(self.seeds),
+            settings.train_batch_size,
+            settings.prior_loss_weight,
         )
 
     @torch.no_grad()
@@ -181,9 +203,11 @@ class Step:
         self.skipped += ~ok
         self.skipped_now.add_(1).masked_fill_(ok, 0.0)
         if self.settings.loss_scale != 1.0:
-            self.loss_scale.copy_(
-                torch.where(ok, self.loss_scale, self.loss_scale / 2).clamp_min(1.0)
-            )
+            self.good.add_(1).masked_fill_(~ok, 0.0)
+            grown = self.good == GROWTH_INTERVAL
+            self.good.masked_fill_(grown, 0.0)
+            scale = torch.where(ok, self.loss_scale * (1 + grown), self.loss_scale / 2)
+            self.loss_scale.copy_(scale.clamp(1.0, self.settings.loss_scale))
 
     def take_mean(self) -> list[float]:
         """The mean loss of each slot since the last call (nan without a step). A host sync."""
@@ -204,10 +228,8 @@ class Step:
     def state_dict(self, slot: int | None = None) -> dict[str, Tensor]:
         """Everything that a step changes, but the adapter; of one slot as if it were alone."""
         first, length = (0, len(self.seeds)) if slot is None else (slot, 1)
-        own = {
-            k: getattr(self, k).narrow(0, first, length)
-            for k in ("loss", "loss_sum", "loss_count", "skipped", "skipped_now", "loss_scale")
-        }
+        names = ["loss", "loss_sum", "loss_count", "skipped", "skipped_now", "loss_scale", "good"]
+        own = {k: getattr(self, k).narrow(0, first, length) for k in names}
         return {f"step.{k}": v for k, v in own.items()} | {
             f"optimizer.{k}": v for k, v in self.optimizer.state_dict(slot).items()
         }

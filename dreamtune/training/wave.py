@@ -14,7 +14,7 @@ from dreamtune.evaluation.validation import at_step, sample_slots
 from dreamtune.fast.graphs import drive
 from dreamtune.models.base import Base
 from dreamtune.training.console import progress_bar, wave_text
-from dreamtune.training.optim import learning_rate_factor
+from dreamtune.training.optim import learning_rate_multiplier
 from dreamtune.training.run import Run
 from dreamtune.training.run_folder import TrainResult
 from dreamtune.training.slots import Slot, build_step
@@ -138,7 +138,7 @@ class Wave:
     def advance(self, k: int) -> None:
         """One step of every run."""
         c = self.config
-        share = learning_rate_factor(k, c.lr_scheduler, c.lr_warmup_steps, c.max_train_steps)
+        share = learning_rate_multiplier(k, c.lr_scheduler, c.lr_warmup_steps, c.max_train_steps)
         self.do_step(k, share)
         self.k = k + 1
 

@@ -69,11 +69,11 @@ def make_step(
             fast_unet.fuse(unet)
     if compiled:
         fast_unet.compile_blocks(unet)
-    unet.train()
+    unet.eval()  # as the trainer does
     groups = [adapter.parameter_groups(None, 0.01) for _ in range(slots)]
     pools = [[torch.arange(entries, device=device) + s * entries for s in range(slots)]]
     alpha_bar = torch.linspace(0.999, 0.005, 1000, device=device, dtype=cache_dtype)
-    settings = StepSettings(batch=batch)
+    settings = StepSettings(train_batch_size=batch)
     seeds = list(range(slots))
     optimizer, process = SlotAdamW(groups), Diffusion(alpha_bar)
     return adapter, Step(

@@ -6,6 +6,8 @@ product here (theirs splits rows); DeLoRA's zero rows give zero, not NaN.
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from methods import make
 from tiny import disturb
 from torch import nn
@@ -80,7 +82,7 @@ def test_dense_reference(method, options, shape):
 
 
 def test_every_method_here_has_a_reference():
-    assert {"delora", "ether", "ether+", "lora"} <= set(DENSE)
+    assert set(DENSE) == set(METHODS)
 
 
 def test_ether_is_orthogonal_at_its_distance():
@@ -107,6 +109,59 @@ def test_delora_bound(start, times):
         adapter.lambda_.fill_(0.7)
     change = adapter.merged(weight)[0].detach() - weight
     assert float(change.norm()) <= times * 0.7 * float(weight.norm(dim=0).max()) + 1e-9
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    start=st.sampled_from(["residual", "peft"]),
+    rank=st.integers(1, 6),
+    out=st.integers(1, 12),
+    width=st.integers(1, 12),
+    strength=st.floats(-20, 20),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_delora_bound_over_parameters(start, rank, out, width, strength, seed):
+    """Columns of very different norm; parameters of any size; lambda of either sign."""
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out, width, generator=g, dtype=torch.float64)
+    weight *= torch.randn(width, generator=g, dtype=torch.float64).mul(3).exp()
+    adapter = METHODS["delora"](weight, generator=g, rank=rank, start=start)
+    with torch.no_grad():
+        for p in (adapter.A, adapter.B):
+            p.copy_(torch.randn(p.shape, generator=g, dtype=p.dtype).mul(3).sinh())
+        adapter.lambda_.fill_(strength)
+        change = float((adapter.merged(weight)[0] - weight).norm())
+    bound = (2 if start == "residual" else 1) * abs(strength) * float(weight.norm(dim=0).max())
+    assert change <= bound * (1 + 1e-9) + 1e-9 * float(weight.norm())
+
+
+@pytest.mark.parametrize("start,times", [("residual", 2), ("peft", 1)])
+def test_delora_bound_is_reached(start, times):
+    """All directions at the largest column, turned round: of W's norm it can be far more than
+    `2 lambda / sqrt(in)`, which holds for columns of one norm."""
+    for large, part in ((1.0, 16**-0.5), (100.0, 100 / (15 + 100**2) ** 0.5)):
+        weight = torch.eye(16, dtype=torch.float64)
+        weight[3, 3] = large
+        adapter = METHODS["delora"](weight, rank=4, start=start, lambda_init=0.5)
+        with torch.no_grad():
+            adapter.A.copy_(weight[3].expand_as(adapter.A))
+            adapter.B.copy_(torch.eye(16, 1).expand_as(adapter.B))
+            if start == "residual":
+                adapter.A0.copy_(adapter.A)
+                adapter.B0.copy_(-adapter.B)
+            change = adapter.merged(weight)[0] - weight
+        assert float(change.norm()) == pytest.approx(times * 0.5 * large)
+        assert float(change.norm() / weight.norm()) == pytest.approx(times * 0.5 * part)
+
+
+@pytest.mark.parametrize("start,times", [("residual", 2**0.5), ("peft", 1)])
+def test_delora_change_of_random_directions(start, times):
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    adapter = METHODS["delora"](weight, rank=16, start=start)
+    for seed, p in enumerate((adapter.A, adapter.B)):
+        torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(seed))
+    part = float((adapter.merged(weight)[0].detach() - weight).norm() / weight.norm())
+    assert part == pytest.approx(times * 4 / (16 * 256) ** 0.5, rel=0.05)
 
 
 @pytest.mark.parametrize("dtype,limit", [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])

@@ -146,7 +146,29 @@ def test_only_the_base_scored_and_missing_values(tmp_path):
     bare = [{"step": 0, "dino": 0.4, "clip_i": 0.7, "clip_t": 0.28}]
     text = " ".join(read(report(tmp_path, history=bare))[1].text)
     assert "Only the base (step 0) has been scored." in text
-    read(report(tmp_path, history=[*HISTORY, {**HISTORY[1], "step": 150, "dino": float("nan")}]))
+    odd = {**HISTORY[1], "step": 150, "dino": float("nan")}
+    text = " ".join(read(report(tmp_path, history=[*HISTORY, odd]))[1].text)
+    assert "nan%" not in text and "inf" not in text and "too little" not in text
+
+
+def test_standard_errors_stand_beside_their_scores(tmp_path):
+    html, _ = read(report(tmp_path))
+    assert "± 0" not in html and "<td>0.600</td>" in html
+    errors = {"dino_se": 0.0213, "clip_t_minus_shuffled_se": 0.006}
+    html, page = read(report(tmp_path, history=[{**record, **errors} for record in HISTORY]))
+    assert "<td>0.600 <small>± 0.021</small></td><td>0.790</td>" in html
+    kept, error = 0.11 / 0.12, (0.006**2 + (0.11 / 0.12 * 0.006) ** 2) ** 0.5 / 0.12
+    assert f"<td>{kept:.0%} <small>± {error:.0%}</small></td>" in html
+    assert "is the standard error" in " ".join(" ".join(page.text).split())
+
+
+def test_where_no_scorer_counts_nothing_is_gained(tmp_path):
+    """The photos are less alike than the base's images are to them."""
+    less = {"dino_photos": 0.4, "clip_i_photos": 0.6}
+    html, page = read(report(tmp_path, history=[{**record, **less} for record in HISTORY]))
+    assert "<dt>Subject gained</dt><dd>–<small>" in html
+    assert "100 best</th><td>0.600</td><td>0.790</td><td>0.270</td><td>–</td>" in html
+    assert "No scorer counts. DINO does not count" in " ".join(page.text)
 
 
 def test_progress_strip_marks_the_best(tmp_path):

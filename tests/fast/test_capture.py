@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreamtune import METHODS
 from dreamtune.config import Config
-from dreamtune.fast.graphs import CapturedForward, CapturedStep, choose, reason_against
+from dreamtune.fast.graphs import CapturedForward, CapturedStep, switched, why_not_captured
 from dreamtune.training.run import Run
 from dreamtune.training.train import Interrupted, train
 from dreamtune.training.wave import Wave
@@ -38,8 +38,8 @@ def gap(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 @pytest.mark.parametrize("slots", [[0], [0, 1, 2]])
 def test_captured_equals_eager(method: str, slots: list[int]) -> None:
     """Parameters, losses, skipped steps; with prior, clipping, accumulation and a schedule."""
-    eager_adapter, eager = on_cuda(method, slots, accumulation=2)
-    adapter, step = on_cuda(method, slots, accumulation=2)
+    eager_adapter, eager = on_cuda(method, slots, gradient_accumulation_steps=2)
+    adapter, step = on_cuda(method, slots, gradient_accumulation_steps=2)
     captured = CapturedStep(step)
     for k in range(STEPS):
         eager(k, 1 - k / STEPS)
@@ -69,7 +69,7 @@ def test_what_is_cached_by_version_sees_the_replay() -> None:
     adapter, step = on_cuda("delora", [0])
     captured = CapturedStep(step)
     cache = step.cache
-    row = (cache.mean[:1], torch.zeros(1, device="cuda").long(), cache.prompts[:1])
+    row = (cache.mean[:1], torch.zeros(1, device="cuda").long(), cache.prompts["prompt_embeds"][:1])
     said = []
     for k in range(3):
         captured(k, 1.0)
@@ -204,14 +204,14 @@ def test_killed_and_resumed_equals_whole(
 
 def test_what_cannot_be_captured_says_why() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert "CUDA device" in (reason_against(cpu) or "")
+    assert "CUDA device" in (why_not_captured(cpu) or "")
     if torch.backends.cuda.is_built():
-        assert reason_against(gpu) is None
-    assert "checkpointing" in (reason_against(gpu, gradient_checkpointing=True) or "")
-    assert choose("capture", "auto", None) and not choose("capture", "off", None)
-    assert not choose("capture", "auto", "why")
+        assert why_not_captured(gpu) is None
+    assert "checkpointing" in (why_not_captured(gpu, gradient_checkpointing=True) or "")
+    assert switched("capture", "auto", None) and not switched("capture", "off", None)
+    assert not switched("capture", "auto", "why")
     with pytest.raises(ValueError, match="`capture` is on, but CUDA graphs need a CUDA device"):
-        choose("capture", "on", reason_against(cpu))
+        switched("capture", "on", why_not_captured(cpu))
 
 
 def test_capture_is_refused_before_any_work(
@@ -259,7 +259,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("slots", [[0], [0, 1, 2]])
 def test_a_step_asks_nothing_of_the_device(method: str, slots: list[int]) -> None:
     """Checked on the CPU, where the step is the same function."""
-    _, step = make(method, slots, accumulation=2, loss_scale=1024.0)
+    _, step = make(method, slots, gradient_accumulation_steps=2, loss_scale=1024.0)
     step(0, 1.0)
     step.prepare(1, 1.0)
     # a tensor made without naming the device would be on `meta`, and fail where it is used

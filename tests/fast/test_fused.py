@@ -101,8 +101,8 @@ def test_refused_before_any_work(tmp_path: Path) -> None:
         Run(Config(device="cpu", fused="on", output_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
     gpu = torch.device("cuda")
-    assert ops.reason_against(gpu) is None
-    assert "checkpointing" in (ops.reason_against(gpu, True) or "")
+    assert ops.why_not_fused(gpu) is None
+    assert "checkpointing" in (ops.why_not_fused(gpu, True) or "")
 
 
 @pytest.mark.parametrize("slots", [1, 2])
@@ -125,7 +125,9 @@ def test_joint_projections_are_the_single_ones(slots: int) -> None:
     def results(**options: Any) -> list[torch.Tensor]:
         y = unet(x, torch.tensor([3, 9]), text, **options).sample
         with torch.no_grad():
+            adapter.route(torch.arange(2) if slots == 2 else None)
             again = unet(x, torch.tensor([3, 9]), text, **options).sample
+            adapter.route(None)
         return [y, again, *torch.autograd.grad(y.square().sum(), list(adapter.parameters()))]
 
     joint, masked = results(), results(encoder_attention_mask=mask)

@@ -29,7 +29,7 @@ def write_tokenizer(folder: Path, length: int = 32) -> int:
     return len(words)
 
 
-def write_clip(folder: Path, image_size: int = 32, seed: int = 0) -> Path:
+def write_clip(folder: Path, image_size: int = 32, seed: int = 0, quick_gelu: bool = False) -> Path:
     """An open_clip `local-dir:` folder with its own tokenizer."""
     import open_clip
     from safetensors.torch import save_file
@@ -37,6 +37,7 @@ def write_clip(folder: Path, image_size: int = 32, seed: int = 0) -> Path:
     config = {
         "model_cfg": {
             "embed_dim": 16,
+            "quick_gelu": quick_gelu,
             "vision_cfg": {
                 "image_size": image_size, "layers": 2, "width": 32, "head_width": 16,
                 "patch_size": 8,

@@ -50,7 +50,7 @@ def make(method: str, slots: list[int], device: str = "cpu", **settings: Any) ->
     groups = [adapter.parameter_groups(RATES[s], 0.01) for s in slots]
     pools = [[pool[s].to(device) for s in slots] for pool in (PHOTOS, CLASSES)]
     alpha_bar = torch.linspace(0.999, 0.001, 50, dtype=DTYPE, device=device)
-    options = StepSettings(**{"batch": 2, "max_grad_norm": 1e-3, **settings})
+    options = StepSettings(**{"train_batch_size": 2, "max_grad_norm": 1e-3, **settings})
     step = Step(
         partial(predict, unet, DTYPE),
         SlotAdamW(groups),

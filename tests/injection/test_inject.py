@@ -57,7 +57,7 @@ def test_start_is_the_base_where_promised(method, options, dtype):
     unet, inputs = tiny_unet(dtype), unet_inputs(2, dtype)
     with torch.no_grad():
         base = unet(*inputs).sample
-        dreamtune.inject(unet, method, slots=2, **options)
+        dreamtune.inject(unet, method, slots=2, **options).route(torch.arange(2))
         here = unet(*inputs).sample
     assert torch.equal(here, base) == METHODS[method].identity_at_start
 
@@ -127,6 +127,7 @@ def test_route_and_scale(method, options):
     adapter = dreamtune.inject(unet, method, slots=3, seed=[1, 2, 3], **options)
     with torch.no_grad():
         adapter.scale = 0
+        adapter.route(torch.arange(3))
         base = unet(x, t, c).sample
         adapter.scale = 1
         disturb(adapter)
@@ -138,13 +139,14 @@ def test_route_and_scale(method, options):
         torch.testing.assert_close(routed, blocks[rows], rtol=0, atol=1e-9)
         with pytest.raises(ValueError, match="`route` was given 4 rows, but the batch has 8"):
             unet(*(torch.cat([v[rows], v[rows]]) for v in (x, t, c)))
-        adapter.route(None)
-        adapter.scale = torch.tensor([1.0, 0.0, 1.0])
-        mixed = unet(x, t, c).sample
-        torch.testing.assert_close(mixed[1], base[1], rtol=0, atol=1e-9)
-        torch.testing.assert_close(mixed[2], blocks[2], rtol=0, atol=1e-9)
-        with pytest.raises(ValueError, match="a batch of 2 rows does not split into 3"):
-            unet(x[:2], t[:2], c[:2])
+    adapter.route(None)
+    torch.testing.assert_close(unet(x, t, c).sample, blocks, rtol=0, atol=1e-9)
+    adapter.scale = torch.tensor([1.0, 0.0, 1.0])
+    mixed = unet(x, t, c).sample
+    torch.testing.assert_close(mixed[1], base[1], rtol=0, atol=1e-9)
+    torch.testing.assert_close(mixed[2], blocks[2], rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="a batch of 2 rows does not split into 3"):
+        unet(x[:2], t[:2], c[:2])
 
 
 def test_routed_gradients():
@@ -268,7 +270,9 @@ def test_autocast():
         adapter = dreamtune.inject(unet, "delora", slots=slots)
         disturb(adapter, size=0.3)
         with torch.no_grad():
+            adapter.route(torch.arange(2) % slots)
             wide = unet(*inputs).sample
+            adapter.route(None)
         with torch.autocast("cpu", torch.bfloat16):
             narrow = unet(*inputs).sample
         narrow.float().sum().backward()
@@ -333,7 +337,7 @@ def test_refusals():
         dreamtune.inject(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="unknown method `dora2`"):
         dreamtune.inject(unet, "dora2")
-    with pytest.raises(ValueError, match="has no option `rnk`: did you mean `rank`"):
+    with pytest.raises(ValueError, match="has no option `rnk`. Did you mean `rank`"):
         dreamtune.inject(unet, rnk=4)
     with pytest.raises(ValueError, match="`blocks` must divide"):
         dreamtune.inject(unet, "ether", blocks=5)

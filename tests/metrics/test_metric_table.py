@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,12 +22,14 @@ from dreamtune.evaluation.selection import NEEDED
 from dreamtune.evaluation.validation import read_grid
 from dreamtune.metrics import METRICS, Comparison, Extractor, Features, Metric, Scorers, register
 from dreamtune.metrics import table as table_module
+from dreamtune.metrics.features import mean_error
 from dreamtune.metrics.table import find_metrics, scores_of, scores_text
 from dreamtune.training.console import table
 from dreamtune.training.tracker import Tracker
 from dreamtune.training.train import train
 
 OLD_KEYS = {"dino", "dino_photos", "clip_i", "clip_i_photos", "clip_t", "clip_t_shuffled"}
+ERROR_KEYS = {f"{key}_se" for key in (*OLD_KEYS, "clip_t_minus_shuffled")}
 
 
 class Pixels(Extractor):
@@ -128,7 +131,7 @@ def test_a_made_up_metric_is_seen_everywhere(
 
     lines = (result.run_dir / "metrics.jsonl").read_text().splitlines()
     record = json.loads(lines[0])
-    assert record.keys() >= OLD_KEYS | {"colour", "colour_spread"}
+    assert record.keys() >= OLD_KEYS | ERROR_KEYS | {"colour", "colour_spread", "colour_se"}
     photos = torch.tensor([rgb(p) for p in photos_of(photo_dir)])
     made = torch.tensor([rgb(i) for i in read_grid(result.run_dir / "samples/000000.png", 2, 16)])
     expected = (made - photos.mean(0)).abs().mean().item()
@@ -138,7 +141,9 @@ def test_a_made_up_metric_is_seen_everywhere(
     page = (result.run_dir / "report.html").read_text()
     assert '<th scope="col">Colour &amp; light</th>' in page
     row = re.search(r'<tr class="[^"]*"><th scope="row">0.*?</tr>', page)
-    assert row is not None and f"<td>{shown}</td>" in row[0]
+    spread = (made - photos.mean(0)).abs().mean(1).std().item() / 2**0.5
+    assert record["colour_se"] == pytest.approx(spread, abs=1e-3)
+    assert row is not None and f"<td>{shown} <small>± {spread:.1f}</small></td>" in row[0]
     best = result.history[[r["step"] for r in result.history].index(result.best_step)]
     note = f"spread of the photos {record['colour_spread']:.1f}"
     fact = f"<dt>Colour &amp; light</dt><dd>{best['colour']:.1f}<small>{note}</small></dd>"
@@ -189,7 +194,9 @@ def test_only_what_is_asked_for_is_loaded_and_each_set_is_embedded_once(
     assert scores.record()["held"] is None and "held" not in scores.per_image
     # (0, 200, 90) and (60, 170, 90) against a mean of (60, 170, 90)
     assert scores.per_image["colour"] == [30.0, 0.0]
-    assert scores.record() == {"colour": 15.0, "colour_spread": 30.0, "held": None}
+    assert scores.record() == {
+        "colour": 15.0, "colour_spread": 30.0, "held": None, "colour_se": 15.0,
+    }  # fmt: skip
     held = scorers.references(photos, held_out=pictures(1))
     assert scorers.score(images, ["a", "b"], held).per_image["held"] == [0.0, 30.0]
     assert list(Scorers.load(scorer_names, ["clip_t", "dino"]).extractors) == ["clip", "dino"]
@@ -198,16 +205,68 @@ def test_only_what_is_asked_for_is_loaded_and_each_set_is_embedded_once(
 def test_every_value_of_an_image_is_kept(scorer_names: dict[str, str]) -> None:
     scorers = Scorers.load(scorer_names)
     scores = scorers.score(pictures(3), PROMPTS, scorers.references(pictures(2)))
-    assert scores.record().keys() == OLD_KEYS
+    assert scores.record().keys() == OLD_KEYS | ERROR_KEYS
     assert scores.per_image.keys() == {"dino", "clip_i", "clip_t", "clip_t_shuffled"}
     for key, values in scores.per_image.items():
         assert len(values) == 3
         assert sum(values) / 3 == pytest.approx(scores.means[key], abs=1e-6)
 
 
+@pytest.mark.parametrize("prompts", [PROMPTS, [*PROMPTS, *PROMPTS, PROMPTS[0]], PROMPTS[:1] * 4])
+def test_standard_errors_of_every_mean(scorer_names: dict[str, str], prompts: list[str]) -> None:
+    """One image a prompt, several, and a single prompt; numpy and the formula by hand."""
+    scorers = Scorers.load(scorer_names)
+    images = [Image.new("RGB", (8, 8), (30 * i, 250 - 20 * i, i * i)) for i in range(len(prompts))]
+    photos = pictures(4)
+    references = scorers.references(photos)
+    scores = scorers.score(images, prompts, references)
+    values = {k: np.array(v) for k, v in scores.per_image.items()}
+    if "clip_t_shuffled" in values:
+        values["clip_t_minus_shuffled"] = values["clip_t"] - values["clip_t_shuffled"]
+    assert len(values) == (3 if len(set(prompts)) == 1 else 5)
+    record = scores.record()
+    for key, v in values.items():
+        expected = plain = v.std(ddof=1) / len(v) ** 0.5
+        groups = [v[[p == q for q in prompts]] - v.mean() for p in dict.fromkeys(prompts)]
+        if 1 < len(groups) < len(v):
+            squares = sum(g.sum() ** 2 for g in groups) * len(groups) / (len(groups) - 1)
+            expected = max(plain, squares**0.5 / len(v))
+        assert record[f"{key}_se"] == pytest.approx(expected, rel=1e-4, abs=1e-8), key
+    assert record.keys() - {f"{k}_se" for k in values} >= {"dino_photos_se", "clip_i_photos_se"}
+
+    features = references.photos["dino"].double().numpy()
+    without = []
+    for i in range(4):
+        rest = np.delete(features, i, axis=0)
+        without.append(((rest @ rest.T).sum() - np.square(rest).sum()) / 6)
+    expected = (3 / 4 * np.square(without - np.mean(without)).sum()) ** 0.5
+    assert record["dino_photos_se"] == pytest.approx(expected, rel=1e-4, abs=1e-8) and expected > 0
+
+
+def test_images_of_one_prompt_are_not_independent() -> None:
+    values, index = torch.tensor([0.1, 0.1, 0.4, 0.4]), torch.tensor([0, 0, 1, 1])
+    assert mean_error(values, index) == pytest.approx(0.15)  # two prompts, 0.3 apart
+    assert mean_error(values, torch.arange(4)) == pytest.approx(0.3 / 12**0.5)
+    # Prompts that agree by chance do not make the images agree.
+    assert mean_error(values, torch.tensor([0, 1, 0, 1])) == pytest.approx(0.3 / 12**0.5)
+    assert mean_error(values, torch.zeros(4, dtype=torch.long)) == pytest.approx(0.3 / 12**0.5)
+
+
+def test_too_few_images_or_photos_have_no_standard_error(scorer_names: dict[str, str]) -> None:
+    scorers = Scorers.load(scorer_names)
+    for photos in (1, 2):
+        record = scorers.score(
+            pictures(1), PROMPTS[:1], scorers.references(pictures(photos))
+        ).record()
+        assert {v for k, v in record.items() if k.endswith("_se")} == {None}
+
+
 def test_the_table_holds_what_the_rule_needs_first() -> None:
     assert list(METRICS) == ["dino", "clip_i", "clip_t"] == list(NEEDED)
     assert {k for m in METRICS.values() for k in m.functions} == OLD_KEYS
+    # A level such as the photos' has no error image by image to be paired with.
+    possible = {"dino_minus_photos_se", "clip_i_minus_photos_se"}
+    assert {k for m in METRICS.values() for k in m.record_keys} == OLD_KEYS | ERROR_KEYS | possible
 
 
 def test_old_records_are_read() -> None:
@@ -217,6 +276,8 @@ def test_old_records_are_read() -> None:
     assert METRICS["clip_t"].text(record) == "–"
     assert METRICS["dino"].comparison_text(record) == "photos among themselves 0.750"
     assert METRICS["clip_t"].comparison_text(record) == "" == scores_text({"step": 0})
+    assert METRICS["dino"].error_text(record) == ""
+    assert METRICS["dino"].error_text({**record, "dino_se": 0.0123}) == "± 0.012"
 
 
 def test_clashes_and_unknown_names_are_refused(plugged: None, scorer_names: dict[str, str]) -> None:
@@ -224,6 +285,8 @@ def test_clashes_and_unknown_names_are_refused(plugged: None, scorer_names: dict
         register(COLOUR)
     with pytest.raises(ValueError, match="`dino_photos` is taken by `DINO`"):
         register(Metric("dino_photos", "x", Pixels, off_colour, "x"))
+    with pytest.raises(ValueError, match="`clip_t_minus_shuffled_se` is taken by `CLIP-T`"):
+        register(Metric("clip_t_minus_shuffled_se", "x", Pixels, off_colour, "x"))
 
     class Other(Pixels):
         pass

@@ -223,6 +223,23 @@ def test_weights_trained_with_quick_gelu_get_it():
     assert "force_quick_gelu" not in clip_arguments("ViT-B-32:laion2b_s34b_b79k")
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_protocol_says_which_gelu_the_model_has(tmp_path, monkeypatch, quick):
+    """Of a folder, and of an architecture whose name does not tell."""
+    import open_clip
+
+    folder = write_clip(tmp_path / "clip", quick_gelu=quick)
+    settings = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    settings["text_cfg"]["hf_tokenizer_name"] = str(folder)
+    known = {**open_clip.factory._MODEL_CONFIGS, "tiny": settings}
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", known)
+    for name in (str(folder), f"local-dir:{folder}", f"tiny:{folder}/open_clip_model.safetensors"):
+        clip = Clip(name)
+        gelu = clip.model.visual.transformer.resblocks[0].mlp.gelu(torch.tensor([1.0])).item()
+        assert gelu == pytest.approx(0.845795 if quick else 0.841345, abs=1e-6)
+        assert clip.protocol["quick_gelu"] is quick
+
+
 def test_a_folder_without_its_tokenizer_is_refused(tmp_path):
     folder = write_clip(tmp_path / "clip")
     path = folder / "open_clip_config.json"
@@ -247,7 +264,7 @@ def test_a_file_that_lacks_weights_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("ViT-B-33", "nearest: .*ViT-B-32"), ("ViT-B-32:opena", "it has .*openai")],
+    [("ViT-B-33", "Did you mean .*ViT-B-32"), ("ViT-B-32:opena", "it has .*openai")],
 )
 def test_misspelt_clip_names_the_right_ones(name, message):
     with pytest.raises(ValueError, match=message):

@@ -55,6 +55,28 @@ def test_scale_and_folder(tmp_path):
         dreamtune.load(pipe, tmp_path / "x.safetensors")
 
 
+@all_cases
+def test_two_slots_under_guidance(method, options):
+    """The rows without the prompt go to the slot of their prompt; no route, or half a one, is
+    refused: the batch does not tell guidance from two images a prompt."""
+    pipe = tiny_pipeline(tiny_unet())
+    adapter = dreamtune.inject(pipe.unet, method, slots=2, seed=[1, 2], **options)
+    disturb(adapter)
+    with pytest.raises(ValueError, match=r"an adapter of 2 slots needs `route\(rows\)`"):
+        images(pipe)
+    adapter.route(torch.tensor([0, 1]))
+    with pytest.raises(
+        ValueError, match=r"given 2 rows, but the batch has 4: .*`rows.repeat\(2\)`"
+    ):
+        images(pipe)
+    adapter.route(torch.tensor([0, 1]).repeat(2))
+    both = images(pipe)
+    for slot in (0, 1):
+        alone = tiny_pipeline(tiny_unet())
+        dreamtune.inject(alone.unet, method, **options).load_state_dict(adapter.state_dict(slot))
+        assert float((images(alone)[slot] - both[slot]).abs().max()) < 1e-4
+
+
 @pytest.mark.parametrize("method", list(METHODS))
 @pytest.mark.parametrize("kind", ["native", "exported"])
 def test_another_base(method, kind, tmp_path):

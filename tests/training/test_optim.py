@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dreamtune.training.optim import SlotAdamW, clip_factors, learning_rate_factor, slot_norms
+from dreamtune.training.optim import SlotAdamW, clip_factors, learning_rate_multiplier, slot_norms
 
 
 def stacked(slots: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -33,7 +33,7 @@ def test_equals_torch_adamw_slot_by_slot(rates: list[float]) -> None:
     peaks = [[g["lr"] for g in o.param_groups] for o in theirs]
     generator = torch.Generator().manual_seed(1)
     for k in range(12):
-        factor = learning_rate_factor(k, "cosine", 3, 12)
+        factor = learning_rate_multiplier(k, "cosine", 3, 12)
         grads = [
             torch.randn(p.shape, generator=generator, dtype=p.dtype) * 10 ** (k % 3 - 1)
             for p in params
@@ -91,9 +91,14 @@ def test_state_round_trip_and_refusal() -> None:
 
 
 def test_schedules() -> None:
-    assert [learning_rate_factor(k, "constant", 3, 9) for k in (0, 2, 3, 8)] == [0.25, 0.75, 1, 1]
-    assert learning_rate_factor(5, "cosine", 0, 10) == pytest.approx(0.5)
-    assert learning_rate_factor(9, "cosine", 0, 10) == pytest.approx(
+    assert [learning_rate_multiplier(k, "constant", 3, 9) for k in (0, 2, 3, 8)] == [
+        0.25,
+        0.75,
+        1,
+        1,
+    ]
+    assert learning_rate_multiplier(5, "cosine", 0, 10) == pytest.approx(0.5)
+    assert learning_rate_multiplier(9, "cosine", 0, 10) == pytest.approx(
         0.5 + 0.5 * math.cos(0.9 * math.pi)
     )
-    assert learning_rate_factor(5, "linear", 0, 10) == pytest.approx(0.5)
+    assert learning_rate_multiplier(5, "linear", 0, 10) == pytest.approx(0.5)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from steps import cache, make, process
+from steps import DTYPE, cache, make, process
 
 from dreamtune import METHODS
-from dreamtune.training.step import draw, mix
+from dreamtune.training.step import Step, draw, mix
 
 STEPS = 20
 
@@ -17,12 +18,12 @@ STEPS = 20
 @pytest.mark.parametrize("method", list(METHODS))
 def test_stacked_equals_alone(method: str) -> None:
     """Three slots with their own photos, seeds and rates, with prior preservation and clipping."""
-    together, step = make(method, [0, 1, 2], accumulation=2)
+    together, step = make(method, [0, 1, 2], gradient_accumulation_steps=2)
     start = [together.state_dict(s) for s in range(3)]
     for k in range(STEPS):
         step(k, 1.0)
     for slot in range(3):
-        alone, single = make(method, [slot], accumulation=2)
+        alone, single = make(method, [slot], gradient_accumulation_steps=2)
         for k in range(STEPS):
             single(k, 1.0)
         assert single.loss[0].item() == pytest.approx(step.loss[slot].item(), rel=1e-9)
@@ -58,7 +59,18 @@ def test_draws_are_a_function_of_seed_and_step() -> None:
     assert torch.equal(first.noise, again.noise)
     assert torch.equal(first.timestep, again.timestep)
     assert not torch.equal(first.noise, other.noise)
-    assert len({mix(s, k) for s in range(50) for k in range(50)}) == 2500
+
+
+def test_seeds_of_neighbours_have_half_their_bits_in_common() -> None:
+    made = np.array([[mix(s, k) for k in range(1000)] for s in range(1000)], dtype=np.uint64)
+    assert made.max() < 2**63 and len(np.unique(made)) == 10**6
+    for apart in (made[1:] ^ made[:-1], made[:, 1:] ^ made[:, :-1]):
+        flipped = [((apart >> np.uint64(bit)) & np.uint64(1)).mean() for bit in range(63)]
+        assert max(abs(share - 0.5) for share in flipped) < 0.005
+    low = made & np.uint64(2**32 - 1)  # what a CPU generator takes
+    assert 10**6 - len(np.unique(low)) == pytest.approx(10**12 / 2**33, rel=0.3)
+    one, same = (torch.Generator().manual_seed(n) for n in (7, 7 + 2**32))
+    assert torch.equal(torch.rand(4, generator=one), torch.rand(4, generator=same))
 
 
 def test_a_batch_has_different_photos_and_spread_timesteps() -> None:
@@ -83,6 +95,13 @@ def test_repeats_are_drawn_as_often_and_small_pools_wrap() -> None:
             draw(cache(), [[tickets]], [generator], 1, process(10)).entry, minlength=2
         )
     assert hits[0] / hits.sum() == pytest.approx(0.75, abs=0.06)
+    hits, twice = torch.zeros(2), 0
+    for k in range(400):
+        generator = torch.Generator().manual_seed(mix(0, k))
+        entry = draw(cache(), [[tickets]], [generator], 2, process(10)).entry
+        hits, twice = hits + torch.bincount(entry, minlength=2), twice + (entry == 0).all().item()
+    assert hits[0] / hits.sum() == pytest.approx(0.75, abs=0.04)
+    assert twice / 400 == pytest.approx(0.5, abs=0.08)  # 3/4 * 2/3
     wrapped = draw(cache(), [[torch.tensor([3])]], [torch.Generator()], 4, process(10))
     assert wrapped.entry.tolist() == [3] * 4
 
@@ -105,3 +124,29 @@ def test_loss_scale_halves_on_overflow_and_changes_nothing_else() -> None:
     other.loss_scale.fill_(float("inf"))
     other(3, 1.0)
     assert other.skipped.tolist() == [1.0]
+
+
+def test_loss_scale_grows_back_after_2000_good_steps() -> None:
+    """Each slot's own, and as well in a run that is resumed between."""
+    _, step = make("lora", [0, 1], loss_scale=1024.0)
+    yes, loss = torch.tensor([True, True]), torch.zeros(2, dtype=DTYPE)
+    first_fails = torch.tensor([False, True])
+
+    def go(step: Step, steps: int, ok: torch.Tensor = yes) -> list[float]:
+        for _ in range(steps):
+            step.account(loss, ok)
+        return step.loss_scale.tolist()
+
+    assert go(step, 2, first_fails) == [256.0, 1024.0]
+    assert go(step, 1500) == [256.0, 1024.0]
+    assert go(step, 1, first_fails) == [128.0, 1024.0]  # it counts anew
+    assert go(step, 1999) == [128.0, 1024.0]
+    _, resumed = make("lora", [1, 0], loss_scale=1024.0)
+    for slot in (0, 1):
+        resumed.load_state_dict({k: v.clone() for k, v in step.state_dict(slot).items()}, 1 - slot)
+    assert go(step, 1) == [256.0, 1024.0]
+    assert go(resumed, 1) == [1024.0, 256.0]
+    assert go(step, 3999) == [512.0, 1024.0]
+    assert go(step, 1) == [1024.0, 1024.0]
+    assert go(step, 2000) == [1024.0, 1024.0]  # never above the start
+    assert go(step, 12, first_fails) == [1.0, 1024.0]  # nor below 1

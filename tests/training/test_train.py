@@ -6,6 +6,7 @@ import html
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +88,45 @@ def test_step_0_is_the_base(
     assert [i.tobytes() for i in before] == [i.tobytes() for i in base]
     same_start = [i.tobytes() for i in started] == [i.tobytes() for i in base]
     assert same_start == (method == "delora")
+
+
+def test_dropout_of_the_base_is_off(
+    settings: dict[str, Any], tiny_v_pipeline_dir: Path, tmp_path: Path
+) -> None:
+    """It would draw from the global generator, and train on another network than is sampled."""
+    base = shutil.copytree(tiny_v_pipeline_dir, tmp_path / "base")
+    file = base / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dropout": 0.5}))
+
+    def adapter(base: Path, seed: int) -> Path:
+        torch.manual_seed(seed)
+        own = {"pretrained_model_name_or_path": str(base), "validation_steps": 6}
+        folder = {"output_dir": str(tmp_path / f"{base.name}-{seed}")}
+        return train(Config(**{**settings, **own, **folder})).run_dir / "adapter.safetensors"
+
+    one = opened(Config(**{**settings, "pretrained_model_name_or_path": str(base)}))
+    assert {m.p for m in one.base.unet.modules() if type(m) is torch.nn.Dropout} == {0.0, 0.5}
+    one.close()
+    first, second, without = adapter(base, 1), adapter(base, 2), adapter(tiny_v_pipeline_dir, 1)
+    assert same(first, second) and same(first, without)
+
+
+def test_gradient_checkpointing_computes_the_blocks_again(settings: dict[str, Any]) -> None:
+    """Of a base in eval mode."""
+    from diffusers.models.attention import BasicTransformerBlock
+
+    calls = {}
+    for on in (False, True):
+        run = opened(Config(**{**settings, "gradient_checkpointing": on}))
+        wave = Wave(run.base, {"dog": run})
+        seen: list[int] = []
+        for m in run.base.unet.modules():
+            if type(m) is BasicTransformerBlock:
+                m.register_forward_pre_hook(lambda *given, seen=seen: seen.append(1))
+        wave.advance(0)
+        calls[on] = len(seen)
+        wave.close()
+    assert calls[True] == 2 * calls[False] > 0
 
 
 @pytest.mark.parametrize("method, best", [("delora", 0), ("ether", 4)])
@@ -366,7 +406,7 @@ def test_refusals_come_before_any_model(
         ({"instance_data_dir": str(bad)}, "cannot read the image .*x.jpg"),
         ({"instance_prompt": None}, "`instance_prompt` is missing"),
         ({"identifier": "zwx"}, "the identifier `zwx` is not in the prompt `a sks dog`"),
-        ({"options": {"rnk": 4}}, "`delora` has no option `rnk`: did you mean `rank`"),
+        ({"options": {"rnk": 4}}, "`delora` has no option `rnk`. Did you mean `rank`"),
         ({"device": "cuda:99x"}, "`device` must be cpu, cuda or cuda:N"),
     ):
         with pytest.raises(ValueError, match=message):
