@@ -16,17 +16,18 @@ from dreamtune.config import FIELDS, Config, plain_default, rules
 from dreamtune.fields import (
     UnreadableFile,
     checker,
-    contents,
     from_file,
     nearest,
     shown,
     validated,
 )
+from dreamtune.textfile import read_text
 
 METHODS_GROUP = "dreamtune.methods"
 # What a method's annotations may come from: modules that are imported here anyway.
 LIGHT = {"typing", "typing_extensions", "pydantic", "annotated_types", "dreamtune.fields"}
 NOT_OPTIONS = ("slots", "generator")
+MAX_VALUES = 10_000  # of a config file, aliases written out
 Signature = dict[str, tuple[Any, Any]]  # option -> type with its range, default
 
 
@@ -180,10 +181,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """A config file, its fields checked; what else it has may be options of the method. Raises
     UnreadableFile, which names the file and the field.
     """
-    path = Path(path)
-    if not path.exists():
+    if not Path(path).exists():
         raise UnreadableFile(f"there is no config file `{path}`.")
-    loaded = parse_yaml(contents(path, limit=1 << 20), f"`{path}`") or {}
+    loaded = parse_yaml(read_text(path), f"`{path}`") or {}
     if not isinstance(loaded, dict):
         raise UnreadableFile(
             f"`{path}` must hold `name: value` lines, got {type(loaded).__name__}."
@@ -194,29 +194,52 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return from_file(rules(others=True), loaded, f"`{path}`")
 
 
-def parse_yaml(text: str | bytes, place: str) -> Any:
+def parse_yaml(text: str, place: str) -> Any:
     """Raises UnreadableFile, which names the place, for what is no YAML, or has a name twice."""
     import yaml
 
     try:
         root = yaml.compose(text, yaml.SafeLoader)
+        weigh(root)
         if isinstance(root, yaml.MappingNode):
             names = [key.value for key, _ in root.value if isinstance(key, yaml.ScalarNode)]
             if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-                raise UnreadableFile(f"{place} has `{twice[0]}` twice.")
+                raise ValueError(f"it has `{twice[0]}` twice.")
         return yaml.safe_load(text)
-    except UnreadableFile:
-        raise
     except RecursionError:
-        raise UnreadableFile(f"{place} is not YAML of ours: it is nested too deeply.") from None
+        raise UnreadableFile(f"{place} is not YAML: it is nested too deeply.") from None
     except Exception as error:  # what a tag makes of a value raises whatever it likes
-        raise UnreadableFile(f"{place} is not YAML: {error}") from None
+        raise UnreadableFile(f"{place} is not YAML: {str(error)[:500]}") from None
 
 
 def fixed(saved: Mapping[str, Any]) -> list[str]:
     """The fields that a continuation must leave as they are in the settings of a run."""
     free = {name: f.metadata["resume"] for name, f in FIELDS.items()}
     return [n for n, may in free.items() if not (may(saved) if callable(may) else may)]
+
+
+def weigh(node: Any) -> None:
+    """Raises ValueError for YAML that is small as a text and endless once it is read: each alias
+    stands for all that its anchor holds, and a number takes the square of its digits.
+    """
+    sizes: dict[int, int] = {}
+    open_nodes: set[int] = set()
+
+    def size(node: Any) -> int:
+        if id(node) in open_nodes:
+            raise ValueError(f"what line {node.start_mark.line + 1} begins holds itself.")
+        if isinstance(node.value, str) and not node.tag.endswith(":str") and len(node.value) > 400:
+            raise ValueError(f"line {node.start_mark.line + 1} has a number of too many digits.")
+        if id(node) not in sizes:
+            open_nodes.add(id(node))
+            inner = node.value if isinstance(node.value, list) else []
+            parts = [x for i in inner for x in (i if isinstance(i, tuple) else (i,))]
+            sizes[id(node)] = 1 + sum(map(size, parts))
+            open_nodes.remove(id(node))
+        return sizes[id(node)]
+
+    if node is not None and size(node) > MAX_VALUES:
+        raise ValueError(f"its aliases stand for more than {MAX_VALUES} values.")
 
 
 def continued(config: Config, saved_file: Path) -> Config:

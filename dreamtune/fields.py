@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import field
 from difflib import get_close_matches
 from functools import partial
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -123,20 +123,6 @@ def validated(rules: TypeAdapter[dict[str, Any]], values: Mapping[str, Any]) -> 
         raise ValueError(" ".join(sentence(f) for f in worst.values())) from None
 
 
-def contents(path: Path, limit: int = 1 << 24) -> bytes:
-    """Of a regular file, a pipe or a device would never end. limit: in bytes; what we read whole is
-    far below. Raises UnreadableFile, also where the system refuses.
-    """
-    try:
-        if not path.is_file():
-            raise UnreadableFile(f"`{path}` is {'not a file' if path.exists() else 'not there'}")
-        if (size := path.stat().st_size) > limit:
-            raise UnreadableFile(f"`{path}` has {size} bytes, at most {limit} are read")
-        return path.read_bytes()
-    except OSError as error:
-        raise UnreadableFile(f"`{path}` cannot be read: {error.strerror}") from None
-
-
 def from_file(rules: TypeAdapter[dict[str, Any]], values: Any, place: str) -> dict[str, Any]:
     """`validated` for what was read. place: file, and where in it, for the UnreadableFile that it
     raises.
@@ -187,7 +173,7 @@ def sentence(found: Mapping[str, Any]) -> str:
     if kind in KINDS:
         return f"{start} {KINDS[kind]}, {got}"
     if bounds:
-        number = number_of(value) if isinstance(value, str) else value
+        number = number_of(value, bounds[0]) if isinstance(value, str) else value
         return (
             f"{start} {limit(kind, bounds[0])}, got {shown(number)}{near(kind, bounds[0], number)}."
         )
@@ -196,12 +182,12 @@ def sentence(found: Mapping[str, Any]) -> str:
     return f"`{found['loc'][0]}`: {found['msg']}, {got}"
 
 
-def number_of(text: str) -> float:
-    try:
-        return int(text)
-    except ValueError:
-        number = float(text)
-        return int(number) if number.is_integer() else number
+def number_of(text: str, like: float) -> float:
+    """A text that pydantic takes for such a number: `-0.0` is an int."""
+    number = float(text)
+    if isinstance(like, int) and number.is_integer():
+        return int(text) if text.strip("+-").isdecimal() else int(number)
+    return number
 
 
 def limit(kind: str, bound: float) -> str:

@@ -15,7 +15,7 @@ FLOORS = (
     "ground", "adapters", "injection", "models", "fast", "data", "files", "metrics", "evaluation",
     "training", "pipeline", "roof",
 )  # fmt: skip
-GROUND = {"version", "embedded", "fields", "config", "configfile", "flags"}
+GROUND = {"version", "embedded", "fields", "config", "configfile", "flags", "textfile"}
 ROOF = {"dreamtune", "cli"}
 
 

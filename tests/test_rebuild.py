@@ -86,7 +86,7 @@ def test_the_exported_scorers_are_ones_that_we_load(work: Path) -> None:
     from embedded_base.scenes import Scenes
     from embedded_base.subjects import photos
 
-    from dreamtune.data.photos import from_tensor
+    from dreamtune.data.views import from_tensor
     from dreamtune.metrics.scorers import Scorers
 
     scenes = Scenes(work / "sprites.npz")

@@ -19,6 +19,16 @@ DEFAULT_IDENTIFIER = "sks"
 WORD = re.compile(r"[<\[]\w[^\s<>\[\]]*[>\]]|\w+(?:[-'’]+\w+)*")
 
 
+# Scripts that are written without spaces, or that hang endings on a foreign word (Korean): a word
+# in other letters stands whole between them.
+SPACELESS = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
+    "\uf900-\ufaff\U00020000-\U0003ffff"
+)
+# What makes a word longer. CLIP reads `sks_dog` as three: an underscore does not.
+LETTER = rf"[^\W_{SPACELESS}]"
+
+
 ARTICLE = rf"(?:(?<![\w'’-])(?P<article>an?)(?P<gap>\s+[{re.escape(OPENING)}]*))?"
 
 
@@ -69,11 +79,13 @@ def read_words(
     class_prompt: str | None = None,
     identifier: str | None = None,
     captions: Sequence[str] = (),
+    folders: Sequence[str] = (),
 ) -> SubjectWords:
     """The words of a subject, from the prompt of its photos or else from their captions.
 
     The identifier is `identifier`, else "sks" if it stands there, else the words beyond
-    `class_prompt`. The class noun is what follows it, up to a word that cannot belong to a noun.
+    `class_prompt`, else the first word of `folders`, the names that kohya's scripts want: "ohwx" of
+    `10_ohwx woman`. The class noun is what follows it, up to a word that cannot belong to a noun.
     Words are compared whole, without case and punctuation.
 
     Raises:
@@ -88,8 +100,9 @@ def read_words(
     wanted = " ".join((identifier or "").split())
     if not wanted:
         wanted = DEFAULT_IDENTIFIER
-        if known and not all(pattern(wanted).search(text) for text in texts):
-            wanted = beyond_class(texts, known) or wanted
+        if not in_all(wanted, texts):
+            beyond = beyond_class(texts, known) if known else None
+            wanted = beyond or first_word(folders, texts) or wanted
     places = []
     for text in texts:
         place = pattern(wanted).search(text)
@@ -101,7 +114,7 @@ def read_words(
             )
         places.append(place)
     found = place_text(places[0])
-    noun = agreed([class_noun(p.string[p.end() :], known) for p in places])
+    noun = agreed([class_noun(following(p), known) for p in places])
     articles = {(p["article"] or "").lower() for p in places}
     return SubjectWords(
         name=f"{found} {noun}".strip(),
@@ -109,6 +122,27 @@ def read_words(
         class_noun=noun or noun_of_class(class_prompt or ""),
         article=articles.pop() if len(articles) == 1 else "",
     )
+
+
+def in_all(identifier: str, texts: Sequence[str]) -> bool:
+    return all(pattern(identifier).search(text) for text in texts)
+
+
+def first_word(folders: Sequence[str], texts: Sequence[str]) -> str | None:
+    """The word that names of folders begin with, where a class follows and all texts have it."""
+    names = [name.split() for name in folders]
+    firsts = {words[0].casefold() for words in names if words}
+    if len(firsts) != 1 or any(len(words) < 2 for words in names) or firsts <= FUNCTION_WORDS:
+        return None
+    return names[0][0] if in_all(names[0][0], texts) else None
+
+
+def following(place: re.Match[str]) -> str:
+    """What stands after an identifier; nothing where a script without spaces goes on at once: it
+    does not tell where its nouns end.
+    """
+    text = place.string[place.end() :]
+    return "" if re.match(f"[{SPACELESS}]", text) and not place["after"] else text
 
 
 def beyond_class(texts: Sequence[str], known: frozenset[str]) -> str | None:
@@ -233,7 +267,9 @@ def pattern(identifier: str) -> re.Pattern[str]:
     """Finds the identifier as whole words, and an article right before it."""
     words = r"\s+".join(re.escape(word) for word in identifier.split())
     return re.compile(
-        ARTICLE + rf"(?P<words>(?<!\w)(?<!\w-){words}(?!\w|-\w))(?P<after>\s*)", re.IGNORECASE
+        ARTICLE
+        + rf"(?P<words>(?<!{LETTER})(?<!{LETTER}-){words}(?!{LETTER}|-{LETTER}))(?P<after>[\s_]*)",
+        re.IGNORECASE,
     )
 
 

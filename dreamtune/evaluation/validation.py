@@ -165,6 +165,6 @@ def save_grid(images: Sequence[Image.Image], path: Path) -> None:
 
 
 def read_grid(path: Path, count: int, size: int) -> list[Image.Image]:
-    sheet = Image.open(path).convert("RGB")
+    sheet = Image.open(path, formats=["PNG"]).convert("RGB")
     corners = [(i % COLUMNS * size, i // COLUMNS * size) for i in range(count)]
     return [sheet.crop((x, y, x + size, y + size)) for x, y in corners]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -70,6 +71,16 @@ def compare_fingerprints(saved: Fingerprint, here: Fingerprint) -> list[str]:
 def uncovered(file: AdapterFile) -> list[str]:
     """Layers of the adapter without a fingerprint: on no base would they be compared."""
     return [path for path in file.shapes if path not in file.fingerprint]
+
+
+def refuse_other_base(saved: Fingerprint, here: Fingerprint, run: Path) -> None:
+    """Raises ValueError if a run that was started on one base is to go on with another."""
+    if far := compare_fingerprints(saved, here):
+        raise ValueError(
+            f"the base is not the one that {run} was started with: {len(far)} of {len(saved)} "
+            f"layers differ, most `{far[0]}`. Go on with that base, or start a new run with "
+            "another --output_dir."
+        )
 
 
 def check_base(file: AdapterFile, here: Fingerprint, force: bool = False) -> str | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dreamtune.config import Settings
-from dreamtune.data.photos import Photo, views
+from dreamtune.data.photos import Photo, listed
+from dreamtune.data.views import views
 from dreamtune.models.base import Base, Conditioning
 
 
@@ -47,6 +49,9 @@ def build_cache(
 ) -> tuple[Cache, list[list[torch.Tensor]]]:
     """Latents and embeddings of one subject on the device, and the pools (photos, then class
     images) to draw from.
+
+    Raises ValueError that names the photos whose latents are not finite: every step that draws one
+    would be skipped.
     """
     crops = 0 if config.center_crop else config.crops
     parts = [
@@ -70,6 +75,7 @@ def build_cache(
             )
         )
     mean, std = base.encode_images(torch.cat([p.pixels for p in parts]))
+    check_finite(mean, std, [path for p in parts for path in p.paths])
     captions = [c for p in parts for c in p.captions]
     distinct = list(dict.fromkeys(captions))
     cache = Cache(
@@ -86,6 +92,26 @@ def build_cache(
         )
         start += len(weights)
     return cache, pools
+
+
+def check_finite(mean: Tensor, std: Tensor | None, paths: Sequence[Path]) -> None:
+    """mean, std (N, ...), paths: of entry n."""
+    sound = mean.isfinite().flatten(1).all(1)
+    if std is not None:
+        sound &= std.isfinite().flatten(1).all(1)
+    if sound.all():
+        return
+    bad = list(dict.fromkeys(p.name for p, fine in zip(paths, sound.tolist()) if not fine))
+    count = len(set(paths))
+    cause = (
+        "the autoencoder of the base is damaged"
+        if len(bad) == count
+        else "take them out, or save them anew"
+    )
+    raise ValueError(
+        f"the base's autoencoder gives numbers that are not finite for {len(bad)} of {count} "
+        f"pictures ({listed(bad)}): {cause}."
+    )
 
 
 Pools = list[list[Tensor]]  # photos, and class images; the tickets of each slot

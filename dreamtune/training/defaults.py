@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from dreamtune.config import Config, Settings
-from dreamtune.data.photos import Photo
-from dreamtune.data.words import SubjectWords, fill, read_words
+from dreamtune.data.photos import Photo, listed
+from dreamtune.data.words import SubjectWords, fill, in_all, read_words
 from dreamtune.models.base import Base
 from dreamtune.models.sample import Sampling
 
@@ -54,7 +54,7 @@ def subject_of(config: Config, photos: Sequence[Photo]) -> SubjectWords:
     """The subject's words, from the prompts, else from the captions. Raises ValueError if there is
     no telling them.
     """
-    captions = [p.caption or p.folder_caption for p in photos]
+    captions = [p.words for p in photos]
     if config.instance_prompt is None and None in captions:
         missing = photos[captions.index(None)].path
         raise ValueError(
@@ -66,6 +66,20 @@ def subject_of(config: Config, photos: Sequence[Photo]) -> SubjectWords:
         config.class_prompt,
         config.identifier,
         [c for c in captions if c is not None],
+        list(dict.fromkeys(p.folder_caption for p in photos if p.folder_caption)),
+    )
+
+
+def unnamed(subject: SubjectWords, photos: Sequence[Photo]) -> str | None:
+    """A warning where captions lack the identifier: a photo teaches what its caption names."""
+    own = [p for p in photos if p.caption is not None]
+    without = [p.path.name for p in own if not in_all(subject.identifier, [p.caption or ""])]
+    if not without:
+        return None
+    return (
+        f"Warning: {len(without)} of {len(own)} captions lack the identifier "
+        f"`{subject.identifier}`, which is not learned from their photos ({listed(without)}). Add "
+        "it to them, or name another with --identifier."
     )
 
 

@@ -16,10 +16,11 @@ from pydantic import FiniteFloat, NonNegativeInt, PositiveInt
 
 from dreamtune.config import FIELDS, plain_default
 from dreamtune.configfile import fixed, read_yaml
-from dreamtune.fields import UnreadableFile, checker, contents, from_file, from_json, shown
+from dreamtune.fields import UnreadableFile, checker, from_file, from_json, shown
 from dreamtune.files.find import BEST, STATE
 from dreamtune.files.tensors import hash_of_json, read_tensors
 from dreamtune.files.whole import whole
+from dreamtune.textfile import contents
 
 if TYPE_CHECKING:
     from torch import Tensor

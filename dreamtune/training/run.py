@@ -13,7 +13,7 @@ from typing import Any
 
 from dreamtune.config import STACKED, Config, Settings
 from dreamtune.configfile import continued
-from dreamtune.data.photos import read_folder
+from dreamtune.data.photos import KEPT_SIDE, changed, read_folder, statement
 from dreamtune.data.words import SubjectWords
 from dreamtune.evaluation.selection import Choice, choose_best
 from dreamtune.evaluation.validation import Evaluator, load_scorers
@@ -23,8 +23,14 @@ from dreamtune.metrics.table import scores_of, scores_text
 from dreamtune.models.base import Base
 from dreamtune.training import records, run_folder
 from dreamtune.training.cache import build_cache
-from dreamtune.training.class_images import class_images
-from dreamtune.training.defaults import resolve, sampling_of, subject_of, with_subject
+from dreamtune.training.class_images import check_class_folder, class_images
+from dreamtune.training.defaults import (
+    resolve,
+    sampling_of,
+    subject_of,
+    unnamed,
+    with_subject,
+)
 from dreamtune.training.lock import FolderLock
 from dreamtune.training.output import say
 from dreamtune.training.resume import find_checkpoint, resumed_folder
@@ -65,7 +71,7 @@ class Run:
         self.method = find_method(config.method)
         resolve_options(self.method, config.options)
         self.given, photo_dir = with_subject(config)
-        folder = read_folder(photo_dir)
+        folder = read_folder(photo_dir, side=max(KEPT_SIDE, config.resolution or 0))
         self.subject = subject_of(self.given, folder.photos)
         self.speed = choose_speed(config)
         name = config.name or f"{photo_dir.resolve().name}-{config.method}".replace(" ", "-")
@@ -73,18 +79,22 @@ class Run:
             self.lock = run_folder.take(config.output_dir, name)
             self.dir = self.lock.folder
             run_folder.sweep(self.dir)
-        digests = [p.digest for p in folder.photos]
-        if self.checkpoint and records.read_state(self.checkpoint)["photos"] != digests:
-            raise ValueError(
-                f"the photos in `{photo_dir}` are not those that {self.dir} was started with."
-            )
+        if self.checkpoint:
+            other = changed(records.read_state(self.checkpoint), folder.photos)
+            if other:
+                raise ValueError(
+                    f"{other} in `{photo_dir}` are not those that {self.dir} was started with."
+                )
+        check_class_folder(self.given, folder.photos)
         self.photos, self.images = folder.photos, [p.image for p in folder.photos]
-        self.info: dict[str, Any] = {"photos": digests}
+        self.info: dict[str, Any] = statement(folder.photos)
         self.history: list[dict[str, Any]] = []
         self.choice = Choice(0, 0, "")
         self.config: Settings  # from `open` on
         folder = replace(folder, skipped=[n for n in folder.skipped if n not in read])
         say(f"Subject {self.subject.summary()}: {folder.summary()}. Run: {self.dir}")
+        if warning := unnamed(self.subject, folder.photos):
+            say(warning)
 
     def go_on(self, config: Config, resume: str) -> Config:
         """Takes the folder of an earlier run; gives its settings."""
@@ -106,6 +116,11 @@ class Run:
             run_folder.clear(self.dir)
         speed_up(base, self.speed)
         c = self.config = resolve(self.given, base, self.subject, self.dir)
+        if self.start > c.max_train_steps:
+            raise ValueError(
+                f"`max_train_steps` is {c.max_train_steps}, and the run is at step {self.start}: "
+                "it cannot go back. Start a new run with another --output_dir."
+            )
         self.info["settings"] = records.hashes_of_settings(c.to_dict())
         prompts, plain = validation_prompts(
             self.subject, c.validation_prompt, c.num_validation_images

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dreamtune.adapters import find_method
 from dreamtune.evaluation.selection import choose_best
 from dreamtune.files import diffusers, find, native
-from dreamtune.files.fingerprint import compare_fingerprints, fingerprint
+from dreamtune.files.fingerprint import fingerprint, refuse_other_base
 from dreamtune.files.tensors import write_tensors
 from dreamtune.files.whole import remove_folder, whole_folder
 from dreamtune.training.lock import FolderLock
@@ -203,11 +203,7 @@ def safe(run_dir: Path) -> str:
 def restore(checkpoint: Path, run_dir: Path, slot: Slot) -> None:
     """Puts adapter, step state, best/ and metrics.jsonl back to where the checkpoint was."""
     file, step = native.load_adapter_file(checkpoint / ADAPTER), read_step(checkpoint)
-    if far := compare_fingerprints(file.fingerprint, fingerprint(slot.adapter.weights())):
-        raise ValueError(
-            f"the base is not the one that {run_dir} was started with: {len(far)} of "
-            f"{len(file.shapes)} layers differ, most `{far[0]}`."
-        )
+    refuse_other_base(file.fingerprint, fingerprint(slot.adapter.weights()), run_dir)
     slot.load(file.tensors, step)
     best = place_of_best(checkpoint)
     if best == checkpoint / BEST:

@@ -10,10 +10,13 @@ from typing import Any
 from dreamtune.config import STACKED, Config, having, plain_default
 from dreamtune.configfile import from_mapping, read_yaml, signatures
 from dreamtune.fields import nearest
+from dreamtune.textfile import read_text
 
 PROMPT_FILE, SETTINGS_FILE = "prompt.txt", "config.yaml"
 OWN = having("own")  # what config.yaml in a subject's folder may set
 SWEPT = having("swept")
+# Folders that systems put beside those of the user: of a Mac's zip, Synology, Windows.
+LITTER = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
 
 def expand(config: Config) -> dict[str, Config]:
@@ -57,7 +60,8 @@ def subject_folders(parent: str) -> list[Path]:
     root = Path(parent).expanduser()
     if not root.is_dir():
         raise ValueError(f"`subjects` {root} is not a folder.")
-    found = [p for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+    inner = [p for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+    found = [p for p in inner if p.name not in LITTER]
     if not found:
         raise ValueError(
             f"`subjects` {root} holds no folder: the photos of each subject need one of their own."
@@ -69,7 +73,7 @@ def words(folder: Path) -> dict[str, Any]:
     """The settings of one subject."""
     own: dict[str, Any] = {}
     if (folder / PROMPT_FILE).is_file():
-        text = (folder / PROMPT_FILE).read_text(encoding="utf-8-sig")
+        text = read_text(folder / PROMPT_FILE)
         lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
         if not 1 <= len(lines) <= 2:
             raise ValueError(

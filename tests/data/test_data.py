@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dreamtune.data.photos import decode, from_tensor, read_folder, square, to_tensor, views
+from dreamtune.data.photos import changed, read_folder, statement
+from dreamtune.data.picture import decode
+from dreamtune.data.views import from_tensor, square, to_tensor, views
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -187,3 +189,70 @@ def test_real_photos() -> None:
 def test_decode_says_why() -> None:
     with pytest.raises(ValueError, match="not an image of a known format"):
         decode(b"plain text")
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.TXT", "p.Caption", "p.caption"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_captions_of_any_editor(name: str, encoding: str, tmp_path: Path) -> None:
+    halves().save(tmp_path / "p.jpg")
+    (tmp_path / name).write_bytes("a sks dog in a café\r\n".encode(encoding))
+    folder = read_folder(tmp_path)
+    assert folder.photos[0].caption == "a sks dog in a café"
+    assert folder.skipped == []
+
+
+def test_the_caption_of_a_photo_without_a_suffix_is_no_other_file(tmp_path: Path) -> None:
+    halves().save(tmp_path / "p", "PNG")
+    (tmp_path / "p.txt").write_text("a sks dog")
+    (tmp_path / "q.txt").write_text("a note")
+    folder = read_folder(tmp_path)
+    assert (folder.photos[0].caption, folder.skipped) == ("a sks dog", ["q.txt"])
+
+
+def test_the_first_of_several_captions(tmp_path: Path) -> None:
+    halves().save(tmp_path / "p.png")
+    for name in ("p.caption", "p.TXT"):
+        (tmp_path / name).write_text(name)
+    assert read_folder(tmp_path).photos[0].caption == "p.TXT"
+    (tmp_path / "p.txt").write_text("p.txt")
+    assert read_folder(tmp_path).photos[0].caption == "p.txt"
+
+
+def test_a_caption_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    halves().save(tmp_path / "p.png")
+    (tmp_path / "p.txt").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"p\.txt`: it is a link to nowhere"):
+        read_folder(tmp_path)
+
+
+def test_too_many_repeats_are_refused_by_name(tmp_path: Path) -> None:
+    for count in (1000, 1001):
+        (tmp_path / f"{count}_sks dog").mkdir()
+        halves().save(tmp_path / f"{count}_sks dog" / "a.png")
+    with pytest.raises(ValueError, match="1001_sks dog` asks for 1001 repeats.*at most 1000"):
+        read_folder(tmp_path)
+
+
+def test_photos_keep_their_order_and_a_folder_of_no_repeats_is_named(tmp_path: Path) -> None:
+    for name in ("0_sks dog", "2_sks dog"):
+        (tmp_path / name).mkdir()
+        halves().save(tmp_path / name / "b.png")
+    for name in ("1.png", "3.png"):
+        halves().save(tmp_path / name)
+    folder = read_folder(tmp_path)
+    assert [p.path.name for p in folder.photos] == ["1.png", "b.png", "3.png"]
+    assert folder.skipped == ["0_sks dog/"]
+
+
+def test_what_has_changed_since_a_run_began(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        halves().save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text("a sks dog")
+    saved = statement(read_folder(tmp_path).photos)
+    assert changed(saved, read_folder(tmp_path).photos) is None
+    (tmp_path / "b.txt").write_text("a sks dog in the snow")
+    now = read_folder(tmp_path).photos
+    assert changed(saved, now) == "the captions (or repeats) of b.png"
+    assert changed({"photos": saved["photos"]}, now) is None  # an older run
+    halves(size=(20, 20)).save(tmp_path / "a.png")
+    assert changed(saved, read_folder(tmp_path).photos) == "the photos"

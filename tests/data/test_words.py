@@ -305,3 +305,72 @@ def test_the_article_goes_by_sound_not_by_case_or_quotes(word: str) -> None:
         assert article_of(word) == "an"
     elif word[0] not in "ehlmorsux":  # letters with exceptions
         assert article_of(word) == "a"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name", "noun"),
+    [
+        ("photo of sks, a dog", "sks", ""),
+        ("Photo of SKS dog", "SKS dog", "dog"),
+        ("sks, 1dog, solo, grass", "sks", ""),
+        ("一只sks狗的照片", "sks", ""),
+        ("sksの犬", "sks", ""),
+        ("sks를 사진", "sks", ""),
+        ("รูปsksหมา", "sks", ""),
+        ("a photo of sks 狗", "sks 狗", "狗"),
+        ("sks_dog on grass", "sks dog", "dog"),
+        ("my_sks_dog", "sks dog", "dog"),
+        ("(sks:1.2) dog", "sks", ""),
+    ],
+)
+def test_words_are_whole_as_clip_reads_them(prompt: str, name: str, noun: str) -> None:
+    words = read_words(prompt)
+    assert (words.name, words.identifier.lower(), words.class_noun) == (name, "sks", noun)
+
+
+@pytest.mark.parametrize("prompt", ["asks dogs", "sks2 dog", "xsks", "a sks-like dog", "dog-sks"])
+def test_a_part_of_a_word_is_no_identifier(prompt: str) -> None:
+    with pytest.raises(ValueError, match=f"the identifier `sks` is not in the prompt `{prompt}`"):
+        read_words(prompt)
+
+
+def test_the_class_of_a_chinese_prompt_is_the_class_prompts() -> None:
+    words = read_words("一只sks狗的照片", "狗")
+    assert (words.name, words.class_noun) == ("sks", "狗")
+    assert without_identifier("一只sks狗的照片", "sks") == "一只 狗的照片"
+    assert without_identifier("a sks_apple tree", "sks") == "an apple tree"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "identifier", "name"),
+    [
+        ((None, None, None, ["ohwx woman"], ["ohwx woman"]), "ohwx", "ohwx woman"),
+        ((None, "woman", None, ["ohwx woman"], ["ohwx woman"]), "ohwx", "ohwx woman"),
+        (("photo of ohwx woman", None, None, [], ["ohwx woman"]), "ohwx", "ohwx woman"),
+        (
+            (None, None, None, ["ohwx, 1girl", "smiling Ohwx"], ["ohwx woman", "ohwx girl"]),
+            "ohwx",
+            "ohwx",
+        ),
+        ((None, None, None, ["sks dog"], ["sks dog"]), "sks", "sks dog"),
+    ],
+)
+def test_the_folders_of_kohya_name_the_identifier(
+    arguments: tuple, identifier: str, name: str
+) -> None:
+    words = read_words(*arguments)
+    assert (words.identifier, words.name) == (identifier, name)
+
+
+@pytest.mark.parametrize(
+    ("captions", "folders"),
+    [
+        (["woman"], ["woman"]),  # one word: is it a class or a name?
+        (["ohwx woman", "zwx man"], ["ohwx woman", "zwx man"]),
+        (["my dog"], ["my dog"]),
+        (["a woman on a beach"], ["ohwx woman"]),
+    ],
+)
+def test_folders_that_name_no_identifier(captions: list[str], folders: list[str]) -> None:
+    with pytest.raises(ValueError, match=f"`sks` is not in the caption `{captions[0]}`"):
+        read_words(None, None, None, captions, folders)

@@ -107,3 +107,24 @@ def test_alone_is_a_run_in_its_own_folder() -> None:
     own = in_folder(Config(name="x", output_dir="all", seed=3), Path("all/seed=3"), resume=True)
     assert (own.name, own.output_dir, own.seed) == (None, "all/seed=3", 3)
     assert own.resume_from_checkpoint == "latest"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_prompts_of_any_editor(encoding: str, tmp_path: Path) -> None:
+    subject(tmp_path, "dog")
+    (tmp_path / "dog/prompt.txt").write_bytes("a sks café\r\na café\r\n".encode(encoding))
+    config = expand(Config(subjects=str(tmp_path)))["dog"]
+    assert (config.instance_prompt, config.class_prompt) == ("a sks café", "a café")
+
+
+def test_a_prompt_that_does_not_decode_is_named(tmp_path: Path) -> None:
+    subject(tmp_path, "dog")
+    (tmp_path / "dog/prompt.txt").write_bytes("a sks café".encode("cp1252"))
+    with pytest.raises(ValueError, match=r"prompt\.txt` is not UTF-8 text: byte 9 is 0xe9"):
+        expand(Config(subjects=str(tmp_path)))
+
+
+def test_folders_of_systems_are_no_subjects(tmp_path: Path) -> None:
+    for name in ("dog", "__MACOSX", "@eaDir", "$RECYCLE.BIN", ".ipynb_checkpoints"):
+        subject(tmp_path, name)
+    assert list(expand(Config(subjects=str(tmp_path)))) == ["dog"]
