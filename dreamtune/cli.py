@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+
+from dreamtune.training.output import Output, say, settle
 
 COMMANDS = {
     "train": "teach a base model one subject from a few photos",
@@ -16,11 +22,24 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0, 1 or 2 for an error that is explained, 130 after Ctrl-C."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """The exit status: 0; 1 or 2 for an error that is explained; after a signal 128 and its number,
+    so 130 after Ctrl-C.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a console may lack the letters of a prompt
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return run_command(list(sys.argv[1:] if argv is None else argv))
+    finally:
+        settle()
+
+
+def run_command(arguments: list[str]) -> int:
+    from dreamtune.fields import nearest
+
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
-        print(
+        say(
             "usage: dreamtune COMMAND ...\n\n"
             + "\n".join(f"  {n:<10}{t}" for n, t in COMMANDS.items())
             + "\n\n`dreamtune COMMAND --help` says more. Without any flag `dreamtune train` runs "
@@ -30,29 +49,73 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "--version":
         from dreamtune.version import __version__
 
-        print(__version__)
+        say(__version__)
         return 0
-    from dreamtune.fields import nearest
-
     if command not in COMMANDS:
-        print(
+        complain(
             f"dreamtune: unknown command `{command}`.{nearest(command, COMMANDS)} "
-            f"There are {', '.join(COMMANDS)}.",
-            file=sys.stderr,
+            f"There are {', '.join(COMMANDS)}."
         )
         return 2
     try:
         return {"train": train, "generate": generate, "export": export, "methods": methods}[
             command
         ](arguments[1:])
-    except ValueError as error:
-        if os.environ.get("DREAMTUNE_TRACEBACK"):
-            raise
-        print(f"dreamtune {command}: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt as error:
-        print(f"\n{error}" if str(error) else "\nStopped.", file=sys.stderr)
-        return 130
+        complain(f"\n{error}" if str(error) else "\nStopped.")
+        return 128 + int(getattr(error, "signal", signal.SIGINT))
+    except Exception as error:
+        text = sentence(error)
+        if text is None or os.environ.get("DREAMTUNE_TRACEBACK"):
+            raise
+        complain(" ".join([f"dreamtune {command}: {text}", *getattr(error, "__notes__", [])]))
+        return 1
+
+
+REASONS = {
+    errno.ENOSPC: "the disk is full; free some space, or name another folder",
+    errno.EDQUOT: "your share of the disk is full; free some space, or name another folder",
+    errno.EFBIG: "files may not be so large here; raise the limit, or name another folder",
+    errno.EROFS: "the file system is read-only; name a folder that can be written",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.ENOENT: "there is no such file or folder",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EISDIR: "it is a folder, not a file",
+    errno.ELOOP: "it is a link, which is not followed, or links in a circle",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.EMFILE: "too many files are open",
+    errno.EIO: "the disk failed",
+}
+
+
+def sentence(error: Exception) -> str | None:
+    """What a user can cause, explained; None for what can only be a fault of ours."""
+    if isinstance(error, ValueError):
+        return str(error)
+    if isinstance(error, OSError):
+        reason = REASONS.get(error.errno or 0, error.strerror or str(error))
+        return f"`{error.filename}`: {reason}." if error.filename else f"{reason}."
+    name = f"{type(error).__module__.split('.')[0]}.{type(error).__name__}"
+    if name.endswith(".SafetensorError"):  # says of the system's errors only the number
+        number = re.search(r"os error (\d+)", str(error))
+        known = REASONS.get(int(number[1])) if number else None
+        return f"{known}." if known else f"a safetensors file cannot be used: {error}."
+    if isinstance(error, RecursionError):
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        parsers = ("json", "yaml")
+        nested = frame.f_globals.get("__name__", "").split(".")[0] in parsers
+        return "a file that was read is nested too deeply." if nested else None
+    if name == "torch.OutOfMemoryError":
+        return (
+            "the GPU has too little memory: lower --train_batch_size, --sample_batch_size or "
+            "--slots, or add --gradient_checkpointing."
+        )
+    return "there is too little memory." if isinstance(error, MemoryError) else None
+
+
+def complain(text: str) -> None:
+    Output("stderr").write(f"{text}\n")
 
 
 def train(argv: Sequence[str]) -> int:
@@ -85,10 +148,10 @@ def methods(argv: Sequence[str]) -> int:
 
     for name, method in METHODS.items():
         options = " ".join(f"--{k} {v}" for k, v in resolve_options(method, {}).items())
-        print(f"{name:<10} learning rate {method.learning_rate:<8g} {options or 'no options'}")
-        print(f"{'':<10} {method.paper}")
+        say(f"{name:<10} learning rate {method.learning_rate:<8g} {options or 'no options'}")
+        say(f"{'':<10} {method.paper}")
         if method.note:
-            print(f"{'':<10} {method.note}")
+            say(f"{'':<10} {method.note}")
     return 0
 
 
@@ -141,7 +204,7 @@ def generate(argv: Sequence[str]) -> int:
         guidance_scale=a.guidance_scale,
         output_dir=Path(a.output_dir),
     )
-    print("\n".join(str(p) for p in paths))
+    say("\n".join(str(p) for p in paths))
     return 0
 
 
@@ -175,16 +238,15 @@ def export(argv: Sequence[str]) -> int:
     quieten()
     from dreamtune.files.export import export as run
 
-    print(
-        run(
-            a.adapter,
-            a.output_dir,
-            format=a.format,
-            base=a.pretrained_model_name_or_path,
-            dtype=a.dtype,
-            overwrite=a.overwrite,
-        )
+    path = run(
+        a.adapter,
+        a.output_dir,
+        format=a.format,
+        base=a.pretrained_model_name_or_path,
+        dtype=a.dtype,
+        overwrite=a.overwrite,
     )
+    say(str(path))
     return 0
 
 

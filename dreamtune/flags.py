@@ -9,9 +9,9 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from dreamtune.config import FIELDS, HINTS, Config, plain_default
+from dreamtune.config import FIELDS, HINTS, Config, plain_default, rules
 from dreamtune.configfile import from_mapping, parse_yaml, read_yaml, signatures
-from dreamtune.fields import choices, nearest
+from dreamtune.fields import choices, nearest, validated
 
 # Flags of diffusers' train_dreambooth_lora.py that have no counterpart here, and what to do
 # instead.
@@ -143,21 +143,33 @@ def train_config(argv: Sequence[str]) -> Config:
         values |= read_yaml(path)
     values |= given
     every, options = {k for o in methods.values() for k in o}, {}
+    problems = []
     while extra:
         flag = extra.pop(0)
-        if not flag.startswith("--"):
-            raise FlagError(f"`{flag}` belongs to no flag. A value with spaces needs quotes.")
         name, joined, value = flag[2:].partition("=")
         name = name.replace("-", "_")
-        if name in FIELDS:
-            raise FlagError(f"flags are spelled with underscores: --{name}.")
-        if name in OTHERS:
-            raise FlagError(f"--{name} is a flag of another trainer: {OTHERS[name]}.")
-        if name not in every:
-            raise FlagError(f"unknown flag --{name}.{nearest(name, [*FIELDS, *every, 'config'])}")
-        if not joined:
-            if not extra or extra[0].startswith("--"):
-                raise FlagError(f"--{name} needs a value.")
-            value = extra.pop(0)
-        options[name] = parse_yaml(value, f"--{name}")
+        if not joined and flag.startswith("--") and extra and not extra[0].startswith("--"):
+            joined, value = "=", extra.pop(0)
+        if not flag.startswith("--"):
+            problems.append(f"`{flag}` belongs to no flag. A value with spaces needs quotes.")
+        elif name in FIELDS:
+            problems.append(f"flags are spelled with underscores: --{name}.")
+        elif name in OTHERS:
+            problems.append(f"--{name} is a flag of another trainer: {OTHERS[name]}.")
+        elif name not in every:
+            known_names = [*FIELDS, *every, "config"]
+            problems.append(f"unknown flag --{name}.{nearest(name, known_names)}")
+        elif not joined:
+            problems.append(f"--{name} needs a value.")
+        else:
+            try:
+                options[name] = parse_yaml(value, f"--{name}")
+            except ValueError as error:
+                problems.append(str(error))
+    if problems:
+        try:
+            validated(rules(), {k: v for k, v in given.items() if k in FIELDS})
+        except ValueError as error:
+            problems.append(str(error))
+        raise FlagError("\n".join(problems))
     return from_mapping({**values, **options}, methods)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from dreamtune.adapters import find_method
-from dreamtune.files.find import adapter_file, run_settings
+from dreamtune.files.find import adapter_file, name_of, run_settings
 from dreamtune.files.fingerprint import check_base, fingerprint
 from dreamtune.files.formats import Change, LayerFactors, export_format, read_adapter
 from dreamtune.files.lora import recompress, same_rank
 from dreamtune.files.tensors import naming
+from dreamtune.files.whole import check_writable
 from dreamtune.injection.adapter_file import AdapterFile, Fingerprint
 from dreamtune.injection.inject import InjectedAdapter
 from dreamtune.models.load import load_network, prefixes_of
@@ -33,7 +34,7 @@ def export(
     base: Any = None,
     dtype: torch.dtype | str = torch.float32,
     slot: int = 0,
-    name: str = "adapter",
+    name: str | None = None,
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     force: bool = False,
@@ -49,7 +50,8 @@ def export(
             weights needs it; left out, it is the base of the run that the file lies in.
         dtype: of the file: torch.float32, float16 or bfloat16, or their names ("fp16", "float16").
         slot: of an injected adapter.
-        name: of the file, where the format leaves it open; the diffusers name is fixed.
+        name: of the file, where the format leaves it open; the diffusers name is fixed. By default
+            that of the run, or of a file that has a name of its own; else "adapter".
         metadata: of an injected adapter, to keep in the header as in `InjectedAdapter.save`.
         overwrite: replace a file of that name with other contents, otherwise an error.
         force: export on a base that is not the one of training.
@@ -64,6 +66,7 @@ def export(
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
     if dtype not in DTYPES.values():
         raise ValueError(f"`dtype` must be float32, float16 or bfloat16, got {dtype}")
+    check_writable(out_dir)
     network: nn.Module | None
     if isinstance(source, InjectedAdapter):
         method, about, network = source.method, dict(metadata or {}), source.model
@@ -81,6 +84,8 @@ def export(
             factors, prints = factors_of_file(file, network, force)
     small = {path: recompress(up, down) for path, (up, down) in factors.items()}
     about = {"exported_from": method, "fingerprint": prints, "metadata": about}
+    if name is None:
+        name = "adapter" if isinstance(source, InjectedAdapter) else name_of(path)
     path = Path(out_dir) / target.file_name.format(name=name)
     target.write(
         path, Change(same_rank(small), dtype, about, prefixes_of(network), network), overwrite

@@ -42,12 +42,30 @@ def adapter_file(path: str | Path) -> Path:
     )
 
 
+def run_of(file: Path) -> Path | None:
+    """The folder of the run that a file lies in."""
+    folders = list(file.resolve().parents)[:3]
+    return next((folder for folder in folders if (folder / CONFIG).is_file()), None)
+
+
 def run_settings(file: Path) -> dict[str, Any]:
     """config.yaml of the run that a file lies in, its fields checked, or {}."""
-    for folder in list(file.resolve().parents)[:3]:
-        if (folder / CONFIG).is_file():
-            return read_yaml(folder / CONFIG)
-    return {}
+    folder = run_of(file)
+    return read_yaml(folder / CONFIG) if folder else {}
+
+
+def name_of(file: Path) -> str:
+    """What tells an adapter from others in one folder: its run's name, and the step of a
+    checkpoint; outside a run the file's own name.
+    """
+    folder = run_of(file)
+    if folder is not None:
+        inner = file.resolve().parent
+        return (
+            f"{folder.name}-{inner.name}" if inner.name.startswith("checkpoint-") else folder.name
+        )
+    patterns = [f.file_name for f in formats().values()]
+    return "adapter" if file.name in patterns else file.stem
 
 
 def base_of_run(file: Path) -> str:

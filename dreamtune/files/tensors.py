@@ -168,7 +168,8 @@ def write_new(
     if path.exists() and not overwrite:
         if not _holds(path, tensors, about):
             raise ValueError(
-                f"`{path}` is there with other contents: pass `overwrite=True` to replace it"
+                f"`{path}` is there with other contents: pass `overwrite=True`, in the command "
+                "--overwrite, to replace it"
             )
         return
     write_tensors(path, tensors, about)

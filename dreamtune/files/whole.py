@@ -28,8 +28,9 @@ def whole(path: str | Path) -> Iterator[Path]:
         os.umask(umask)
         os.chmod(partial, 0o666 & ~umask)  # mkstemp's is 0600
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        _named(error, path)
         raise
 
 
@@ -59,8 +60,9 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
             if os.path.lexists(old) and not os.path.lexists(folder):
                 os.replace(old, folder)
             raise
-    except BaseException:
+    except BaseException as error:
         _clear(partial)
+        _named(error, folder)
         raise
     _clear(old)
 
@@ -84,3 +86,24 @@ def _sync(path: Path) -> None:
     """Onto the disk before the rename, else a power cut leaves a whole name with empty files."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def check_writable(folder: str | Path) -> None:
+    """To be tried before the work whose result goes there. Makes nothing.
+
+    Raises OSError that names the folder if it, or what is there of the way to it, takes no file.
+    """
+    folder = Path(folder).absolute()
+    there = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        error.filename = str(folder)
+        raise
+
+
+def _named(error: BaseException, path: Path) -> None:
+    """A write that fails does not say which file it was for."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        error.filename = str(path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dreamtune.fields import Seed, checker, validated
 from dreamtune.files.find import adapter_file, base_of_run, run_settings
-from dreamtune.files.whole import whole
+from dreamtune.files.whole import check_writable, whole
 from dreamtune.models.load import load_base
 from dreamtune.models.sample import grid, sample
 
@@ -41,6 +41,7 @@ def generate(
     from dreamtune.training.defaults import device_and_dtype
 
     file = adapter_file(adapter)
+    check_writable(output_dir)
     settings = run_settings(file)
     device, dtype = device_and_dtype(Config(pretrained_model_name_or_path="embedded"))
     model = load_base(
@@ -70,7 +71,6 @@ def generate(
             guidance_scale=guidance_scale,
             guidance_rescale=settings.get("guidance_rescale", usual.guidance_rescale),
         )
-    output_dir.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
     number = 0
     for image in images:

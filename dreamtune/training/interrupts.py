@@ -46,9 +46,11 @@ class Interrupts:
                 break  # not the main thread: there are no signals to catch
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if isinstance(error, KeyboardInterrupt) and not isinstance(error, Interrupted):
+            raise Interrupted("Stopped before the first step.", self.signal) from None
 
     def handle(self, number: int, frame: object) -> None:
         self.signal = number

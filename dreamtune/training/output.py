@@ -4,6 +4,8 @@ and a stream that is closed, full or gone is given up.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from typing import Any
 
@@ -44,3 +46,15 @@ class Output:
 def say(text: str) -> None:
     """`print`, for a run: never an error."""
     Output("stdout").write(f"{text}\n")
+
+
+def settle() -> None:
+    """At the end of the process: what a lost stream still holds goes nowhere, or the interpreter's
+    own last flush would fail.
+    """
+    for name in ("stdout", "stderr"):
+        output = Output(name)
+        output.flush()
+        if output.lost:
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), getattr(sys, name).fileno())
