@@ -254,7 +254,7 @@ def flags_case(rng: random.Random, work: Path) -> tuple[str, str]:
             raise ValueError(f"{name}: {error}") from None
         return True  # what is accepted has passed its field's rule
 
-    kind, text = outcome(run, (name, words[-1], *(f"`{field}`" for field in FIELDS)))
+    kind, text = outcome(run, (name, *words, "text file", *(f"`{field}`" for field in FIELDS)))
     return kind, f"{' '.join(words)[:80]}: {text[:200]}"
 
 
@@ -269,7 +269,7 @@ def yaml_case(rng: random.Random, work: Path) -> tuple[str, str]:
         train_config(["--config", str(path)])
         return True
 
-    fields = tuple(f"`{n}" for n in FIELDS)
+    fields = tuple(f"`{n}" for n in (*FIELDS, "rank"))
     kind, text = outcome(run, ("some.yaml", *fields, "method", "unknown option"))
     return kind, f"{path.read_bytes()[:60]!r}: {text[:200]}"
 
