@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from pathlib import Path
 
 import pytest
+from hangs import no_hang
 
 from dreamtune.configfile import read_yaml
 from dreamtune.textfile import read_json, read_text
@@ -63,13 +63,11 @@ def test_only_regular_files_are_opened(
         "missing": lambda: None,
     }
     made[kind]()
-    began = time.perf_counter()
-    with pytest.raises(ValueError, match=rf"a\.yaml`: .*{words[kind]}"):
+    with no_hang(), pytest.raises(ValueError, match=rf"a\.yaml`: .*{words[kind]}"):
         read_text(path)
     if kind != "missing":
-        with pytest.raises(ValueError, match=r"a\.yaml"):
+        with no_hang(), pytest.raises(ValueError, match=r"a\.yaml"):
             read_yaml(path)
-    assert time.perf_counter() - began < 1
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", *MARKED])
@@ -107,12 +105,10 @@ def laughs(levels: int, width: int = 9) -> str:
         ("{[a]: b}", "is not YAML: "),
     ],
 )
-def test_yaml_that_explodes_is_refused_at_once(text: str, message: str, tmp_path: Path) -> None:
+def test_yaml_that_explodes_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(text)
-    began = time.perf_counter()
-    with pytest.raises(ValueError, match=rf"a\.yaml` .*{message}") as error:
+    with no_hang(), pytest.raises(ValueError, match=rf"a\.yaml` .*{message}") as error:
         read_yaml(tmp_path / "a.yaml")
-    assert time.perf_counter() - began < 2
     assert len(str(error.value)) < 1000
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hangs import no_hang
 from PIL import Image
 
 from dreamtune.data import picture
@@ -26,10 +26,9 @@ KINDS = all_kinds()
 
 @pytest.mark.parametrize("kind", KINDS, ids=[kind.name for kind in KINDS])
 def test_kinds_of_files(kind: Kind, tmp_path: Path) -> None:
-    began = time.perf_counter()
-    verdict, what = judge(kind, tmp_path)
+    with no_hang():
+        verdict, what = judge(kind, tmp_path)
     assert verdict == CLEAN, what
-    assert time.perf_counter() - began < 3
 
 
 def test_mutated_pictures(tmp_path: Path) -> None:
