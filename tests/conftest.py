@@ -8,9 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings as hypothesis_settings
 from scorer_folders import write_clip, write_dino
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# No example is timed: a busy machine would fail it.
+hypothesis_settings.register_profile("untimed", deadline=None)
+hypothesis_settings.load_profile("untimed")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
