@@ -42,7 +42,7 @@ class ModelFolder:
     """Where the parts of a model are, each in a folder of its name.
 
     Attributes:
-        name: as the user gave it; messages say it.
+        name: as the user gave it; messages say it. A part named "" is the folder itself.
         path: on this machine.
         variant: of the weights, None for the plain ones or the only ones.
         notes: what was assumed or chosen while reading, for the user.
@@ -96,10 +96,10 @@ class ModelFolder:
     def config(self, part: str, schema: Rules, file: str = "config.json") -> dict[str, Any]:
         return read_config(self.path / part / file, schema, self.place(part, file))
 
-    def load(self, part: str, kind: Any, dtype: torch.dtype) -> Any:
+    def load(self, part: str, kind: Any, dtype: torch.dtype, **options: Any) -> Any:
         """A part's module by diffusers' or transformers' own loader, every weight from the file.
 
-        Raises UnreadableFile that names the part.
+        options: of its `from_pretrained`. Raises UnreadableFile that names the part.
         """
         place, folder, names = self.place(part), self.path / part, self.names(part)
         if "adapter_config.json" in names:
@@ -127,6 +127,7 @@ class ModelFolder:
                 use_safetensors=weights.safetensors,
                 local_files_only=True,
                 output_loading_info=True,
+                **options,
             )
         if note := check_complete(place, module, info):
             self.notes.append(note)
@@ -146,10 +147,9 @@ def fetched(name: str, revision: str | None, variant: str | None, parts: Collect
         from huggingface_hub import constants, hf_hub_download, list_repo_files, snapshot_download
 
         def cached() -> Path:
-            index = hf_hub_download(
-                name, "model_index.json", revision=revision, local_files_only=True
-            )
-            return Path(index).parent
+            first = "model_index.json" if any(parts) else "config.json"
+            file = hf_hub_download(name, first, revision=revision, local_files_only=True)
+            return Path(file).parent
 
         if constants.HF_HUB_OFFLINE or not hub_answers():
             return cached()
@@ -169,15 +169,16 @@ def needed(
     """Of a repository's files: the settings of the parts, and one set of weights of each."""
     found = [n for n in names if n == "model_index.json"]
     for part in parts:
-        own = [n.name for n in map(PurePosixPath, names) if str(n.parent) == part]
-        found += [f"{part}/{n}" for n in own if n.endswith((".json", ".txt"))]
+        inside = f"{part}/" if part else ""
+        own = [n.name for n in map(PurePosixPath, names) if f"{n.parent}/" == (inside or "./")]
+        found += [inside + n for n in own if n.endswith((".json", ".txt"))]
         if not kinds_of(own):
             continue
-        chosen = choose(own, variant if has(own, variant) else None, f"{name}/{part}")
+        chosen = choose(own, variant if has(own, variant) else None, f"{name}/{inside}")
         suffix = ".safetensors" if chosen.safetensors else ".bin"
         mark = f".{chosen.variant}" if chosen.variant else ""
         found += [
-            f"{part}/{n}"
+            inside + n
             for n in own
             if re.match(STEMS, n)
             and n.endswith(suffix)
