@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Strict
+from pydantic import AfterValidator, Field, Strict
+from pydantic_core import PydanticCustomError
 
 from dreamtune.fields import UnreadableFile, from_file, shown
 from dreamtune.models.rules import (
@@ -15,7 +16,6 @@ from dreamtune.models.rules import (
     Depth,
     Depths,
     Flag,
-    Number,
     Pair,
     Pixels,
     Positive,
@@ -26,13 +26,21 @@ from dreamtune.models.rules import (
     rules,
 )
 
-Colour = Annotated[list[Number], Field(min_length=3, max_length=3)]
-Spread = Annotated[list[Positive], Field(min_length=3, max_length=3)]
+
+def exactly_three(values: list[Any]) -> list[Any]:
+    if len(values) != 3:
+        raise PydanticCustomError("colour", "it must be a list of three")
+    return values
+
+
+Level = Annotated[float, Strict(), Field(ge=0, le=1)]  # of pixels in [0, 1]
+Colour = Annotated[list[Level], AfterValidator(exactly_three)]
+Spread = Annotated[list[Annotated[Level, Field(gt=0)]], AfterValidator(exactly_three)]
 Sides = dict[str, Any]
 
 # Those whose first token is trained to describe the picture.
 VIT = rules(
-    ("model_type",),
+    ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     model_type=Literal["vit", "deit", "vit_msn", "dinov2", "dinov2_with_registers", "dinov3_vit"],
     hidden_size=Whole, intermediate_size=Whole, num_hidden_layers=Depth,
     num_attention_heads=Depth, image_size=Pixels | Pair, patch_size=Pixels | Pair,
@@ -67,7 +75,10 @@ PREPROCESS = rules(
 
 def preprocessor(path: Path, place: str) -> dict[str, Any]:
     """preprocessor_config.json of a vision transformer, {} where there is none."""
-    return read_config(path, PREPROCESSOR, place) if path.exists() else {}
+    found = read_config(path, PREPROCESSOR, place) if path.exists() else {}
+    if ("image_mean" in found) != ("image_std" in found):
+        raise UnreadableFile(f"`{place}` must say both `image_mean` and `image_std`, or neither.")
+    return found
 
 
 def pixels(value: Any, place: str) -> int:

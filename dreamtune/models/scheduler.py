@@ -20,6 +20,8 @@ KNOWN = (
     "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "TCDScheduler",
     "UniPCMultistepScheduler",
 )  # fmt: skip
+# How DDIM samples from Stable Diffusion; the class's own defaults are those of pixels.
+SAMPLING = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 SCHEDULE = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
     "prediction_type", "rescale_betas_zero_snr",
@@ -45,7 +47,7 @@ def load_scheduler(folder: ModelFolder, named: Sequence[str], prediction_type: s
                 f"the scheduler {'.'.join(named)} {missing}, and `{place}` does not say "
                 f"{', '.join(unsaid)}: nothing is known of its noise."
             )
-        config = {n: config[n] for n in SCHEDULE if n in config}
+        config = {**SAMPLING, **{n: config[n] for n in SCHEDULE if n in config}}
         folder.notes.append(
             f"The scheduler {'.'.join(named)} {missing}: the schedule in `{place}` is used, and "
             "--sampler base samples with DDIM."

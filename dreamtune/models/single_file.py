@@ -18,7 +18,7 @@ import torch
 
 from dreamtune.models.diffusion import PREDICTIONS
 from dreamtune.models.stated import Stated, read_stated
-from dreamtune.models.weights import check_complete, read_by_library
+from dreamtune.models.weights import check_complete, lacking, listed, read_by_library
 
 CONFIGS = Path(__file__).parent / "configs_sd"
 LATENT_SCALE = 8  # pixels a latent, in both families
@@ -48,6 +48,7 @@ def load_file(
             f"read)."
         )
     family, names, metadata = family_of(path), *header(path)
+    check_pairs(path, names)
     if not network_alone:
         check_parts(path, names)
     stated = read_stated(path, names, metadata)
@@ -55,21 +56,7 @@ def load_file(
     if predicted == "epsilon" and family == "v2":
         family = "v2-base"
     tokenizer = clip_tokenizer(pad="!" if family.startswith("v2") else "<|endoftext|>")
-    left_out = {"vae": None, "text_encoder": None} if network_alone else {}
-    with read_by_library(str(path)), right_suffix(path) as file:
-        pipe = diffusers_pipeline().from_single_file(
-            str(file),
-            config=str(CONFIGS / family),
-            tokenizer=tokenizer,
-            safety_checker=None,
-            feature_extractor=None,
-            local_files_only=True,
-            torch_dtype=torch.float32,
-            **left_out,
-        )
-        for part, words in PARTS.items():
-            if part not in left_out:
-                check_complete(f"{path}: {words}", getattr(pipe, part))
+    pipe = read_parts(path, family, tokenizer, network_alone)
     if stated.resolution is not None:
         pipe.unet.register_to_config(sample_size=stated.resolution // LATENT_SCALE)
     if stated.scaling_factor is not None and pipe.vae is not None:
@@ -78,10 +65,32 @@ def load_file(
     return pipe.unet, pipe.vae, pipe.text_encoder, tokenizer, scheduler
 
 
-def diffusers_pipeline() -> Any:
+def read_parts(path: Path, family: str, tokenizer: Any, network_alone: bool) -> Any:
+    """A pipeline of diffusers. Raises UnreadableFile that names part and weights."""
     from diffusers import StableDiffusionPipeline
 
-    return StableDiffusionPipeline
+    left_out = {"vae": None, "text_encoder": None} if network_alone else {}
+    with read_by_library(str(path)), right_suffix(path) as file:
+        try:
+            pipe: Any = StableDiffusionPipeline.from_single_file(
+                str(file),
+                config=str(CONFIGS / family),
+                tokenizer=tokenizer,
+                safety_checker=None,
+                feature_extractor=None,
+                local_files_only=True,
+                torch_dtype=torch.float32,
+                **left_out,
+            )
+        except Exception:  # of several types, for a gap too, which none of them names
+            for part in ("unet", "vae"):
+                if part not in left_out and (gaps := gaps_of(path, part, CONFIGS / family)):
+                    raise lacking(f"{path}: {PARTS[part]}", *gaps) from None
+            raise
+        for part, words in PARTS.items():
+            if part not in left_out:
+                check_complete(f"{path}: {words}", getattr(pipe, part))
+    return pipe
 
 
 def prediction(path: Path, family: str, stated: Stated, asked: str | None, notes: list[str]) -> str:
@@ -117,6 +126,26 @@ def scheduler_of(scheduler: Any, predicted: str, stated: Stated) -> Any:
 
     changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return DDIMScheduler.from_config(scheduler.config, **changes)
+
+
+def gaps_of(path: Path, part: str, configs: Path) -> tuple[str, list[str]] | None:
+    """Class of the network, and those of its weights that the file does not give, by diffusers' own
+    renaming, on names and shapes alone; None where there are none.
+    """
+    import diffusers
+    from diffusers.loaders import single_file_utils
+
+    kind, rename = {
+        "unet": (diffusers.UNet2DConditionModel, single_file_utils.convert_ldm_unet_checkpoint),
+        "vae": (diffusers.AutoencoderKL, single_file_utils.convert_ldm_vae_checkpoint),
+    }[part]
+    config = kind.load_config(str(configs / part))
+    with opened(path) as file, torch.device("meta"):
+        shapes = {name: torch.empty(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        module = kind.from_config(config)
+    found = rename(shapes, config=dict(config))
+    gaps = [name for name in module.state_dict() if found.get(name) is None]
+    return (kind.__name__, gaps) if gaps else None
 
 
 @contextlib.contextmanager
@@ -175,8 +204,8 @@ def family_of(path: Path) -> str:
         )
     if inputs != [4]:
         raise ValueError(
-            f"`{path}`: its UNet takes {inputs} channels, not 4: an inpainting, depth or "
-            "image-conditioned model cannot be the base."
+            f"`{path}`: its UNet takes {inputs[0] if inputs else 0} channels, not 4: an "
+            "inpainting, depth or image-conditioned model cannot be the base."
         )
     return families[width]
 
@@ -193,6 +222,16 @@ def check_parts(path: Path, names: Collection[str]) -> None:
             f"`{path}` lacks weights of the text encoder: it has neither `{TEXT_NAMES[0]}` nor "
             f"`{TEXT_NAMES[1]}`."
         )
+
+
+def check_pairs(path: Path, names: Collection[str]) -> None:
+    """Of these convolutions diffusers reads the bias wherever it finds the weight."""
+    for start, words in ((NETWORK, PARTS["unet"]), ("first_stage_model.", PARTS["vae"])):
+        ends = (".op.weight", ".conv.weight")
+        weights = [n for n in names if n.startswith(start) and n.endswith(ends)]
+        biases = {f"{n.removesuffix('weight')}bias" for n in weights}
+        if missing := sorted(biases - set(names)):
+            raise ValueError(f"`{path}` lacks weights of the {words}: {listed(missing)}.")
 
 
 @lru_cache(maxsize=2)

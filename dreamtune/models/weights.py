@@ -134,11 +134,7 @@ def check_complete(place: str, module: torch.nn.Module, info: Mapping[str, Any] 
     names += [str(n[0] if isinstance(n, tuple) else n) for n in info.get("mismatched_keys", ())]
     extra = sorted(map(str, info.get("unexpected_keys", ())))
     if missing := list(dict.fromkeys(sorted(names))):
-        instead = f"; it has names that belong to no layer, {listed(extra)}" if extra else ""
-        raise UnreadableFile(
-            f"`{place}` lacks weights of the {type(module).__name__}: {listed(missing)}{instead}. "
-            "The file is incomplete or of another layout; get it anew, or convert it."
-        )
+        raise lacking(place, type(module).__name__, missing, extra)
     own = {shape_of_name(n) for n in module.state_dict()}
     if unused := [n for n in extra if shape_of_name(n) in own]:
         return (
@@ -146,6 +142,16 @@ def check_complete(place: str, module: torch.nn.Module, info: Mapping[str, Any] 
             f"{listed(unused)}."
         )
     return None
+
+
+def lacking(
+    place: str, kind: str, missing: Collection[str], extra: Collection[str] = ()
+) -> UnreadableFile:
+    instead = f"; it has names that belong to no layer, {listed(extra)}" if extra else ""
+    return UnreadableFile(
+        f"`{place}` lacks weights of the {kind}: {listed(missing)}{instead}. The file is "
+        "incomplete or of another layout; get it anew, or convert it."
+    )
 
 
 def shape_of_name(name: str) -> str:
