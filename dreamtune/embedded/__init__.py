@@ -92,6 +92,11 @@ def prompts() -> list[str]:
 @cache
 def _registry() -> dict[str, Any]:
     path = ROOT / "subjects.json"
-    if not path.is_file():
-        raise ValueError("this installation lacks dreamtune/embedded/subjects.json: reinstall it")
-    return json.loads(path.read_text())
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {key: found[key] for key in ("subjects", "default", "identifier", "prompts")}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"dreamtune/embedded/subjects.json of this installation is missing or damaged "
+            f"({type(error).__name__}): reinstall dreamtune."
+        ) from None

@@ -7,6 +7,9 @@ float32 rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,9 +17,13 @@ from torch import Tensor
 
 from dreamtune.metrics.extractor import TextExtractor, weights_hash
 from dreamtune.metrics.features import normalize
+from dreamtune.metrics.files import check_open_clip, never_asking
 from dreamtune.metrics.names import cache_if_unreachable, cannot_load, clip_arguments, public_name
 from dreamtune.metrics.similarity import photo_similarity, prompt_similarity
 from dreamtune.metrics.table import register
+from dreamtune.models.weights import read_by_library
+
+OPEN_CLIP_FILE = "open_clip_config.json"
 
 
 class Clip(TextExtractor):
@@ -41,9 +48,14 @@ class Clip(TextExtractor):
         self.device, self.dtype = torch.device(device), dtype
         arguments = clip_arguments(name)
         try:
-            with cache_if_unreachable(arguments["model_name"]):
-                self.model, self.transform = open_clip.create_model_from_pretrained(**arguments)
-                self.tokenizer = open_clip.get_tokenizer(arguments["model_name"])
+            with cache_if_unreachable(arguments["model_name"]), never_asking():
+                options = _checked(arguments["model_name"])
+                local = arguments["model_name"].startswith("local-dir:")
+                with read_by_library(name) if local else nullcontext():
+                    self.model, self.transform = open_clip.create_model_from_pretrained(
+                        **arguments, weights_only=True
+                    )
+                    self.tokenizer = open_clip.get_tokenizer(arguments["model_name"], **options)
         except Exception as error:  # open_clip wraps what went wrong in several types
             raise cannot_load("CLIP", name, "--clip", self.default, error) from error
         self.model.to(self.device, dtype).eval().requires_grad_(False)
@@ -95,6 +107,26 @@ class Clip(TextExtractor):
                 "`hf_tokenizer_name` in the `text_cfg` of its open_clip_config.json and put the "
                 "tokenizer's files beside it"
             )
+
+
+def _checked(model_name: str) -> dict[str, Any]:
+    """Options of `open_clip.get_tokenizer`, after the config of a folder or a hub id was checked.
+
+    Raises UnreadableFile for a config that asks for code, which open_clip would grant.
+    """
+    import open_clip
+
+    scheme, _, place = model_name.rpartition(":")
+    config = open_clip.get_model_config(model_name) if not scheme else None
+    if scheme:
+        file = Path(place) / OPEN_CLIP_FILE
+        if scheme == "hf-hub":
+            from huggingface_hub import hf_hub_download
+
+            file = Path(hf_hub_download(place, OPEN_CLIP_FILE))
+        config = check_open_clip(file, f"{place.rstrip('/')}/{OPEN_CLIP_FILE}")
+    named = (config or {}).get("text_cfg", {}).get("hf_tokenizer_name")
+    return {"trust_remote_code": False} if named else {}
 
 
 register(photo_similarity("clip_i", "CLIP-I", Clip))

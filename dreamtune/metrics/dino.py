@@ -6,22 +6,24 @@ Pictures are resized with PIL (antialiased; a tensor resize without antialiasing
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from dreamtune.fields import UnreadableFile
 from dreamtune.metrics.extractor import Extractor, weights_hash
 from dreamtune.metrics.features import normalize
+from dreamtune.metrics.files import VIT, never_asking, pixels, preprocessor
 from dreamtune.metrics.names import cache_if_unreachable, cannot_load, place_of, public_name
 from dreamtune.metrics.similarity import photo_similarity
 from dreamtune.metrics.table import register
+from dreamtune.models.folder import ModelFolder
+from dreamtune.models.quiet import quiet_diffusers
 
+PREPROCESSOR_FILE = "preprocessor_config.json"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -47,10 +49,12 @@ class Dino(Extractor):
         self.device, self.dtype = torch.device(device), dtype
         self.model, settings = _load_vit(place_of(self.name, name), name)
         self.model.to(self.device, dtype).eval().requires_grad_(False)
-        side = self.model.config.image_size
-        self.resize, self.crop = _sizes(settings, side)
+        side = pixels(self.model.config.image_size, f"{name}/config.json")
+        self.resize, self.crop = _sizes(settings, side, f"{name}/{PREPROCESSOR_FILE}")
         self.mean = tuple(settings.get("image_mean", IMAGENET_MEAN))
         self.std = tuple(settings.get("image_std", IMAGENET_STD))
+        if not settings.get("do_normalize", True):
+            self.mean, self.std = (0.0,) * 3, (1.0,) * 3
         self.resample = Image.Resampling(settings.get("resample", Image.Resampling.BICUBIC))
         # Only the plain ViT refuses other sizes unless told; DINOv2 interpolates by itself.
         other_size = self.model.config.model_type == "vit" and self.crop != side
@@ -93,50 +97,30 @@ class Dino(Extractor):
 register(photo_similarity("dino", "DINO", Dino))
 
 
-def _load_vit(folder: str, name: str) -> tuple[Any, dict[str, Any]]:
+def _load_vit(source: str, name: str) -> tuple[Any, dict[str, Any]]:
     """The model, and its preprocessor settings (empty where there are none)."""
-    from transformers import AutoConfig, AutoModel
-    from transformers.utils import logging
+    from transformers import AutoModel
 
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        with cache_if_unreachable(folder):
-            config = AutoConfig.from_pretrained(folder)
+        with cache_if_unreachable(source), never_asking(), quiet_diffusers():
+            folder = ModelFolder.open(source, None, None, [""])
             # A ViT trained as DINO has no pooler; without this one comes up random, with a warning.
-            options = {"add_pooling_layer": False} if config.model_type == "vit" else {}
-            model, report = AutoModel.from_pretrained(folder, output_loading_info=True, **options)
-            settings = _preprocessor(folder)
+            config = folder.config("", VIT)
+            options = {"add_pooling_layer": False} if config["model_type"] == "vit" else {}
+            model = folder.load("", AutoModel, torch.float32, trust_remote_code=False, **options)
+            settings = preprocessor(
+                folder.path / PREPROCESSOR_FILE, folder.place("", PREPROCESSOR_FILE)
+            )
+            for note in folder.notes:
+                if "layers" in note:
+                    raise UnreadableFile(note)
     except Exception as error:  # hub, HTTP and file errors of three libraries
         raise cannot_load("DINO", name, "--dino", Dino.default, error) from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"DINO `{name}` lacks weights: {', '.join(missing[:3])} ({len(missing)})")
     return model, settings
 
 
-def _preprocessor(folder: str) -> dict[str, Any]:
-    from transformers import ViTImageProcessor
-
-    local = Path(folder) / "preprocessor_config.json"
-    if local.is_file():
-        return json.loads(local.read_text())
-    if not Path(folder).is_dir():
-        with suppress(OSError):
-            return ViTImageProcessor.get_image_processor_dict(folder)[0]
-    return {}
-
-
-def _sizes(settings: dict[str, Any], side: int) -> tuple[int, int]:
+def _sizes(settings: dict[str, Any], side: int, place: str) -> tuple[int, int]:
     """(length of the shorter side after resizing, side of the centre crop) in pixels."""
-
-    def pixels(value: Any) -> int:
-        if isinstance(value, dict):
-            return int(value.get("shortest_edge") or value["height"])
-        return int(value)
-
-    resize = pixels(settings.get("size", side))
-    crop = pixels(settings["crop_size"]) if settings.get("do_center_crop") else resize
-    return resize, crop
+    resize = pixels(settings.get("size", side), f"{place}, size")
+    crop = settings.get("crop_size") if settings.get("do_center_crop") else resize
+    return resize, pixels(crop, f"{place}, crop_size")

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dreamtune.embedded import CLIP, DINO
-from dreamtune.fields import nearest
+from dreamtune.fields import UnreadableFile, nearest
+from dreamtune.models.folder import hub_answers
+from dreamtune.models.weights import reason_of
 
 EMBEDDED = "embedded"
 PACKAGED = {"dino": DINO, "clip": CLIP}
@@ -74,8 +76,6 @@ def cache_if_unreachable(name: str) -> Iterator[None]:
     """
     import huggingface_hub.constants
 
-    from dreamtune.models.folder import hub_answers
-
     local = name.startswith("local-dir:") or Path(name).exists()
     before = huggingface_hub.constants.HF_HUB_OFFLINE
     level = logging.root.level
@@ -90,7 +90,10 @@ def cache_if_unreachable(name: str) -> Iterator[None]:
 
 
 def cannot_load(kind: str, name: str, flag: str, example: str, error: Exception) -> ValueError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """What to do where nothing loads by a name; an error over what a file holds says it already."""
+    if isinstance(error, UnreadableFile):
+        return UnreadableFile(f"cannot load {kind} `{name}`: {error}")
+    reason = reason_of(error)
     return ValueError(
         f"cannot load {kind} `{name}`: it is neither a usable folder nor in the local cache, and "
         f"it could not be fetched. Run once with network (a hub id such as `{example}` is then "

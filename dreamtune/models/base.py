@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dreamtune.models.folder import ModelFolder
 from dreamtune.models.prefixes import Prefixes
 from dreamtune.models.quiet import move
 
@@ -66,38 +67,48 @@ class Base(ABC):
     Attributes:
         network_name: of the trained network in a pipeline.
         network_class: the name of its class in diffusers.
+        parts: the folders of a model that are read.
         prefixes: of the keys of LoRA files.
         multiple: of the sides of images, in pixels.
         id: names the base in files: a hub id, or the last part of a path.
         embedded: whether it is the one in this package.
         device, dtype: where the network computes; the other parts wait on the CPU in float32.
+        notes: sentences for the user, of what was assumed of the base or chosen in its files.
         fused, compiled: what was done to make the network faster.
     """
 
     network_name: ClassVar[str]
     network_class: ClassVar[str]
+    parts: ClassVar[tuple[str, ...]]
     prefixes: ClassVar[Prefixes]
     multiple: ClassVar[int] = 8
 
-    def __init__(self, id: str, embedded: bool, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        id: str,
+        embedded: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+        notes: Sequence[str] = (),
+    ) -> None:
         self.id, self.embedded, self.device, self.dtype = id, embedded, device, dtype
+        self.notes = tuple(notes)
         self.fused = self.compiled = False
 
     @classmethod
     @abstractmethod
     def load_folder(
-        cls, source: str, revision: str | None, variant: str | None, dtype: torch.dtype
+        cls, folder: ModelFolder, dtype: torch.dtype, prediction_type: str | None
     ) -> tuple[Any, ...]:
-        """The parts, as `__init__` takes them first, of a diffusers folder or hub id.
+        """The parts, as `__init__` takes them first.
 
-        Raises ValueError that says what to do.
+        prediction_type: what the user says that the network predicts. Raises ValueError that says
+        what to do.
         """
 
     @classmethod
     @abstractmethod
-    def load_network(
-        cls, source: str, revision: str | None, variant: str | None, dtype: torch.dtype
-    ) -> nn.Module:
+    def load_network(cls, folder: ModelFolder, dtype: torch.dtype) -> nn.Module:
         """The trained network alone."""
 
     @property

@@ -1,18 +1,32 @@
-"""The parts of a model from a diffusers folder or the hub, and errors that say what to do."""
+"""The files of a model: a diffusers folder of this machine, or of a hub id in the hub's cache."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
+
+from dreamtune.fields import UnreadableFile
+from dreamtune.models.rules import INDEX, Rules, read_config
+from dreamtune.models.weights import (
+    STEMS,
+    check_complete,
+    check_shards,
+    choose,
+    kinds_of,
+    read_by_library,
+)
+
+VARIANT = re.compile(r"[\w-][\w.-]*")  # it becomes a part of file names
 
 
 def looks_like_a_path(name: str) -> bool:
@@ -23,57 +37,154 @@ def looks_like_a_path(name: str) -> bool:
     )
 
 
-def load_part(
-    part: Any,
-    place: str,
-    source: str,
-    revision: str | None,
-    variant: str | None,
-    dtype: torch.dtype,
-) -> torch.nn.Module:
-    """A network alone, of the class `part`: from `place` in a model's folder or hub id, or from a
-    folder that holds nothing else. Raises ValueError where there is none.
+@dataclass
+class ModelFolder:
+    """Where the parts of a model are, each in a folder of its name.
+
+    Attributes:
+        name: as the user gave it; messages say it. A part named "" is the folder itself.
+        path: on this machine.
+        variant: of the weights, None for the plain ones or the only ones.
+        notes: what was assumed or chosen while reading, for the user.
     """
-    folder = Path(source)
-    if folder.is_dir():
-        inner = place if (folder / place / "config.json").is_file() else ""
-        config = folder / inner / "config.json"
-        kind = json.loads(config.read_text()).get("_class_name") if config.is_file() else None
-        if kind != part.__name__:
+
+    name: str
+    path: Path
+    variant: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def open(
+        cls, name: str, revision: str | None, variant: str | None, parts: Collection[str]
+    ) -> ModelFolder:
+        """Fetches the files of a hub id, those of `parts` alone.
+
+        Raises ValueError for a variant that is no part of a file's name, one that no part has, and
+        a hub id that cannot be had.
+        """
+        if variant is not None and not VARIANT.fullmatch(variant):
             raise ValueError(
-                f"`{source}` holds no {part.__name__}: its config.json must be in it or in its "
-                f"{place}/, got {kind}."
+                f"`variant` must be a part of a file's name such as fp16, got {variant!r}."
             )
-        place = inner
-    with explained(source):
-        network: torch.nn.Module = part.from_pretrained(
-            source, subfolder=place, torch_dtype=dtype, **hub_options(revision, variant)
+        path = Path(name)
+        found = cls(
+            name, path if path.is_dir() else fetched(name, revision, variant, parts), variant
         )
-        return network
+        weighty = {p: found.names(p) for p in parts if kinds_of(found.names(p))}
+        if variant and weighty and not any(has(n, variant) for n in weighty.values()):
+            part, names = next(iter(weighty.items()))
+            choose(names, variant, found.place(part))
+        return found
 
+    def place(self, part: str, file: str = "") -> str:
+        """What messages call it."""
+        return "/".join(p for p in (self.name.rstrip("/"), part, file) if p)
 
-def hub_options(revision: str | None, variant: str | None = None) -> dict[str, Any]:
-    """Of `from_pretrained`: what is given, and no waiting for a hub that does not answer."""
-    given = {"revision": revision, "variant": variant}
-    return {k: v for k, v in given.items() if v} | {"local_files_only": not hub_answers()}
+    def names(self, part: str) -> list[str]:
+        folder = self.path / part
+        return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
 
-
-def read_index(source: str, revision: str | None = None) -> dict[str, Any]:
-    """model_index.json of a folder or a hub id."""
-    folder = Path(source)
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise ValueError(
-                f"`{source}` has no model_index.json: it is not a diffusers model folder."
+    def index(self) -> dict[str, Any]:
+        """model_index.json. Raises UnreadableFile."""
+        path = self.path / "model_index.json"
+        if not path.is_file():
+            raise UnreadableFile(
+                f"`{self.name}` has no model_index.json: it is not a diffusers model folder."
             )
-        return dict(json.loads((folder / "model_index.json").read_text()))
-    from huggingface_hub import hf_hub_download
+        return read_config(path, INDEX, self.place("", path.name))
 
-    with explained(source):
-        file = hf_hub_download(
-            source, "model_index.json", revision=revision, local_files_only=not hub_answers()
-        )
-        return dict(json.loads(Path(file).read_text()))
+    def config(self, part: str, schema: Rules, file: str = "config.json") -> dict[str, Any]:
+        return read_config(self.path / part / file, schema, self.place(part, file))
+
+    def load(self, part: str, kind: Any, dtype: torch.dtype, **options: Any) -> Any:
+        """A part's module by diffusers' or transformers' own loader, every weight from the file.
+
+        options: of its `from_pretrained`. Raises UnreadableFile that names the part.
+        """
+        place, folder, names = self.place(part), self.path / part, self.names(part)
+        if "adapter_config.json" in names:
+            raise UnreadableFile(
+                f"`{place}` holds an adapter (adapter_config.json), which transformers puts on "
+                "another model: merge it and save the whole, or take its files out."
+            )
+        plain = self.variant if has(names, self.variant) else None
+        weights = choose(names, plain, place)
+        check_shards(folder, place)
+        if weights.variant != self.variant:
+            said = f"`{place}` has no other weights than its variant `{weights.variant}`"
+            if self.variant:
+                said = f"`{place}` has no variant `{self.variant}`; its plain weights"
+            self.notes.append(f"{said}: read.")
+        if not weights.safetensors:
+            self.notes.append(
+                f"`{place}` has no .safetensors file: its .bin is read, tensors alone."
+            )
+        with read_by_library(place):
+            module, info = kind.from_pretrained(
+                str(folder),
+                torch_dtype=dtype,
+                variant=weights.variant,
+                use_safetensors=weights.safetensors,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
+        if note := check_complete(place, module, info):
+            self.notes.append(note)
+        return module
+
+
+def has(names: Collection[str], variant: str | None) -> bool:
+    return any(k.variant == variant for k in kinds_of(names))
+
+
+def fetched(name: str, revision: str | None, variant: str | None, parts: Collection[str]) -> Path:
+    """The folder of a hub id in the hub's cache, with all that is needed of it.
+
+    What is there is taken as it is where the hub cannot be reached. Raises ValueError.
+    """
+    with explained(name):
+        from huggingface_hub import constants, hf_hub_download, list_repo_files, snapshot_download
+
+        def cached() -> Path:
+            first = "model_index.json" if any(parts) else "config.json"
+            file = hf_hub_download(name, first, revision=revision, local_files_only=True)
+            return Path(file).parent
+
+        if constants.HF_HUB_OFFLINE or not hub_answers():
+            return cached()
+        try:
+            names = list_repo_files(name, revision=revision)
+        except OSError:
+            with contextlib.suppress(OSError):
+                return cached()
+            raise
+        wanted = needed(name, names, variant, parts)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+
+
+def needed(
+    name: str, names: Collection[str], variant: str | None, parts: Collection[str]
+) -> list[str]:
+    """Of a repository's files: the settings of the parts, and one set of weights of each."""
+    found = [n for n in names if n == "model_index.json"]
+    for part in parts:
+        inside = f"{part}/" if part else ""
+        own = [n.name for n in map(PurePosixPath, names) if f"{n.parent}/" == (inside or "./")]
+        found += [inside + n for n in own if n.endswith((".json", ".txt"))]
+        if not kinds_of(own):
+            continue
+        chosen = choose(own, variant if has(own, variant) else None, f"{name}/{inside}")
+        suffix = ".safetensors" if chosen.safetensors else ".bin"
+        mark = f".{chosen.variant}" if chosen.variant else ""
+        found += [
+            inside + n
+            for n in own
+            if re.match(STEMS, n)
+            and n.endswith(suffix)
+            and (mark in n if mark else n.count(".") == 1)
+        ]
+    return found
 
 
 @lru_cache(maxsize=1)
@@ -93,13 +204,11 @@ def hub_answers() -> bool:
 
 @contextlib.contextmanager
 def explained(source: str) -> Iterator[None]:
-    """Loading errors of libraries -> a ValueError that says what to do."""
+    """What the hub's client raises over a hub id -> a ValueError that says what to do."""
     try:
         yield
-    # hub and network errors are OSErrors; before huggingface_hub 1.0 ValueErrors as well, so first
+    # hub and network errors are OSErrors; before huggingface_hub 1.0 ValueErrors as well
     except (OSError, RuntimeError) as error:
-        if Path(source).is_dir():
-            raise ValueError(f"`{source}` could not be loaded: {error}") from error
         reason = str(error).strip().split("\n")[0]
         offline = (
             " HF_HUB_OFFLINE is set."
@@ -113,7 +222,3 @@ def explained(source: str) -> Iterator[None]:
             "FOLDER` where there is one and give that FOLDER, or a single .safetensors file, or "
             "set HF_HOME to a cache that holds it; `embedded` needs no download."
         ) from error
-    except ValueError as error:
-        if Path(source).is_dir() or "model_index" in str(error):
-            raise ValueError(f"`{source}` could not be loaded: {error}") from error
-        raise

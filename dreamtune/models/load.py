@@ -11,7 +11,7 @@ import torch
 from dreamtune import embedded
 from dreamtune.config import EMBEDDED
 from dreamtune.models.base import Base
-from dreamtune.models.folder import looks_like_a_path, read_index
+from dreamtune.models.folder import ModelFolder, looks_like_a_path
 from dreamtune.models.prefixes import Prefixes
 from dreamtune.models.quiet import quiet_diffusers
 from dreamtune.models.single_file import load_file
@@ -20,17 +20,28 @@ PACKAGED_MODEL = embedded.MODEL
 
 
 class Family(NamedTuple):
-    """Where a family is: its module and class in this folder, and what its pipelines' names begin
-    with in a model_index.json.
+    """Where a family is: its module and class in this folder, and its pipelines' names in a
+    model_index.json, those of the same parts.
     """
 
     module: str
     name: str
-    pipeline: str
+    pipelines: tuple[str, ...]
 
 
 # Plain, so that a family is imported when a base of it is loaded.
-FAMILIES = (Family("stable_diffusion", "StableDiffusion", "StableDiffusionPipeline"),)
+FAMILIES = (
+    Family(
+        "stable_diffusion",
+        "StableDiffusion",
+        (
+            "StableDiffusionPipeline",
+            "StableDiffusionPipelineSafe",
+            "StableDiffusionImg2ImgPipeline",
+            "StableDiffusionInpaintPipelineLegacy",
+        ),
+    ),
+)
 SINGLE_FILE = FAMILIES[0]  # the family of single files
 
 
@@ -51,35 +62,46 @@ def load_base(
     """
     path = locate(name_or_path)
     ours = path is not None and path.resolve() == PACKAGED_MODEL.resolve()
+    notes: list[str] = []
     with quiet_diffusers():
-        if path is not None and path.is_file():
+        if path is not None and not path.is_dir():
             family, name = family_class(SINGLE_FILE), path.stem
-            parts = load_file(path, prediction_type)
+            parts = load_file(path, prediction_type, notes)
         else:
-            source = str(path or name_or_path)
-            family = family_class(family_of(source, revision))
-            parts = family.load_folder(source, revision, variant, dtype)
+            folder = open_folder(str(path or name_or_path), revision, variant)
+            family = family_class(family_of(folder))
+            parts = family.load_folder(folder, dtype, prediction_type)
             name = EMBEDDED if ours else path.resolve().name if path else name_or_path
+            notes = folder.notes
     return family(
         *parts,
         id=name,
         embedded=ours,
         device=torch.device(device),
         dtype=dtype,
-        prediction_type=prediction_type,
+        notes=notes,
     )
 
 
-def family_of(source: str, revision: str | None = None) -> Family:
-    """By the model_index.json of a folder or hub id. Raises ValueError for one that is not here."""
-    kind = str(read_index(source, revision).get("_class_name", "?"))
+def open_folder(
+    source: str, revision: str | None, variant: str | None, network_alone: bool = False
+) -> ModelFolder:
+    """A folder here, or a hub id with the parts of every family."""
+    families = [family_class(family) for family in FAMILIES]
+    parts = [p for f in families for p in ((f.network_name,) if network_alone else f.parts)]
+    return ModelFolder.open(source, revision, variant, parts)
+
+
+def family_of(folder: ModelFolder) -> Family:
+    """By its model_index.json. Raises ValueError for a family that is not here."""
+    kind = folder.index()["_class_name"]
     for family in FAMILIES:
-        if kind.startswith(family.pipeline):
+        if kind in family.pipelines:
             return family
-    known = ", ".join(family.pipeline for family in FAMILIES)
+    known = ", ".join(family.pipelines[0] for family in FAMILIES)
     raise ValueError(
-        f"`{source}` is a {kind}; a Stable Diffusion 1.x/2.x text-to-image model is needed "
-        f"({known})."
+        f"`{folder.name}` is a {kind[:100]}; a Stable Diffusion 1.x/2.x text-to-image model is "
+        f"needed ({known})."
     )
 
 
@@ -118,14 +140,13 @@ def load_network(
         return network
     path = locate(source)
     with quiet_diffusers():
-        if path is not None and path.is_file():
-            network = load_file(path, prediction_type=None)[0]
+        if path is not None and not path.is_dir():
+            network = load_file(path, None, [], network_alone=True)[0]
         else:
-            where, families = str(path or source), list(FAMILIES)
-            if path is None or (path / "model_index.json").is_file():
-                families = [family_of(where, revision)]
-            family = family_class(families[0])
-            network = family.load_network(where, revision, variant, torch.float32)
+            folder, family = open_folder(str(path or source), revision, variant, True), FAMILIES[0]
+            if path is None or (path / "model_index.json").exists():
+                family = family_of(folder)
+            network = family_class(family).load_network(folder, torch.float32)
     return network.requires_grad_(False).eval()
 
 

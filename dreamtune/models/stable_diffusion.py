@@ -9,12 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dreamtune.fields import UnreadableFile, from_file, shown
 from dreamtune.models.base import Base, Conditioning, Latents, SamplingDefaults
+from dreamtune.models.clip_text import fit, load_text_encoder, load_tokenizer
 from dreamtune.models.diffusion import Diffusion
-from dreamtune.models.folder import explained, hub_options, load_part, read_index
+from dreamtune.models.folder import ModelFolder
 from dreamtune.models.prefixes import Prefixes
 from dreamtune.models.quiet import move, quiet_diffusers
+from dreamtune.models.rules import AUTOENCODER, COMPONENTS, NAMED, NETWORK, PARTS, assumed
+from dreamtune.models.scheduler import SCHEDULE, load_scheduler
 
+# Part -> library and class, as model_index.json names them. The scheduler has its own table.
+CLASSES = {
+    "unet": (("diffusers", "UNet2DConditionModel"),),
+    "vae": (("diffusers", "AutoencoderKL"), ("diffusers", "AutoencoderTiny")),
+    "text_encoder": (("transformers", "CLIPTextModel"),),
+    "tokenizer": (("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast")),
+}
 SMALL_IMAGE = 256  # pixels; up to here less guidance is enough
 
 
@@ -23,6 +34,7 @@ class StableDiffusion(Base):
 
     network_name = "unet"
     network_class = "UNet2DConditionModel"
+    parts = PARTS
     prefixes = Prefixes(peft="unet.", kohya="lora_unet_")
 
     def __init__(
@@ -37,16 +49,11 @@ class StableDiffusion(Base):
         embedded: bool,
         device: torch.device,
         dtype: torch.dtype,
-        prediction_type: str | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
-        """prediction_type: where the files do not say, or say it wrongly. Raises ValueError for
-        parts that do not belong together.
-        """
-        super().__init__(id, embedded, device, dtype)
-        check_parts(id, unet, vae)
-        if prediction_type not in (None, scheduler.config.get("prediction_type")):
-            config = scheduler.config
-            scheduler = type(scheduler).from_config(config, prediction_type=prediction_type)
+        """Raises ValueError for parts that do not belong together."""
+        super().__init__(id, embedded, device, dtype, notes)
+        check_parts(id, unet, vae, text_encoder)
         self.unet, self.vae, self.text_encoder = unet, vae, text_encoder
         self.tokenizer, self.scheduler = tokenizer, scheduler
         for module in (unet, vae, text_encoder):
@@ -57,37 +64,44 @@ class StableDiffusion(Base):
 
     @classmethod
     def load_folder(
-        cls, source: str, revision: str | None, variant: str | None, dtype: torch.dtype
+        cls, folder: ModelFolder, dtype: torch.dtype, prediction_type: str | None
     ) -> tuple[Any, ...]:
         import diffusers
-        import transformers
 
-        index = read_index(source, revision)
-        options, weights = hub_options(revision), hub_options(revision, variant)
-        unet = cls.load_network(source, revision, variant, dtype)
-        weights["torch_dtype"] = torch.float32
-        with explained(source):
-            vae = getattr(diffusers, index["vae"][1])
-            scheduler = getattr(diffusers, index["scheduler"][1])
-            return (
-                unet,
-                vae.from_pretrained(source, subfolder="vae", **weights),
-                transformers.CLIPTextModel.from_pretrained(
-                    source, subfolder="text_encoder", **weights
-                ),
-                transformers.CLIPTokenizer.from_pretrained(
-                    source, subfolder="tokenizer", **options
-                ),
-                scheduler.from_pretrained(source, subfolder="scheduler", **options),
-            )
+        place = folder.place("", "model_index.json")
+        named = from_file(COMPONENTS, folder.index(), f"`{place}`")
+        for part, known in CLASSES.items():
+            if tuple(named[part]) not in known:
+                words = " or ".join(".".join(k) for k in known)
+                raise UnreadableFile(
+                    f"`{place}` names {'.'.join(named[part])[:100]} as {part}; it must be {words}."
+                )
+        scheduler = load_scheduler(folder, named["scheduler"], prediction_type)
+        tokenizer = load_tokenizer(folder)
+        stated = folder.config("vae", AUTOENCODER)
+        vae_class = getattr(diffusers, named["vae"][1])
+        parts = (
+            cls.load_network(folder, dtype),
+            load_module(folder, "vae", vae_class, stated, torch.float32),
+            load_text_encoder(folder, torch.float32),
+        )
+        fit(tokenizer, parts[2], folder)
+        return (*parts, tokenizer, scheduler)
 
     @classmethod
-    def load_network(
-        cls, source: str, revision: str | None, variant: str | None, dtype: torch.dtype
-    ) -> torch.nn.Module:
+    def load_network(cls, folder: ModelFolder, dtype: torch.dtype) -> torch.nn.Module:
         from diffusers import UNet2DConditionModel
 
-        return load_part(UNet2DConditionModel, "unet", source, revision, variant, dtype)
+        part = "unet" if "config.json" in folder.names("unet") else ""
+        there = "config.json" in folder.names(part)
+        found = folder.config(part, NAMED).get("_class_name") if there else None
+        if found != cls.network_class:
+            raise UnreadableFile(
+                f"`{folder.name}` holds no {cls.network_class}: its config.json must be in it or "
+                f"in its unet/, got {str(found)[:100]}."
+            )
+        stated = folder.config(part, NETWORK)
+        return load_module(folder, part, UNet2DConditionModel, stated, dtype)
 
     @property
     def network(self) -> Any:
@@ -101,7 +115,15 @@ class StableDiffusion(Base):
     @property
     def resolution(self) -> int:
         """The side in pixels that the base was trained at."""
-        return int(self.unet.config.sample_size) * self.latent_scale
+        size = self.unet.config.sample_size
+        sides = {size} if isinstance(size, int) else set(size or ())
+        if len(sides) != 1:
+            found = "no `sample_size`" if not sides else f"a `sample_size` of {list(size)}"
+            raise ValueError(
+                f"the UNet of `{self.id}` has {found}, so the side of images must be given: "
+                "--resolution 512 for Stable Diffusion 1.x and most of 2.x."
+            )
+        return sides.pop() * self.latent_scale
 
     @property
     def prediction_type(self) -> str:
@@ -122,7 +144,9 @@ class StableDiffusion(Base):
     def process(self, snr_gamma: float | None = None) -> Diffusion:
         from diffusers import DDPMScheduler
 
-        schedule = DDPMScheduler.from_config(self.scheduler.config)
+        # all of it given: `from_config` would take another class's defaults for this one's own
+        config = self.scheduler.config
+        schedule: Any = DDPMScheduler(**{name: config[name] for name in SCHEDULE if name in config})
         alpha_bar = schedule.alphas_cumprod.float().to(self.device)
         return Diffusion(alpha_bar, self.prediction_type, snr_gamma)
 
@@ -211,16 +235,36 @@ def predict(
     return y
 
 
-def check_parts(source: str, unet: Any, vae: Any) -> None:
-    if unet.config.in_channels != vae.config.latent_channels:
+def load_module(
+    folder: ModelFolder, part: str, kind: Any, stated: dict[str, Any], dtype: torch.dtype
+) -> Any:
+    """A network of diffusers. stated: its config, checked. Raises UnreadableFile for a config of
+    another class, and for weights that are not there.
+    """
+    place, name = folder.place(part, "config.json"), kind.__name__
+    if (found := stated.get("_class_name", name)) != name:
+        raise UnreadableFile(f"`{place}` is of a {shown(found)}, not of a {name}.")
+    module = folder.load(part, kind, dtype)
+    if unsaid := assumed(part or "unet", stated, module.config):
+        folder.notes.append(f"`{place}` does not say, and it is assumed: {', '.join(unsaid)}.")
+    return module
+
+
+def check_parts(source: str, unet: Any, vae: Any, text_encoder: Any) -> None:
+    inputs, outputs = unet.config.in_channels, unet.config.out_channels
+    if inputs != vae.config.latent_channels or outputs != inputs:
         raise ValueError(
-            f"`{source}`: the UNet takes {unet.config.in_channels} channels, its autoencoder gives "
-            f"{vae.config.latent_channels}: inpainting, depth and image-conditioned models cannot "
-            f"be tuned here."
+            f"`{source}`: the UNet takes {inputs} channels and gives {outputs}, its autoencoder "
+            f"gives {vae.config.latent_channels}: inpainting, depth and image-conditioned models "
+            "cannot be tuned here."
         )
-    if unet.config.addition_embed_type is not None or isinstance(
-        unet.config.cross_attention_dim, (list, tuple)
-    ):
+    width = unet.config.cross_attention_dim
+    if unet.config.addition_embed_type is not None or isinstance(width, (list, tuple)):
         raise ValueError(
             f"`{source}` is not a Stable Diffusion 1.x/2.x model (SDXL?), and cannot be tuned here."
+        )
+    if width != text_encoder.config.hidden_size:
+        raise ValueError(
+            f"`{source}`: the UNet is told {width} numbers a token, its text encoder gives "
+            f"{text_encoder.config.hidden_size}: they are not of the same model."
         )

@@ -156,8 +156,9 @@ def note(error: Exception, texts: Sequence[str]) -> None:
 
 
 def base_of(config: Config) -> Base:
+    """The base; says what was assumed of it."""
     device, dtype = device_and_dtype(config)
-    return load_base(
+    base = load_base(
         config.pretrained_model_name_or_path,
         revision=config.revision,
         variant=config.variant,
@@ -165,6 +166,9 @@ def base_of(config: Config) -> Base:
         dtype=dtype,
         device=device,
     )
+    for note in base.notes:
+        say(note)
+    return base
 
 
 def waves(config: Config, base: Base, runs: dict[str, Run]) -> Iterator[dict[str, Run]]:

@@ -1,0 +1,57 @@
+"""The CLIP text encoder of a base and its tokenizer, which must fit each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dreamtune.fields import UnreadableFile
+from dreamtune.models.folder import ModelFolder
+from dreamtune.models.rules import TEXT_ENCODER, TOKENIZER, assumed
+from dreamtune.models.weights import read_by_library
+
+
+def load_text_encoder(folder: ModelFolder, dtype: torch.dtype) -> Any:
+    from transformers import CLIPTextModel
+
+    stated = folder.config("text_encoder", TEXT_ENCODER)
+    encoder = folder.load("text_encoder", CLIPTextModel, dtype)
+    if unsaid := assumed("text_encoder", stated, encoder.config):
+        place = folder.place("text_encoder", "config.json")
+        folder.notes.append(f"`{place}` does not say, and it is assumed: {', '.join(unsaid)}.")
+    return encoder
+
+
+def load_tokenizer(folder: ModelFolder) -> Any:
+    from transformers import CLIPTokenizer
+
+    if "tokenizer_config.json" in folder.names("tokenizer"):
+        folder.config("tokenizer", TOKENIZER, "tokenizer_config.json")
+    with read_by_library(folder.place("tokenizer")):
+        return CLIPTokenizer.from_pretrained(
+            str(folder.path / "tokenizer"), local_files_only=True, trust_remote_code=False
+        )
+
+
+def fit(tokenizer: Any, encoder: Any, folder: ModelFolder) -> None:
+    """The tokenizer's length is that of the encoder's positions where it has none or a longer one.
+
+    Raises UnreadableFile for a tokenizer whose ids are not the encoder's.
+    """
+    positions, length = encoder.config.max_position_embeddings, tokenizer.model_max_length
+    place = folder.place("tokenizer")
+    if len(tokenizer) > encoder.config.vocab_size:
+        raise UnreadableFile(
+            f"`{place}` has {len(tokenizer)} tokens, the text encoder knows "
+            f"{encoder.config.vocab_size}: they are not of the same model."
+        )
+    if length > positions:
+        said = "says no length" if length > 1e9 else f"says a length of {length}"
+        folder.notes.append(f"`{place}` {said}: the text encoder's {positions} tokens are used.")
+        tokenizer.model_max_length = positions
+    tokenizer.model_max_length = int(tokenizer.model_max_length)
+    with read_by_library(place):  # a damaged vocabulary loads, and fails at the first word
+        ids = tokenizer("a", padding="max_length", max_length=tokenizer.model_max_length).input_ids
+    if len(ids) != tokenizer.model_max_length or not all(isinstance(i, int) for i in ids):
+        raise UnreadableFile(f"`{place}` does not make tokens of words.")
