@@ -79,6 +79,7 @@ REASONS = {
     errno.EROFS: "the file system is read-only; name a folder that can be written",
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
+    errno.EEXIST: "something else has that name",
     errno.ENOENT: "there is no such file or folder",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
     errno.EISDIR: "it is a folder, not a file",

@@ -25,6 +25,7 @@ from dreamtune.fields import (
     Pixels,
     Seed,
     checker,
+    one_part,
     opt,
     shown,
     validated,
@@ -279,6 +280,11 @@ class Config:
         if self.class_prompt and not self.with_prior_preservation and self.class_data_dir:
             raise ValueError(
                 "`class_data_dir` is set but no class image is used: add --with_prior_preservation."
+            )
+        if self.name is not None and not one_part(self.name):
+            raise ValueError(
+                "`name` must be the name of a folder in runs/, not a path (that is `output_dir`); "
+                f"got {shown(self.name)}."
             )
         default_base = self.pretrained_model_name_or_path == EMBEDDED
         if self.early_stop and "none" in (self.dino, self.clip):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.metadata
 import importlib.util
+import os
 import sys
 from collections.abc import Mapping
 from importlib.machinery import PathFinder
@@ -12,7 +14,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
-from dreamtune.config import FIELDS, Config, plain_default, rules
+from dreamtune.config import EMBEDDED, FIELDS, Config, plain_default, rules
 from dreamtune.fields import (
     UnreadableFile,
     checker,
@@ -27,6 +29,9 @@ METHODS_GROUP = "dreamtune.methods"
 # What a method's annotations may come from: modules that are imported here anyway.
 LIGHT = {"typing", "typing_extensions", "pydantic", "annotated_types", "dreamtune.fields"}
 NOT_OPTIONS = ("slots", "generator")
+PICTURES = ("instance_data_dir", "class_data_dir")
+PLACES = ("pretrained_model_name_or_path", "dino", "clip", *PICTURES)  # of files on this machine
+LOCAL, WORDS = "local-dir:", (EMBEDDED, "none")
 MAX_VALUES = 10_000  # of a config file, aliases written out
 Signature = dict[str, tuple[Any, Any]]  # option -> type with its range, default
 
@@ -194,6 +199,38 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return from_file(rules(others=True), loaded, f"`{path}`")
 
 
+def read_run(path: Path) -> dict[str, Any]:
+    """config.yaml of a run. What lay in the run's folder lies where the folder is now."""
+    values = read_yaml(path)
+    old, new = values.get("output_dir"), os.path.abspath(path.parent)
+    if old is not None:
+        for name in PLACES:
+            kind, place = kind_and_place(values.get(name) or "")
+            if place == old or place.startswith(old + os.sep):
+                values[name] = kind + new + place[len(old) :]
+    return values
+
+
+def kind_and_place(value: str) -> tuple[str, str]:
+    """open_clip writes a kind before a folder: `local-dir:models/clip`."""
+    kind = LOCAL if value.startswith(LOCAL) else ""
+    return kind, value[len(kind) :]
+
+
+def absolute(config: Config) -> Config:
+    """Places on this machine as absolute paths: the run may go on from another folder."""
+    found = {}
+    for name in PLACES:
+        kind, place = kind_and_place(getattr(config, name) or "none")
+        if place in WORDS or place.startswith(f"{EMBEDDED}:"):
+            continue
+        path = os.path.abspath(os.path.expanduser(place))
+        # another name of a base or a scorer is one of the hub
+        if name in PICTURES or kind or os.path.exists(path):
+            found[name] = kind + path
+    return dataclasses.replace(config, **found)
+
+
 def parse_yaml(text: str, place: str) -> Any:
     """Raises UnreadableFile, which names the place, for what is no YAML, or has a name twice."""
     import yaml
@@ -252,7 +289,7 @@ def continued(config: Config, saved_file: Path) -> Config:
         raise ValueError(
             f"there is no `{saved_file}`: {saved_file.parent} is not the folder of a run."
         )
-    saved = from_file(rules(), read_yaml(saved_file), f"`{saved_file}`")
+    saved = from_file(rules(), read_run(saved_file), f"`{saved_file}`")
     default = {name: plain_default(name) for name in FIELDS}
     merged, clashes, bound = {}, [], fixed(saved)
     for key in FIELDS:

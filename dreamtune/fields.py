@@ -77,6 +77,11 @@ def opt(
     return field(default=default, metadata={**facts, **rules})
 
 
+def one_part(name: str) -> bool:
+    """Whether it is the name of a file or folder, and no path: whatever system reads it."""
+    return name.isprintable() and name.strip(".") != "" and not set(name) & set("/\\")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """' Did you mean `x`?' or ''."""
     if len(word) > NAME_LIMIT:

@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from dreamtune.configfile import kind_and_place
 from dreamtune.evaluation.curves import curve
 from dreamtune.evaluation.selection import RULE, Choice, Rating
 from dreamtune.files.whole import whole
@@ -288,11 +289,15 @@ def _protocol(protocol: Mapping[str, Any] | None) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A setting as text; of an absolute path only its last part, which names nobody's home."""
+    """A setting as text; of an absolute path only its last part, which names nobody's home. A kind
+    may stand before it, such as open_clip's `local-dir:`.
+    """
     if isinstance(value, Mapping):
         value = [f"{key} {inner}" for key, inner in value.items()]
-    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    return f"…/{Path(text).name}" if os.path.isabs(text) else text
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_shown, value))
+    kind, text = kind_and_place(str(value))
+    return f"{kind}…/{Path(text).name}" if os.path.isabs(text) else f"{kind}{text}"
 
 
 def _img(image: Image.Image, alt: str, side: int, crop: bool = False) -> str:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dreamtune.evaluation.selection import NEEDED
+from dreamtune.files.whole import whole
 from dreamtune.models.base import Base
 from dreamtune.models.sample import Sampling, sample
 
@@ -161,7 +162,8 @@ def save_grid(images: Sequence[Image.Image], path: Path) -> None:
     sheet = Image.new("RGB", (width * min(COLUMNS, len(images)), height * rows), "white")
     for i, image in enumerate(images):
         sheet.paste(image, (i % COLUMNS * width, i // COLUMNS * height))
-    sheet.save(path, compress_level=1)  # the default takes 4 times as long, for 10% of the size
+    with whole(path) as partial:  # the default level takes 4 times as long, for 10% of the size
+        sheet.save(partial, "PNG", compress_level=1)
 
 
 def read_grid(path: Path, count: int, size: int) -> list[Image.Image]:

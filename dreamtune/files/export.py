@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamtune.adapters import find_method
+from dreamtune.fields import one_part
 from dreamtune.files.find import adapter_file, name_of, run_settings
 from dreamtune.files.fingerprint import check_base, fingerprint
 from dreamtune.files.formats import Change, LayerFactors, export_format, read_adapter
@@ -86,6 +87,8 @@ def export(
     about = {"exported_from": method, "fingerprint": prints, "metadata": about}
     if name is None:
         name = "adapter" if isinstance(source, InjectedAdapter) else name_of(path)
+    if not one_part(name):
+        raise ValueError(f"`name` must be the name of a file, not a path; got {name!r}")
     path = Path(out_dir) / target.file_name.format(name=name)
     target.write(
         path, Change(same_rank(small), dtype, about, prefixes_of(network), network), overwrite

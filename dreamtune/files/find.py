@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dreamtune.configfile import read_yaml
+from dreamtune.configfile import read_run
 from dreamtune.files.formats import formats
 
 CONFIG, STATE, BEST = "config.yaml", "run_state.json", "best"
@@ -51,7 +51,7 @@ def run_of(file: Path) -> Path | None:
 def run_settings(file: Path) -> dict[str, Any]:
     """config.yaml of the run that a file lies in, its fields checked, or {}."""
     folder = run_of(file)
-    return read_yaml(folder / CONFIG) if folder else {}
+    return read_run(folder / CONFIG) if folder else {}
 
 
 def name_of(file: Path) -> str:

@@ -30,7 +30,7 @@ def whole(path: str | Path) -> Iterator[Path]:
         os.replace(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        _named(error, path)
+        _named(error, path, partial)
         raise
 
 
@@ -62,7 +62,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
             raise
     except BaseException as error:
         _clear(partial)
-        _named(error, folder)
+        _named(error, folder, partial)
         raise
     _clear(old)
 
@@ -103,7 +103,9 @@ def check_writable(folder: str | Path) -> None:
         raise
 
 
-def _named(error: BaseException, path: Path) -> None:
-    """A write that fails does not say which file it was for."""
-    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+def _named(error: BaseException, path: Path, partial: Path) -> None:
+    """A write that fails does not say which file it was for, or names the one beside it."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return
+    if error.filename is None or os.fspath(error.filename) == str(partial):
         error.filename = str(path)

@@ -22,6 +22,7 @@ from dreamtune.training.run_folder import (
     UNREADABLE,
     checkpoints,
     damage,
+    refuse_file,
     refuse_taken,
     step_of,
 )
@@ -49,8 +50,7 @@ def resumed_folder(resume: str, output_dir: str | None) -> Path:
                 "`resume_from_checkpoint latest` needs --output_dir, the folder of the run."
             )
         folder = Path(output_dir).expanduser()
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"`output_dir` {folder} is a file.")
+        refuse_file(folder)
         return folder
     folder = Path(resume).expanduser()
     if not NAME.fullmatch(folder.resolve().name) or not (folder / STATE).is_file():

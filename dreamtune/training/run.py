@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dreamtune.config import STACKED, Config, Settings
-from dreamtune.configfile import continued
+from dreamtune.configfile import absolute, continued
 from dreamtune.data.photos import KEPT_SIDE, changed, read_folder, statement
 from dreamtune.data.words import SubjectWords
 from dreamtune.evaluation.selection import Choice, choose_best
@@ -40,6 +40,9 @@ from dreamtune.training.speed import choose_speed, speed_up
 from dreamtune.training.tracker import Tracker
 
 BAD_STEPS_IN_A_ROW = 25
+CONFIG_NOTE = (
+    "# To go on with this run here: it has paths of this machine. To share: best/, report.html."
+)
 
 
 class Run:
@@ -66,6 +69,7 @@ class Run:
         """All that can be refused without a model; the folder is this run's from here on."""
         from dreamtune.adapters import find_method, resolve_options
 
+        config = absolute(config)
         if config.resume_from_checkpoint is not None:
             config = self.go_on(config, config.resume_from_checkpoint)
         self.method = find_method(config.method)
@@ -78,6 +82,7 @@ class Run:
         if self.lock is None:
             self.lock = run_folder.take(config.output_dir, name)
             self.dir = self.lock.folder
+            run_folder.refuse_planted(self.dir)
             run_folder.sweep(self.dir)
         if self.checkpoint:
             other = changed(records.read_state(self.checkpoint), folder.photos)
@@ -100,6 +105,7 @@ class Run:
         """Takes the folder of an earlier run; gives its settings."""
         self.dir = resumed_folder(resume, config.output_dir)
         self.lock = FolderLock(self.dir)
+        run_folder.refuse_planted(self.dir)
         run_folder.sweep(self.dir)
         self.checkpoint = find_checkpoint(resume, self.dir)
         if self.checkpoint:
@@ -159,9 +165,11 @@ class Run:
     def write_config(self) -> None:
         import yaml
 
-        values = {**self.config.to_dict(), "resume_from_checkpoint": None}
+        place = os.path.abspath(self.dir)
+        values = {**absolute(self.config).to_dict(), "output_dir": place}
+        text = yaml.safe_dump({**values, "resume_from_checkpoint": None}, sort_keys=False)
         with whole(self.dir / run_folder.CONFIG) as partial:
-            partial.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+            partial.write_text(f"{CONFIG_NOTE}\n{text}", encoding="utf-8")
 
     def check(self, slot: Slot, k: int) -> float:
         """The loss, to the tracker too. Raises ValueError if training has come apart."""
@@ -219,6 +227,7 @@ class Run:
         """Scores the images and keeps all: samples/, metrics.jsonl, best/. loss: the mean since
         the last scoring, nan without a step. began: when the scoring did.
         """
+        self.check_folder()
         record = {
             "step": k,
             **self.evaluator.judge(k, list(images)),
@@ -265,7 +274,13 @@ class Run:
             if self.method.low_rank:
                 export(slot.adapter, place, slot=slot.index, overwrite=True)
 
+    def check_folder(self) -> None:
+        """Before each write. Raises ValueError where the folder is no longer there."""
+        assert self.lock is not None
+        self.lock.check()
+
     def save(self, slot: Slot, k: int) -> Path:
+        self.check_folder()
         return run_folder.save_checkpoint(self.dir, k, slot, self.info)
 
     def rotate(self, k: int) -> None:
@@ -273,11 +288,14 @@ class Run:
 
     def finish(self, slot: Slot) -> TrainResult:
         """Final files at the top level, the report, and what to tell the user."""
+        self.check_folder()
         final = self.dir / ".final"
-        self.save_files(slot, final, self.history[-1])
-        for path in final.iterdir():
-            os.replace(path, self.dir / path.name)
-        shutil.rmtree(final)
+        try:
+            self.save_files(slot, final, self.history[-1])
+            for path in final.iterdir():
+                os.replace(path, self.dir / path.name)
+        finally:
+            shutil.rmtree(final, ignore_errors=True)
         if self.evaluator.scorers is not None:
             self.write_report()
         best = self.dir / run_folder.BEST
@@ -316,7 +334,7 @@ class Run:
             adapted_images=grids[self.best_step],
             history=self.history,
             choice=self.choice,
-            settings={k: v for k, v in c.to_dict().items() if k not in hidden},
+            settings={k: v for k, v in absolute(c).to_dict().items() if k not in hidden},
             base=self.base.id,
             example_prompt=self.evaluator.prompts[0],
             sample_settings=options,

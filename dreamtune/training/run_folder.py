@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 CONFIG, STATE, BEST = find.CONFIG, find.STATE, find.BEST
 ADAPTER, LORA = native.FORMAT.file_name, diffusers.FORMAT.file_name
+FOLDERS = ("samples", BEST, "logs")
 OURS = (CONFIG, METRICS, ADAPTER, LORA, "report.html", "samples", BEST)
 NAME = re.compile(r"checkpoint-(\d+)")
 # What `files.whole` leaves when it is killed.
@@ -85,27 +86,61 @@ def take(output_dir: str | None, name: str) -> FolderLock:
             raise
         return lock
     number, folder = 2, Path("runs") / name
+    refuse_file(folder.parent)
     while True:
-        with contextlib.suppress(FileExistsError):
-            return FolderLock(folder, new=True)
+        # one that is there, of whatever kind, is not tried: only of the making an error is "taken"
+        if not os.path.lexists(folder):
+            with contextlib.suppress(FileExistsError):
+                return FolderLock(folder, new=True)
         folder = Path("runs") / f"{name}-{number}"
         number += 1
 
 
+def refuse_file(folder: Path) -> None:
+    """Raises ValueError where the name of a run's folder, or of one above, is taken by a file."""
+    there = next((p for p in (folder, *folder.parents) if os.path.lexists(p)), folder)
+    if os.path.isdir(there) or not os.path.lexists(there):
+        return
+    kind = "a link that leads to no folder" if there.is_symlink() else "a file, not a folder"
+    place = f"{folder} cannot be made: {there}" if there != folder else folder
+    raise ValueError(f"`output_dir` {place} is {kind}.")
+
+
+def refuse_planted(run_dir: Path) -> None:
+    """Raises ValueError for what is under a name that the run writes to, and is no file or folder
+    of its own. Of a link whoever may write into a shared folder would choose where it leads.
+    """
+    for path in sorted([*run_dir.iterdir(), *(run_dir / "samples").glob("*.png")]):
+        saved = NAME.fullmatch(path.name)
+        if path.parent == run_dir and path.name not in (*OURS, "logs") and not saved:
+            continue
+        if path.is_symlink():
+            raise ValueError(f"`{path}` is a link, which is not followed: take it away.")
+        folder = path.name in FOLDERS or saved
+        if not (path.is_dir() if folder else path.is_file()):
+            kind = "folder" if folder else "file"
+            raise ValueError(f"`{path}` must be a {kind} of the run, and is none: take it away.")
+
+
 def refuse_taken(folder: Path) -> None:
     """Raises ValueError for a file, and for a folder with a run's files."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`output_dir` {folder} is a file.")
-    saved = [p.name for p in checkpoints(folder)]
+    refuse_file(folder)
+    if not folder.is_dir():
+        return
     # a run that was stopped while it got ready left its settings and nothing else
-    taken = [n for n in OURS if n != CONFIG and os.path.lexists(folder / n)] + saved
-    if taken:
-        way = "Continue it with --resume_from_checkpoint latest" if saved else "Remove it"
-        again = "" if saved else " The same flags with --resume_from_checkpoint latest begin anew."
-        raise ValueError(
-            f"`output_dir` {folder} holds another run ({', '.join(taken[:4])}); nothing is "
-            f"overwritten. {way}, or name another folder.{again}"
-        )
+    taken = [n for n in OURS if n != CONFIG and os.path.lexists(folder / n)]
+    taken += sorted(p.name for p in folder.iterdir() if NAME.fullmatch(p.name))
+    if not taken:
+        return
+    way, latest = "Remove it, or name another folder.", "--resume_from_checkpoint latest"
+    if checkpoints(folder):
+        way = f"Continue it with {latest}, or name another folder."
+    elif (folder / CONFIG).is_file():
+        way += f" The same flags with {latest} begin anew."
+    raise ValueError(
+        f"`output_dir` {folder} holds another run ({', '.join(taken[:4])}); nothing is "
+        f"overwritten. {way}"
+    )
 
 
 def checkpoints(folder: Path) -> list[Path]:
