@@ -10,6 +10,7 @@ import torch
 
 from dreamtune import embedded
 from dreamtune.config import EMBEDDED
+from dreamtune.injection.targets import unwrapped
 from dreamtune.models.base import Base
 from dreamtune.models.folder import looks_like_a_path, read_index
 from dreamtune.models.prefixes import Prefixes
@@ -103,8 +104,9 @@ def prefixes_of(network: torch.nn.Module | None) -> Prefixes:
 def load_network(
     source: Any, *, revision: str | None = None, variant: str | None = None
 ) -> torch.nn.Module:
-    """The trained network: itself, of a pipeline, or loaded alone in float32 on the CPU from all
-    that `load_base` takes or from a folder of a UNet. Raises ValueError for anything else.
+    """The trained network: itself, also where it is given compiled or wrapped, of a pipeline, or
+    loaded alone in float32 on the CPU from all that `load_base` takes or from a folder of a UNet.
+    Raises ValueError for anything else.
     """
     if not isinstance(source, (str, Path)):
         names = [family_class(family).network_name for family in FAMILIES]
@@ -115,7 +117,7 @@ def load_network(
                 "`base` must be a UNet, a pipeline, a folder, a .safetensors file, a hub id or "
                 f'"{EMBEDDED}", got {source!r}'
             )
-        return network
+        return unwrapped(network)
     path = locate(source)
     with quiet_diffusers():
         if path is not None and path.is_file():
