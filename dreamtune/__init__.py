@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from dreamtune.injection.inject import InjectedAdapter as InjectedAdapter
     from dreamtune.injection.inject import inject as inject
     from dreamtune.pipeline.load import load as load
+    from dreamtune.pipeline.speed import slow_down as slow_down
+    from dreamtune.pipeline.speed import speed_up as speed_up
     from dreamtune.training.train import train as train
     from dreamtune.training.train import train_stacked as train_stacked
 
@@ -31,6 +33,8 @@ _PUBLIC = {
     "inject": "dreamtune.injection.inject",
     "load": "dreamtune.pipeline.load",
     "register": "dreamtune.adapters",
+    "slow_down": "dreamtune.pipeline.speed",
+    "speed_up": "dreamtune.pipeline.speed",
     "train": "dreamtune.training.train",
     "train_stacked": "dreamtune.training.train",
 }
@@ -43,6 +47,8 @@ __all__ = [
     "inject",
     "load",
     "register",
+    "slow_down",
+    "speed_up",
     "train",
     "train_stacked",
 ]

@@ -84,8 +84,8 @@ class DeLoRA(Adapter):
         a0, b0 = unit(self.A0, -1), unit(self.B0, -2)
         return torch.cat([b - b0, b0], -1), strength * torch.cat([a, a - a0], -2)
 
-    @torch.no_grad()
     def constants(self, weight: Tensor) -> tuple[Tensor, ...]:
         """w, (*L, 1, 1, in): the norms of the columns of W."""
-        norms = torch.linalg.vector_norm(weight, dim=-2, dtype=self.A.dtype)
+        with torch.no_grad():
+            norms = torch.linalg.vector_norm(weight, dim=-2, dtype=self.A.dtype)
         return (norms[..., None, None, :],)

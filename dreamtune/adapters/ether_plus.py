@@ -89,8 +89,7 @@ class _Columns(torch.autograd.Function):
         n = u.shape[-1]
         p = u.new_zeros(*u.shape[:-2], n, u.shape[-2], n, 2)
         minus, plus = p.diagonal(dim1=-4, dim2=-2).unbind(-2)
-        torch.sub(v, u, out=minus)
-        torch.add(v, u, out=plus)
+        _difference_and_sum(v, u, minus, plus)
         p.mul_(math.sqrt(0.5))
         ctx.n = n
         return p.flatten(-4, -3).flatten(-2), p.flip(-1).flatten(-4, -3).flatten(-2)
@@ -101,6 +100,15 @@ class _Columns(torch.autograd.Function):
         both = dp.reshape(shape) + dq.reshape(shape).flip(-1)
         minus, plus = both.diagonal(dim1=-4, dim2=-2).unbind(-2)  # (..., k, n)
         d = both.new_empty(2, *minus.mT.shape)
-        torch.sub(plus.mT, minus.mT, out=d[0])
-        torch.add(plus.mT, minus.mT, out=d[1])
+        _difference_and_sum(plus.mT, minus.mT, d[0], d[1])
         return d.mul_(math.sqrt(0.5))
+
+
+def _difference_and_sum(a: Tensor, b: Tensor, minus: Tensor, plus: Tensor) -> None:
+    """Writes a - b and a + b."""
+    if torch.compiler.is_compiling():  # takes no view as `out`
+        minus.copy_(a - b)
+        plus.copy_(a + b)
+    else:
+        torch.sub(a, b, out=minus)
+        torch.add(a, b, out=plus)

@@ -181,7 +181,7 @@ class CapturedForward:
         tensors = sample.is_cuda and all(isinstance(x, Tensor) for x in inputs)
         if not usual or not tensors or torch.is_grad_enabled():
             return self.eager(*inputs, *rest, return_dict=return_dict, **options)
-        routed = self.adapter.groups[0].parts[0].routed
+        routed = self.adapter.routed
         key = (routed, torch.is_inference_mode_enabled(), *((x.shape, x.dtype) for x in inputs))
         if key not in self.graphs:
             self.graphs[key] = None

@@ -19,6 +19,7 @@ from dreamtune.files.tensors import naming
 from dreamtune.files.whole import check_writable
 from dreamtune.injection.adapter_file import AdapterFile, Fingerprint
 from dreamtune.injection.inject import InjectedAdapter
+from dreamtune.injection.targets import layer_at, weight_of
 from dreamtune.models.load import load_network, prefixes_of
 
 DTYPES = {
@@ -119,7 +120,7 @@ def factors_of_adapter(adapter: InjectedAdapter, slot: int = 0) -> LayerFactors:
     for group in adapter.groups:
         up, down = group.adapter.factors(group.weight)
         for path, u, d in zip(group.names, up[:, slot], down[:, slot]):
-            found[path] = (u, d)
+            found[path] = _finite(path, u, d)
     return found
 
 
@@ -149,19 +150,23 @@ def factors_of_file(
         own = {k.removeprefix(start): t for k, t in file.tensors.items() if k.startswith(start)}
         adapter.load_state_dict({k: t.unsqueeze(0) for k, t in own.items()})
         up, down = adapter.factors(weight)
-        if not (up.isfinite().all() and down.isfinite().all()):
-            raise ValueError(f"the change of `{path}` is not finite")
-        found[path] = (up[0], down[0])
+        found[path] = _finite(path, up[0], down[0])
     return found, prints
+
+
+def _finite(path: str, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    if not (up.isfinite().all() and down.isfinite().all()):
+        raise ValueError(f"the change of `{path}` is not finite")
+    return up, down
 
 
 def _weight(model: nn.Module, path: str, shape: tuple[int, int]) -> Tensor:
     try:
-        layer = model.get_submodule(path)
+        layer = layer_at(model, path)
     except AttributeError:
         raise ValueError(f"the base has no layer `{path}`, which the adapter changes") from None
     weight = layer.weight
     if not isinstance(weight, Tensor) or tuple(weight.shape) != tuple(shape):
         got = tuple(weight.shape) if isinstance(weight, Tensor) else None
         raise ValueError(f"`{path}` must be {tuple(shape)} in the base, got {got}")
-    return weight.detach()
+    return weight_of(layer)

@@ -19,7 +19,7 @@ from dreamtune.files.fingerprint import PRINTS
 from dreamtune.files.formats import Change, ExportFormat, LayerFactors, Prefixes
 from dreamtune.files.tensors import FLOATS, TensorFile, write_new
 from dreamtune.injection.adapter_file import AdapterFile
-from dreamtune.injection.group import TARGET_MODULES, find_targets
+from dreamtune.injection.targets import TARGET_MODULES, find_targets
 
 _ABOUT = checker(
     {"metadata": dict[str, Any], "fingerprint": PRINTS, "exported_from": str}, others=True

@@ -137,6 +137,9 @@ def save_adapter(file: AdapterFile, path: str | Path) -> Path:
         "fingerprint": file.fingerprint or fingerprint(file.weights),
         "metadata": file.metadata,
     }
+    for key, tensor in file.tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"the adapter holds values that are not finite in `{key}`: not saved")
     write_tensors(path, file.tensors, about)
     return path
 

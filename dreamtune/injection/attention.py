@@ -6,23 +6,35 @@ input that it does not know is left to that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamtune.injection.layer import AdaptedLinear, Projection
+from dreamtune.injection.layer import AdaptedLinear
+from dreamtune.injection.projection import Projection
+from dreamtune.injection.targets import Place
 
 
 class JointProjections:
     """Stands for `original`, the processor of an attention with the joint projection `many`: of
     query, key and value, or of a text's key and value.
+
+    To whoever asks for its class, as diffusers does to choose a processor or to make another of the
+    kind, it is the one that it stands for. A copy is that one too.
     """
 
     def __init__(self, original: Any, many: Projection) -> None:
         self.original, self.many, self.cross = original, many, len(many.layers) == 2
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self.original)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _itself, (self.original,)
 
     def __call__(
         self,
@@ -78,14 +90,15 @@ def plain(attn: nn.Module) -> bool:
     )
 
 
-def project_jointly(model: nn.Module) -> list[Any]:
+def project_jointly(attentions: Iterable[nn.Module]) -> list[Any]:
     """Gives the attentions with joint projections their processor; returns them."""
     changed: list[Any] = []
     module: Any
-    for module in model.modules():
+    for module in attentions:
         layer = getattr(module, "to_k", None)
-        if type(layer) is AdaptedLinear and len(layer.projection.layers) > 1 and plain(module):
-            module.processor = JointProjections(module.processor, layer.projection)
+        many = layer.projection if type(layer) is AdaptedLinear else None
+        if many is not None and len(many.layers) > 1 and plain(module):
+            module.processor = JointProjections(module.processor, many)
             changed.append(module)
     return changed
 
@@ -93,21 +106,22 @@ def project_jointly(model: nn.Module) -> list[Any]:
 JOINT: dict[Any, tuple[str, ...]] = {True: ("to_k", "to_v"), False: ("to_q", "to_k", "to_v")}
 
 
-def joint_layers(
-    model: nn.Module, names: list[str], layers: Mapping[str, nn.Linear]
-) -> list[list[str]]:
+def joint_layers(names: list[str], places: Mapping[str, Place]) -> list[list[str]]:
     """The names of a group's layers, those of one projection together."""
     parts: list[list[str]] = []
     place = 0
     while place < len(names):
         parent = names[place].rpartition(".")[0]
-        attn = model.get_submodule(parent)
-        cross = getattr(attn, "is_cross_attention", None)
+        cross = getattr(places[names[place]].attention, "is_cross_attention", None)
         together = JOINT.get(cross, ())
         wanted = [f"{parent}.{name}" for name in together]
         joint = bool(wanted) and names[place : place + len(wanted)] == wanted
-        if joint and any(layers[name].bias is not None for name in wanted):
+        if joint and any(places[name].layer.bias is not None for name in wanted):
             joint = False
         parts.append(wanted if joint else [names[place]])
         place += len(parts[-1])
     return parts
+
+
+def _itself(x: Any) -> Any:
+    return x

@@ -10,6 +10,7 @@ import torch
 
 from dreamtune import embedded
 from dreamtune.config import EMBEDDED
+from dreamtune.injection.targets import unwrapped
 from dreamtune.models.base import Base
 from dreamtune.models.folder import ModelFolder, looks_like_a_path
 from dreamtune.models.prefixes import Prefixes
@@ -125,8 +126,9 @@ def prefixes_of(network: torch.nn.Module | None) -> Prefixes:
 def load_network(
     source: Any, *, revision: str | None = None, variant: str | None = None
 ) -> torch.nn.Module:
-    """The trained network: itself, of a pipeline, or loaded alone in float32 on the CPU from all
-    that `load_base` takes or from a folder of a UNet. Raises ValueError for anything else.
+    """The trained network: itself, also where it is given compiled or wrapped, of a pipeline, or
+    loaded alone in float32 on the CPU from all that `load_base` takes or from a folder of a UNet.
+    Raises ValueError for anything else.
     """
     if not isinstance(source, (str, Path)):
         names = [family_class(family).network_name for family in FAMILIES]
@@ -137,7 +139,7 @@ def load_network(
                 "`base` must be a UNet, a pipeline, a folder, a .safetensors file, a hub id or "
                 f'"{EMBEDDED}", got {source!r}'
             )
-        return network
+        return unwrapped(network)
     path = locate(source)
     with quiet_diffusers():
         if path is not None and not path.is_dir():

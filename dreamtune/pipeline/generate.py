@@ -38,6 +38,7 @@ def generate(
         raise ValueError(f"`resolution` must be a multiple of 8, got {resolution}.")
     from dreamtune.config import Config
     from dreamtune.pipeline.load import load
+    from dreamtune.pipeline.speed import speed_up
     from dreamtune.training.defaults import device_and_dtype
 
     file = adapter_file(adapter)
@@ -62,6 +63,7 @@ def generate(
     sampler = settings.get("sampler") or usual.sampler
     with model.sampling(sampler) as pipe:
         load(pipe, file, scale=scale)
+        speed_up(pipe)  # nobody else has this pipeline
         images = sample(
             pipe,
             names,

@@ -13,8 +13,8 @@ from dreamtune.files.fingerprint import check_base, fingerprint
 from dreamtune.files.formats import read_adapter
 from dreamtune.files.tensors import naming
 from dreamtune.injection.adapter_file import AdapterFile
-from dreamtune.injection.group import find_targets
 from dreamtune.injection.inject import InjectedAdapter, inject
+from dreamtune.injection.targets import find_targets, weight_of
 from dreamtune.models.load import load_network
 
 
@@ -56,7 +56,7 @@ def _inject(unet: nn.Module, file: AdapterFile, force: bool) -> InjectedAdapter:
             f"the adapter is of another architecture: {len(wrong)} layers do not fit, `{p}` is"
             f" {shapes.get(p)} here and {file.shapes.get(p)} in the file"
         )
-    here = fingerprint({path: layer.weight.detach() for path, layer in targets.items()})
+    here = fingerprint({path: weight_of(layer) for path, layer in targets.items()})
     warning = check_base(file, here, force)
     adapter = inject(unet, file.method, target_modules=file.target_modules, **file.options)
     try:

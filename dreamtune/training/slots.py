@@ -94,6 +94,7 @@ def build_step(
         slots=len(configs),
         target_modules=c.target_modules,
         seed=seeds,
+        _fast=True,
         **stacked_options(c.method, [x.options for x in configs]),
     )
     base.network.eval()  # dropout would draw from the global generator, which no seed of a run sets

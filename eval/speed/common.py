@@ -63,7 +63,7 @@ def make_step(
     device, dtype = str(weight.device), weight.dtype
     entries = max(5, batch)
     cache = make_cache(unet, entries * slots, device, cache_dtype)
-    adapter = inject(unet, method, slots=slots, seed=list(range(slots)), **options)
+    adapter = inject(unet, method, slots=slots, seed=list(range(slots)), _fast=True, **options)
     if fused or (fused is None and weight.device.type == "cuda"):
         with quiet_diffusers():
             fast_unet.fuse(unet)

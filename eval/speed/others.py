@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamtune.injection.group import TARGET_MODULES, find_targets
+from dreamtune.injection.targets import TARGET_MODULES, find_targets
 
 PEFT = ("lora", "dora", "delora", "oft", "hra")
 DENSE = ("ether", "ether+", "delora")

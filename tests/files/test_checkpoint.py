@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import cases, disturb, tiny_unet
 
@@ -80,7 +81,13 @@ def test_damaged_and_foreign_files(tmp_path):
         load_adapter_file(tmp_path / "cut.safetensors")
     disturb(adapter)
     next(adapter.parameters()).data[0] = float("nan")
-    adapter.save(tmp_path / "nan.safetensors")
+    for write in (adapter.save, lambda path: dreamtune.export(adapter, path.parent)):
+        with pytest.raises(ValueError, match="not finite"):
+            write(tmp_path / "nan.safetensors")
+    assert not (tmp_path / "nan.safetensors").exists()
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    save_file(adapter.state_dict(), tmp_path / "nan.safetensors", header)
     with pytest.raises(ValueError, match="holds values that are not finite in"):
         load_adapter_file(tmp_path / "nan.safetensors")
     exported = dreamtune.export(dreamtune.inject(tiny_unet(), "lora"), tmp_path / "out")

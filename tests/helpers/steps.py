@@ -46,7 +46,8 @@ def process(timesteps: int) -> Diffusion:
 
 def make(method: str, slots: list[int], device: str = "cpu", **settings: Any) -> tuple[Any, Step]:
     unet = tiny_unet(DTYPE).to(device)
-    adapter = inject(unet, method, slots=len(slots), seed=[SEEDS[s] for s in slots])
+    seeds = [SEEDS[s] for s in slots]
+    adapter = inject(unet, method, slots=len(slots), seed=seeds, _fast=True)  # as the trainer
     groups = [adapter.parameter_groups(RATES[s], 0.01) for s in slots]
     pools = [[pool[s].to(device) for s in slots] for pool in (PHOTOS, CLASSES)]
     alpha_bar = torch.linspace(0.999, 0.001, 50, dtype=DTYPE, device=device)

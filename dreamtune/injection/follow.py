@@ -1,0 +1,147 @@
+"""What an adapter does before each forward of its model: it follows what was done to the model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dreamtune.injection.change import Use, sums, tensors_of, trains
+from dreamtune.injection.group import Group
+from dreamtune.injection.stacked import Stacked, offloaded_whole, why_not
+from dreamtune.injection.targets import Place, fused, fused_adapters
+
+
+class Following:
+    """Attributes:
+    stacked: the fast way; None where the layers are plain.
+    """
+
+    def __init__(
+        self, model: nn.Module, groups: Sequence[Group], places: Mapping[str, Place], use: Use
+    ) -> None:
+        self.model, self.groups, self.places, self.use = model, groups, places, use
+        self.attentions = list({id(p.attention): p.attention for p in places.values()}.values())
+        self.seen: object = None  # what the layers' factors were computed from
+        self.stacked: Stacked | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "stacked": None, "seen": None}  # a copy is plain
+
+    def refresh(self) -> None:
+        """Computes all factors, whatever was seen."""
+        if self.stacked is not None:
+            self.stacked.refresh(anew=True)
+            return
+        self.seen = None
+        self._prepare()
+
+    def forget(self) -> None:
+        """The next forward computes all factors."""
+        self.seen = None
+        if self.stacked is not None:
+            self.stacked.fresh = None
+
+    def _prepare(self) -> None:
+        for group in self.groups:
+            group.forget()
+            if group.together() and not offloaded_whole(self.model):
+                group.prepare()
+
+    def before_forward(self, kwargs: Mapping[str, Any]) -> None:
+        if self.use.slots > 1 and self.use.rows is None and not torch.is_grad_enabled():
+            # equal blocks would give the half without the prompt to the first slots
+            raise ValueError(
+                f"an adapter of {self.use.slots} slots needs `route(rows)`, the slot of each row of"
+                " the batch, for a forward without gradients. A pipeline's batch under guidance"
+                " holds all rows without the prompt, then all with it: `route(rows.repeat(2))`"
+            )
+        self.use.call = strength_of_call(kwargs)
+        stacked = self.stacked
+        if stacked is not None and stacked.watched and (why := stacked.touched()):
+            warnings.warn(f"dreamtune: the adapter is slowed down, for {why}", stacklevel=2)
+            self.slow_down()
+        if self.stacked is not None:
+            self.stacked.before_forward()
+            return
+        self.check()
+        if not torch.compiler.is_compiling():  # what is compiled computes them itself
+            self._follow()
+
+    def _follow(self) -> None:
+        """The factors of all layers at once, where some would be others than those kept."""
+        if any(trains(group.adapter) for group in self.groups):
+            self.seen = None
+            self._prepare()
+            return
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return  # which comparing would end
+        own = [x for group in self.groups for x in tensors_of(group.adapter)]
+        weights = [layer.weight for group in self._bound() for layer in group.layers]
+        seen = (self.use.state(), sums([*own, *weights]))
+        if seen != self.seen:
+            self._prepare()
+        self.seen = seen
+
+    def _bound(self) -> list[Group]:
+        """The groups whose change is another for other weights."""
+        return [g for g in self.groups if g.adapter.depends_on_weight or not g.adapter.low_rank]
+
+    def check(self) -> None:
+        """Raises ValueError where the model no longer does what the adapter's layers do."""
+        for attention in self.attentions:
+            if fused(attention):
+                raise ValueError(
+                    "`fuse_qkv_projections()` put layers of the base in place of the adapted ones:"
+                    " call `unfuse_qkv_projections()`; to fuse with the adapter, `merge()` it first"
+                )
+        for name, place in self.places.items():
+            if place.parent._modules.get(place.name) is place.layer:
+                continue
+            if place.around() is None:
+                raise ValueError(
+                    f"`{name}` was replaced: the adapter is no longer in the model there. Call"
+                    " `eject()`, and load it again on the model as it is now"
+                )
+            inside = fused_adapters(place)
+            if inside and self._bound():
+                raise ValueError(
+                    f"`fuse_lora` wrote {inside} into the weights that the change of"
+                    f" `{self.groups[0].adapter.name}` is computed from: call `unfuse_lora()`; or"
+                    " `merge()` this adapter first, or take the fused weights as the base by"
+                    " `unload_lora_weights()`"
+                )
+
+    def stack(self, watched: bool) -> None:
+        self.stacked = Stacked(self.model, self.groups, self.places, self.use, watched)
+        with torch.no_grad():
+            self.stacked.refresh(anew=True)
+
+    def speed_up(self) -> None:
+        """Raises ValueError where the model is not one that the fast way stands for."""
+        if self.stacked is not None:
+            return
+        self.check()
+        if why := why_not(self.model, self.groups, self.places):
+            raise ValueError(f"the adapter cannot be sped up: {why}")
+        self.stack(watched=True)
+
+    def slow_down(self) -> None:
+        """Harmless where the layers are plain."""
+        if self.stacked is not None:
+            self.stacked.release()
+        self.stacked, self.seen = None, None
+
+
+CALLS = ("cross_attention_kwargs", "attention_kwargs", "joint_attention_kwargs")
+
+
+def strength_of_call(kwargs: Mapping[str, Any]) -> float:
+    """As diffusers tells a model the strength of its LoRAs for one call."""
+    for name in CALLS:
+        if kwargs.get(name) is not None:
+            return float(kwargs[name].get("scale", 1.0))
+    return 1.0

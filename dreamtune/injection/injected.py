@@ -1,0 +1,288 @@
+"""An adapter in a model: its parameters, strength, routing, files, and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dreamtune.adapters import Adapter, find_method
+from dreamtune.injection.adapter_file import AdapterFile
+from dreamtune.injection.change import Use, merged
+from dreamtune.injection.follow import Following
+from dreamtune.injection.group import Group
+from dreamtune.injection.layer import AdaptedLinear
+from dreamtune.injection.targets import Place, unwrapped, weight_of
+
+
+class InjectedAdapter:
+    """An adapter in a model: its parameters, strength, routing, files, and the way out.
+
+    A copy of the model, by `deepcopy` or pickle, has a copy of the adapter in it: `of(copy)`.
+
+    Attributes:
+        model: the adapted model; frozen, its keys unchanged, an adapted layer an `AdaptedLinear`,
+            which is a torch `Linear`.
+        method, options, slots: as injected, options with defaults filled in.
+        groups: the same-shape layers with their parameters.
+    """
+
+    # How a file is written; set by the native format, which builds on this module.
+    write: ClassVar[Callable[[AdapterFile, str | Path], Path] | None] = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str,
+        made: Sequence[tuple[Mapping[str, Place], Adapter]],
+        target_modules: tuple[str, ...],
+        fast: bool = False,
+    ) -> None:
+        self.model, self.method, self.target_modules = model, method, target_modules
+        self.options = dict(made[0][1].options)
+        self.slots = made[0][1].slots
+        self._name = "default"
+        self._use = Use(self.slots)
+        self._out: str | None = None  # how it left the model
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        model.requires_grad_(False)
+        self.groups = [Group(adapter, places, self._use) for places, adapter in made]
+        for group in self.groups:
+            for layer, change in zip(group.layers, group.changes):
+                layer.changes[self.name] = change
+        places = {name: place for some, _ in made for name, place in some.items()}
+        self._following = Following(model, self.groups, places, self._use)
+        self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        if fast:
+            self._following.stack(watched=False)
+
+    @staticmethod
+    def of(model: nn.Module) -> list[InjectedAdapter]:
+        """The adapters in a model, in the order that they were put there."""
+        hooks = unwrapped(model)._forward_pre_hooks.values()
+        owners = [getattr(hook, "__self__", None) for hook in hooks]
+        return [owner for owner in owners if isinstance(owner, InjectedAdapter)]
+
+    @property
+    def name(self) -> str:
+        """A label for the caller, and of the changes in the layers."""
+        return self._name
+
+    @name.setter
+    def name(self, value: str) -> None:
+        for layer in self._inside():
+            layer.changes[value] = layer.changes.pop(self._name)
+        self._name = value
+
+    def _inside(self) -> list[AdaptedLinear]:
+        """The layers, for as long as the adapter is in them."""
+        return [layer for group in self.groups for layer in group.layers if self._out is None]
+
+    @property
+    def scale(self) -> float | Tensor:
+        """Strength, linear in the change; a number, or a tensor with one a slot."""
+        return self._use.scale
+
+    @scale.setter
+    def scale(self, value: float | Tensor) -> None:
+        self._use.scale = value
+
+    @property
+    def routed(self) -> bool:
+        """Whether `route` has given the rows of the batch to slots."""
+        return self._use.rows is not None
+
+    # Parameters
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Trainable tensors by group and name: `320x320.A`, (L, S, ...)."""
+        for group in self.groups:
+            for name, parameter in group.adapter.named_parameters():
+                if parameter.requires_grad:
+                    yield f"{group.key}.{name}", parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable values of one slot."""
+        return sum(p.numel() for p in self.parameters()) // self.slots
+
+    def parameter_groups(
+        self, learning_rate: float | None = None, weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """Groups for a torch optimizer, with the method's own rates and exemptions from decay."""
+        cls = find_method(self.method)
+        rate = cls.learning_rate if learning_rate is None else learning_rate
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for full, parameter in self.named_parameters():
+            name = full.rpartition(".")[2]
+            decay = 0.0 if name in cls.no_decay else weight_decay
+            key = (cls.own_learning_rates.get(name, rate), decay)
+            groups.setdefault(key, []).append(parameter)
+        return [
+            {"params": params, "lr": lr, "weight_decay": decay}
+            for (lr, decay), params in groups.items()
+        ]
+
+    # Forward
+
+    def refresh(self) -> None:
+        """Computes the factors of every layer, a group at a time.
+
+        A forward of the model does what is needed, so call it by hand only where a layer is called
+        alone after parameters or weights were written through `.data`.
+        """
+        self._following.refresh()
+
+    def _before_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._following.before_forward(kwargs)
+
+    def speed_up(self) -> None:
+        """The same in fewer kernels: weights stacked, projections joint. Where somebody else
+        touches the model later, the layers are plain again, with a warning that says why.
+
+        Raises ValueError where the model is not one that this stands for.
+        """
+        self._must_be_in()
+        self._following.speed_up()
+
+    def slow_down(self) -> None:
+        """The layers plain again, as `inject` leaves them."""
+        self._following.slow_down()
+
+    def route(self, rows: Tensor | None) -> None:
+        """Sets the slot of each batch row, (batch,) long; None: S equal blocks, in order, which
+        needs gradients where S > 1.
+
+        A pipeline's batch under guidance has all rows twice: `route(rows.repeat(2))`.
+        """
+        if rows is not None:
+            if rows.dim() != 1 or rows.dtype != torch.long:
+                raise ValueError(f"`rows` must be 1-D long, got {rows.dtype} {tuple(rows.shape)}")
+            if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.slots:
+                raise ValueError(f"`rows` must be slots 0 to {self.slots - 1}, got {rows.tolist()}")
+        self._use.rows = rows
+
+    # Files
+
+    def state_dict(self, slot: int = 0) -> dict[str, Tensor]:
+        """`<module path>.<name>` -> tensor of one slot: parameters, and constants to be saved."""
+        return {name: tensor.clone() for name, tensor in self._slot_tensors(slot)}
+
+    def _slot_tensors(self, slot: int) -> Iterator[tuple[str, Tensor]]:
+        """The same as views: what is written to them is written to the adapter."""
+        if not 0 <= slot < self.slots:
+            raise ValueError(f"`slot` must be 0 to {self.slots - 1}, got {slot}")
+        for group in self.groups:
+            for name, tensor in group.adapter.state_dict().items():
+                for path, row in zip(group.names, tensor[:, slot]):
+                    yield f"{path}.{name}", row
+
+    def load_state_dict(self, state: Mapping[str, Tensor], slot: int = 0) -> None:
+        """Copies a slot in. A missing, unexpected or misshapen key: ValueError, nothing changed."""
+        own = dict(self._slot_tensors(slot))
+        problems = [
+            *(f"missing `{k}`" for k in own if k not in state),
+            *(f"unexpected `{k}`" for k in state if k not in own),
+            *(
+                f"`{k}` must be {tuple(own[k].shape)}, got {tuple(state[k].shape)}"
+                for k in own
+                if k in state and own[k].shape != state[k].shape
+            ),
+        ]
+        if problems:
+            shown = "; ".join(problems[:5])
+            more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise ValueError(f"state does not fit `{self.method}`: {shown}{more}")
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(state[key])
+        self._following.forget()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Module path -> frozen weight (out, in) of every adapted layer."""
+        return {name: w for group in self.groups for name, w in zip(group.names, group.weights())}
+
+    def file(self, slot: int = 0, metadata: Mapping[str, Any] | None = None) -> AdapterFile:
+        """One slot as data. metadata: JSON values to keep, no paths and no user names."""
+        if self._out == "merged":
+            raise ValueError("the adapter was merged: its base is gone, save it before `merge()`")
+        weights = self.weights()
+        return AdapterFile(
+            method=self.method,
+            options=self.groups[0].adapter.options_of(slot),
+            target_modules=self.target_modules,
+            tensors=self.state_dict(slot),
+            metadata=dict(metadata or {}),
+            shapes={name: (w.shape[0], w.shape[1]) for name, w in weights.items()},
+            weights=weights,
+        )
+
+    def save(
+        self, path: str | Path, slot: int = 0, metadata: Mapping[str, Any] | None = None
+    ) -> Path:
+        """Writes the native file of one slot: to `path`, or into it as `adapter.safetensors`."""
+        write = type(self).write
+        assert write is not None, "`dreamtune.inject` brings the format"
+        return write(self.file(slot, metadata), path)
+
+    # The way out
+
+    def eject(self) -> None:
+        """Takes the adapter out: the model is as it was, the adapter keeps its parameters.
+
+        Raises ValueError where it is out already.
+        """
+        self._must_be_in()
+        self.slow_down()
+        self._hook.remove()
+        for group in self.groups:
+            group.forget()
+        for layer in self._inside():
+            del layer.changes[self._name]
+            if not layer.changes:
+                layer.release()
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+        self._out = "ejected"
+
+    def merge(self) -> None:
+        """Bakes the change, at the present strength, into the weights as they are now, where they
+        are, and takes the adapter out.
+
+        Raises ValueError where it is out already, for several slots, for weights that would not be
+        finite or cannot be written, and where something else stands for the layers; then nothing
+        was changed.
+        """
+        self._must_be_in()
+        if self.slots > 1:
+            raise ValueError(f"`merge` needs one slot, got {self.slots}")
+        self._following.check()
+        self.slow_down()
+        changed: list[tuple[Tensor, Tensor]] = []
+        for group in self.groups:
+            for name, layer, change in zip(group.names, group.layers, group.changes):
+                weight = weight_of(layer)
+                if weight.data_ptr() != weight_of(layer).data_ptr() or weight.device.type == "meta":
+                    raise ValueError(
+                        f"the weight of `{name}` is offloaded to where none is written"
+                    )
+                new = merged(change.alone(weight.device), weight, self._use)
+                if not torch.isfinite(new).all():
+                    raise ValueError(f"the merged weight of `{name}` would not be finite")
+                changed.append((weight, new))
+        for weight, new in changed:
+            with torch.inference_mode(weight.is_inference()), torch.no_grad():
+                weight.copy_(new)
+        self.eject()
+        self._out = "merged"
+
+    def _must_be_in(self) -> None:
+        if self._out is not None:
+            raise ValueError(f"the adapter `{self.name}` is not in the model: it was {self._out}")

@@ -1,0 +1,212 @@
+"""The fast way of adapted layers: their weights lie one after the other in memory.
+
+Layers that read the same input, the query, key and value of an attention, are one `Projection` and
+one product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dreamtune.injection.change import rows_of
+
+if TYPE_CHECKING:
+    from dreamtune.injection.layer import AdaptedLinear
+
+ALIGN = 8  # values: rows of fewer are no rows for a GPU's fast kernels
+
+
+def wide_rank(rank: int) -> int:
+    return -(-rank // ALIGN) * ALIGN
+
+
+class Projection:
+    """P layers of one shape that may read the same input, P = 1 for most.
+
+    Set by `Stack.set`, in the dtype of the weight:
+        up, down: (P, out, R) and (P, R, in); with several slots, or routed rows, one of each a
+            block of the batch: (P, K, out, R), (P, K, R, in). For a method that is not low rank
+            `up` is None and `down` the transformed weight, (P, out, in) or (P, K, out, in).
+        wide: without gradients, the weight with `down` below it: a product less.
+    """
+
+    def __init__(self, layers: Sequence[AdaptedLinear]) -> None:
+        self.layers, self.single = list(layers), len(layers) == 1
+        self.weight: Tensor  # (P, out, in), frozen
+        self.up: Tensor | None = None
+        self.down: Tensor
+        self.wide: Wide | None = None
+        self.routed = False  # K is the batch size, not a number of equal blocks
+        for index, layer in enumerate(self.layers):
+            layer.projection, layer.index = self, index
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Layers that are one product have none."""
+        return self.layers[0].bias if self.single else None
+
+    def together(self, device: str) -> bool:
+        """Whether `__call__` gives what the layers would: nothing of the weights asks for a
+        gradient, and all is of one dtype.
+        """
+        if self.up is None or torch.is_autocast_enabled(device):
+            return False
+        return not torch.is_grad_enabled() or not any(
+            p is not None and p.requires_grad for m in self.layers for p in (m.weight, m.bias)
+        )
+
+    def __call__(self, input: Tensor) -> Sequence[Tensor]:
+        """The outputs (batch, ..., out) of the P layers for one input (batch, ..., in)."""
+        if not torch.is_grad_enabled():
+            return self.stacked(input).unbind(0)
+        assert self.up is not None
+        x = self.rows(input, self.down.dim() == 4)
+        ys = _Project.apply(x, self.weight, self.bias, self.up, self.down)
+        return [y.view(*input.shape[:-1], y.shape[-1]) for y in ys]
+
+    def stacked(self, input: Tensor) -> Tensor:
+        """(P, batch, ..., out), without gradients."""
+        assert self.up is not None
+        if self.wide is not None:
+            y = self.wide(input)
+        else:
+            x = self.rows(input, self.down.dim() == 4)
+            y = project(x, self.weight, self.bias, self.up, side_by_side(self.down))[0]
+        return y.view(len(y), *input.shape[:-1], y.shape[-1])
+
+    def rows(self, input: Tensor, split: bool) -> Tensor:
+        """(T, in), or (K, T, in) for K factors."""
+        return rows_of(input, self.down.shape[1] if split else None, self.routed)
+
+    def one(self, layer: AdaptedLinear, input: Tensor) -> Tensor:
+        """What `layer` gives alone."""
+        if self.single and self.together(input.device.type):
+            if self.wide is not None and not torch.is_grad_enabled():
+                return self.wide.one(input).view(*input.shape[:-1], layer.out_features)
+            return self(input)[0]
+        down = self.down[layer.index]
+        x = self.rows(input, down.dim() == 3)
+        if self.up is None:
+            return whole(x, down, layer.bias).view(*input.shape[:-1], layer.out_features)
+        up = self.up[layer.index]
+        y, h = F.linear(x, layer.weight, layer.bias), x @ down.mT
+        if up.dtype != y.dtype:  # autocast chose another dtype than the weight's
+            up, h = up.to(y.dtype), h.to(y.dtype)
+        y = y.addmm_(h, up.mT) if x.dim() == 2 else y.baddbmm_(h, up.mT)
+        return y.view(*input.shape[:-1], layer.out_features)
+
+
+def whole(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """With the transformed weight of a method that is not low rank."""
+    if weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    y = torch.bmm(x, weight.mT)
+    return y if bias is None else y + bias
+
+
+class Wide:
+    """`W x + b + up (down x)` for weights with `down` below them, (P, out + R, in): one product
+    gives `W x` and `down x`. up: (P, R, out). What each call needs is computed once: a pipeline's
+    step waits for Python more than for the GPU.
+    """
+
+    def __init__(self, wide: Tensor, bias: Tensor | None, up: Tensor) -> None:
+        self.parts, self.height, _ = wide.shape
+        self.sizes = up.shape[-1], up.shape[-2]
+        self.flat = wide.flatten(0, 1)
+        self.bias = None if bias is None else F.pad(bias, (0, self.sizes[1]))
+        self.up = up if self.parts > 1 else up[0]
+
+    def load(self, bias: Tensor | None) -> None:
+        """The bias again: it may have been written to."""
+        if self.bias is not None and bias is not None:
+            self.bias[: len(bias)] = bias
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """(P, rows, out)."""
+        return self.one(input)[None] if self.parts == 1 else self.many(input)
+
+    def one(self, input: Tensor) -> Tensor:
+        t = F.linear(input, self.flat, self.bias).view(-1, self.height)
+        y, h = t.split(self.sizes, 1)
+        return y.addmm_(h, self.up)
+
+    def many(self, input: Tensor) -> Tensor:
+        t = F.linear(input, self.flat, self.bias).view(-1, self.parts, self.height).transpose(0, 1)
+        y, h = t.split(self.sizes, 2)
+        return y.baddbmm_(h, self.up)
+
+
+def side_by_side(down: Tensor) -> Tensor:
+    """(P, R, in) -> (P R, in); (P, K, R, in) -> (K, P R, in)."""
+    return down.flatten(0, 1) if down.dim() == 3 else down.movedim(0, 1).flatten(1, 2)
+
+
+def project(
+    x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`x Wᵀ + b + (x downᵀ) upᵀ`, (P, ..., T, out), and all `x downᵀ`, (..., T, P R).
+
+    x (T, in), weight (P, out, in), up (P, out, R), down (P R, in); or x (K, T, in), up (P, K, out,
+    R), down (K, P R, in).
+    """
+    parts = len(weight)
+    y, h = F.linear(x, weight.flatten(0, 1), bias), x @ down.mT
+    # In place: a copy of y would be a kernel and its memory.
+    if parts == 1:
+        y = y.addmm_(h, up[0].mT) if x.dim() == 2 else y.baddbmm_(h, up[0].mT)
+        return y.unsqueeze(0), h
+    ys, hs = (z.unflatten(-1, (parts, -1)).movedim(-2, 0) for z in (y, h))
+    if torch.compiler.is_compiling():  # makes copies of a view that is written to, and fails
+        return ys + hs @ up.mT, h
+    if x.dim() == 2:
+        return ys.baddbmm_(hs, up.mT), h
+    for part in range(parts):
+        ys[part].baddbmm_(hs[part], up[part].mT)
+    return ys, h
+
+
+class _Project(torch.autograd.Function):
+    """`project` with its backward written out: left to autograd, each product's gradient of x is a
+    tensor of its own, and further kernels add them. The weight gets no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor
+    ) -> tuple[Tensor, ...]:
+        flat = side_by_side(down)
+        y, h = project(x, weight, bias, up, flat)
+        ctx.save_for_backward(x, weight, up, flat, h)
+        return tuple(y.unbind(0))
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> Any:
+        x, weight, up, flat, h = ctx.saved_tensors
+        parts, rank = len(weight), up.shape[-1]
+        for_x, _, _, for_up, for_down = ctx.needs_input_grad
+        dx = dup = ddown = None
+        dy = dys[0] if parts == 1 else torch.cat(dys, -1)
+        by_part = [z.unflatten(-1, (parts, -1)).movedim(-2, 0) for z in (dy, h)]
+        dh = times(by_part[0], up)  # (P, ..., T, R)
+        if for_up:
+            dup = times(by_part[0].mT, by_part[1])
+        dh = dh[0] if parts == 1 else dh.movedim(0, -2).flatten(-2)
+        if for_down:
+            ddown = (dh.mT @ x).unflatten(-2, (parts, rank)).movedim(-3, 0)
+        if for_x:
+            dx = (dy.reshape(-1, dy.shape[-1]) @ weight.flatten(0, 1)).view_as(x)
+            dx = dx.addmm_(dh, flat) if x.dim() == 2 else dx.baddbmm_(dh, flat)
+        return dx, None, None, dup, ddown
+
+
+def times(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of (P, ..., n, m): without copies, as a product over the leading dimensions makes."""
+    if a.dim() == 3:
+        return a @ b if len(a) > 1 else (a[0] @ b[0]).unsqueeze(0)
+    return torch.stack([x @ y for x, y in zip(a, b)]) if len(a) > 1 else (a[0] @ b[0])[None]

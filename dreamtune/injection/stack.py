@@ -1,0 +1,140 @@
+"""The fast way of a group: its weights as one tensor, and factors in places that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dreamtune.adapters import Adapter
+from dreamtune.injection.change import Factors, Use, factors_of, version
+from dreamtune.injection.layer import AdaptedLinear
+from dreamtune.injection.projection import Projection, Wide, wide_rank
+
+
+class Stack:
+    """Same-shape layers whose weights are views of one tensor's rows.
+
+    Attributes:
+        adapter: parameters (L, S, ...).
+        parts: the projections, in the order of the stack.
+        weight: (L, out, in).
+        roomy: whether there is room below each weight for the `down` of one slot: then a forward
+            without gradients has a product less (`Wide`), and a joint projection with gradients
+            copies its weights.
+    """
+
+    def __init__(
+        self, adapter: Adapter, parts: Sequence[Sequence[AdaptedLinear]], roomy: bool
+    ) -> None:
+        self.adapter, self.roomy = adapter, roomy
+        self.parts = [Projection(part) for part in parts]
+        self.layers = [layer for part in parts for layer in part]
+        self.sizes = [len(part) for part in parts]
+        self.restack()
+
+    def release(self) -> None:
+        """Each weight its own tensor again, the layers plain."""
+        inside = self.stack.untyped_storage().data_ptr()
+        for layer in self.layers:
+            layer.projection, layer.index = None, 0
+            if layer.weight.untyped_storage().data_ptr() == inside:
+                layer.weight.data = layer.weight.data.clone()
+
+    def restack(self) -> None:
+        """Follows a model that was moved or cast: stacks its weights again, moves the adapter."""
+        first = self.layers[0].weight
+        self.adapter.to(first.device)
+        room = self._room()
+        out, width = first.shape
+        shape = (len(self.layers), out + room, width)
+        self.stack = torch.zeros(shape, dtype=first.dtype, device=first.device)
+        # .data: writing below the weights must not count as a change of them
+        self.weight = self.stack.data[:, :out]
+        for layer, row in zip(self.layers, self.weight):
+            row.copy_(layer.weight.data)
+            layer.weight.data = row
+        self.kept: tuple[Tensor, ...] = ()
+        self.kept_of: object = None  # the weights that `kept` was computed from
+        self.places: dict[tuple[object, ...], Tensor] = {}
+        # kept like the stack, so that a recorded forward finds the factors where they were
+        self.ups = self.stack.new_zeros(len(self.layers), room, out)
+        self.wides: list[Wide] = []
+        for part, weight in zip(self.parts, self.weight.split(self.sizes)):
+            part.weight, part.wide = weight, None
+        if room:
+            places = zip(self.parts, self.stack.split(self.sizes), self.ups.split(self.sizes))
+            self.wides = [Wide(wide, part.bias, ups) for part, wide, ups in places]
+
+    def constants(self, anew: bool = False) -> tuple[Tensor, ...]:
+        """What the method takes of the frozen weights alone, computed where one of them changed.
+
+        anew: also where no weight shows that it has, as after a write through `.data`. They stay
+        where they are in memory, for a recorded step reads them there.
+        """
+        now = [(w.data_ptr(), version(w)) for w in self.weights()]
+        if anew or now != self.kept_of:
+            with torch.inference_mode(False), torch.no_grad():
+                new = self.adapter.constants(self.weight)
+                for old, x in zip(self.kept, new):
+                    old.copy_(x)
+            self.kept, self.kept_of = self.kept or new, now
+        return self.kept
+
+    def weights(self) -> list[Tensor]:
+        return [layer.weight for layer in self.layers]
+
+    @torch.no_grad()
+    def _room(self) -> int:
+        adapter, weights = self.adapter, [layer.weight.data for layer in self.layers]
+        none = not self.roomy or adapter.slots > 1 or not adapter.low_rank
+        if none or weights[0].device.type == "meta":
+            return 0
+        return wide_rank(adapter.factors(torch.stack(weights))[1].shape[-2])
+
+    def factors(self, use: Use) -> Factors:
+        """(L, [K,] ...); of a method that is not low rank the changed weights, not the change."""
+        adapter = self.adapter
+        if adapter.low_rank:
+            return factors_of(adapter, self.weight, use, *self.constants())
+        base = self.weight.unsqueeze(1)
+        changed = adapter.merged(self.weight)
+        if not use.whole():
+            changed = base + use.scaled(changed - base)
+        return Factors(None, use.finish(changed, self.weight.dtype))
+
+    def clear(self) -> None:
+        """Lets go of the factors, and so of the graph that they carry."""
+        for part in self.parts:
+            part.up = part.wide = None
+            part.__dict__.pop("down", None)
+
+    def set(self, up: Tensor | None, down: Tensor, routed: bool, training: bool) -> None:
+        """Gives the layers their factors, (L, [K,] out, R) and (L, [K,] R, in)."""
+        room = self.ups.shape[1]
+        wide = not training and up is not None and down.dim() == 3 and room > 0
+        if not wide and not torch.is_grad_enabled():
+            up, down = None if up is None else self.placed("up", up), self.placed("down", down)
+        downs = down.split(self.sizes)
+        ups = [None] * len(downs) if up is None else up.split(self.sizes)
+        for part, u, d in zip(self.parts, ups, downs, strict=True):
+            part.up, part.down, part.routed, part.wide = u, d, routed, None
+        if not wide:
+            return
+        assert up is not None
+        with torch.no_grad():
+            below = F.pad(down, (0, 0, 0, room - down.shape[1]))
+            self.stack[:, self.weight.shape[1] :] = below
+            self.ups[:, : up.shape[-1]] = up.mT
+            for part, kept in zip(self.parts, self.wides, strict=True):
+                kept.load(part.bias)
+                part.wide = kept
+
+    def placed(self, name: str, x: Tensor) -> Tensor:
+        """x without a gradient, always in the same place: a recorded forward reads it there."""
+        key = (name, x.shape, x.dtype, x.is_inference())
+        if key not in self.places:
+            self.places[key] = x.detach().clone()
+        return self.places[key].copy_(x.detach())
