@@ -132,6 +132,12 @@ class Adapter(nn.Module):
         """Why no plain LoRA holds the change, as the end of a sentence on it; "" where one does."""
         return "" if cls.low_rank else "is not a low-rank change"
 
+    def share_of_bound(self, weight: Tensor) -> Tensor | None:
+        """How much of what the method allows the change has used, (*L, S) in 0 to 1; None for a
+        method that bounds nothing.
+        """
+        return None
+
     def merged(self, weight: Tensor) -> Tensor:
         """The changed weight, (*L, S, out, in)."""
         change = self.change(weight)

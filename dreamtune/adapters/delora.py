@@ -11,7 +11,7 @@ from pydantic import Field, FiniteFloat
 from torch import Tensor, nn
 
 from dreamtune.adapters.base import Adapter, Generators, register
-from dreamtune.adapters.maths import frozen_product, unit
+from dreamtune.adapters.maths import frozen_product, product_norm, unit
 from dreamtune.fields import AtLeast0, Rank
 
 STEPS = 1000  # of the diffusion process of every base that has timesteps in whole numbers
@@ -131,6 +131,18 @@ class DeLoRA(Adapter):
         """w, (*L, 1, 1, in): the norms of the columns of W."""
         norms = torch.linalg.vector_norm(weight, dim=-2, dtype=self.A.dtype)
         return (norms[..., None, None, :],)
+
+    def share_of_bound(self, weight: Tensor) -> Tensor | None:
+        """Of the Frobenius norm at the present lambda; of `change` of I where multiplicative."""
+        if not self.options["normalize"]:
+            return None
+        if self.options["multiplicative"]:
+            weight = torch.eye(weight.shape[-1]).to(weight).expand(*weight.shape[:-2], -1, -1)
+        up, down = self.factors(weight)
+        most = self.lambda_.abs().squeeze(-1) * (2 if self.options["start"] == "residual" else 1)
+        if self.options["weight_scaling"] and not self.options["multiplicative"]:
+            most = most * self.constants(weight)[0].amax(-1).squeeze(-1)
+        return product_norm(up, down) / most.clamp_min(1e-30)
 
     def strength_at(self, timesteps: Tensor) -> Tensor | None:
         floor = self.options["timestep_floor"]

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dreamtune.adapters.base import Adapter, Generators, register
-from dreamtune.adapters.maths import frozen_product, unit
+from dreamtune.adapters.maths import frozen_product, product_norm, unit
 
 
 @register
@@ -48,16 +48,27 @@ class HRA(Adapter):
         self.u = nn.Parameter(u.repeat_interleave(2, -2))
 
     def factors(self, weight: Tensor, *constants: Tensor) -> tuple[Tensor, Tensor]:
+        p, q = self._pairs()
+        return _chained(frozen_product(weight, p.mT), p, q), q
+
+    def share_of_bound(self, weight: Tensor) -> Tensor:
+        """Of the distance `2 sqrt(r)` from I that r reflections can reach."""
+        p, q = self._pairs()
+        return product_norm(_chained(p.mT, p, q), q) / (2 * math.sqrt(self.options["rank"]))
+
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        """Pᵀ and Qᵀ of the pairs, (*L, S, r, in), each pair `I + P Qᵀ` of its two rows."""
         u, v = unit(self.u, -1).unflatten(-2, (-1, 2)).unbind(-2)  # (*L, S, r / 2, in)
         d = v - u
         size = d.square().sum(-1, keepdim=True)
         p = torch.stack([u, d], -2).flatten(-3, -2)
-        q = torch.stack([2 * (1 - size) * d - 2 * size * u, -2 * v], -2).flatten(-3, -2)
-        # M⁻¹ = I - the part of Qᵀ P that joins a pair to a later one
-        pair = torch.arange(p.shape[-2], device=p.device) // 2
-        joins = (q @ p.mT) * (pair[:, None] < pair)
-        inverse = torch.eye(p.shape[-2], dtype=p.dtype, device=p.device) - joins
-        up = torch.linalg.solve_triangular(
-            inverse, frozen_product(weight, p.mT), upper=True, left=False, unitriangular=True
-        )
-        return up, q
+        return p, torch.stack([2 * (1 - size) * d - 2 * size * u, -2 * v], -2).flatten(-3, -2)
+
+
+def _chained(x: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """`x M`, where the product of the pairs is `I + P M Qᵀ`."""
+    # M⁻¹ = I - the part of Qᵀ P that joins a pair to a later one
+    pair = torch.arange(p.shape[-2], device=p.device) // 2
+    joins = (q @ p.mT) * (pair[:, None] < pair)
+    inverse = torch.eye(p.shape[-2], dtype=p.dtype, device=p.device) - joins
+    return torch.linalg.solve_triangular(inverse, x, upper=True, left=False, unitriangular=True)

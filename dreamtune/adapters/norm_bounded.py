@@ -54,3 +54,9 @@ class NormBounded(Adapter):
         lower = torch.linalg.cholesky_ex(z + torch.eye(z.shape[-1]).to(z))[0]
         inverse = torch.cholesky_inverse(lower)
         return (8 * self.options["delta"]) * self.P @ inverse, (self.Q @ inverse).mT
+
+    def share_of_bound(self, weight: Tensor) -> Tensor:
+        """The largest singular value of the change, over delta."""
+        up, down = self.factors(weight)
+        small = torch.linalg.qr(up)[1] @ torch.linalg.qr(down.mT)[1].mT
+        return torch.linalg.matrix_norm(small, 2) / self.options["delta"]

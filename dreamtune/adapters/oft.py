@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 import torch
@@ -69,3 +70,10 @@ class OFT(Adapter):
             rotation = rotation + 2 * power
             power = power @ q
         return WeightChange(rotation=rotation + power)
+
+    def share_of_bound(self, weight: Tensor) -> Tensor | None:
+        """Of the distance `2 sqrt(in)` of R from I; the sum of powers bounds nothing."""
+        rotation = self.change(weight).rotation
+        if not self.options["exact"] or rotation is None:
+            return None
+        return rotation.flatten(-3).norm(dim=-1) / (2 * math.sqrt(weight.shape[-1]))
