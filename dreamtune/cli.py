@@ -154,10 +154,10 @@ def methods(argv: Sequence[str]) -> int:
 
     for name, method in METHODS.items():
         options = " ".join(f"--{k} {v}" for k, v in resolve_options(method, {}).items())
-        say(f"{name:<10} learning rate {method.learning_rate:<8g} {options or 'no options'}")
-        say(f"{'':<10} {method.paper}")
+        say(f"{name:<14} learning rate {method.learning_rate:<8g} {options or 'no options'}")
+        say(f"{'':<14} {method.paper}")
         if method.note:
-            say(f"{'':<10} {method.note}")
+            say(f"{'':<14} {method.note}")
     return 0
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, FiniteFloat
+from pydantic import FiniteFloat
 from torch import Tensor, nn
 
 from dreamtune.adapters.base import Adapter, Generators, register
 from dreamtune.adapters.maths import frozen_product, product_norm, unit
-from dreamtune.fields import AtLeast0, Rank
+from dreamtune.fields import AtLeast0, Rank, Share
 
 STEPS = 1000  # of the diffusion process of every base that has timesteps in whole numbers
 
@@ -79,7 +79,7 @@ class DeLoRA(Adapter):
         weight_scaling: bool = True,
         multiplicative: bool = False,
         lambda_learning_rate: AtLeast0 = 1e-3,
-        timestep_floor: Annotated[float, Field(ge=0, le=1)] = 1.0,
+        timestep_floor: Share = 1.0,
     ) -> None:
         options: dict[str, Any] = {
             "rank": rank,

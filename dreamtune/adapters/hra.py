@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from dreamtune.adapters.base import Adapter, Generators, register
 from dreamtune.adapters.maths import frozen_product, product_norm, unit
+from dreamtune.fields import EvenRank
 
 
 @register
@@ -40,7 +39,7 @@ class HRA(Adapter):
         *,
         slots: int = 1,
         generator: Generators = None,
-        rank: Annotated[int, Field(ge=2, le=4096, multiple_of=2)] = 8,
+        rank: EvenRank = 8,
     ) -> None:
         super().__init__(weight, slots, generator, {"rank": rank})
         width = weight.shape[-1]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from dreamtune.adapters.base import Adapter, Generators, WeightChange, register
 from dreamtune.adapters.maths import blocks_of
-from dreamtune.fields import Count
+from dreamtune.fields import Count, Terms
 
 
 @register
@@ -44,7 +43,7 @@ class OFT(Adapter):
         generator: Generators = None,
         blocks: Count = 4,
         exact: bool = False,
-        terms: Annotated[int, Field(ge=2, le=32)] = 5,
+        terms: Terms = 5,
     ) -> None:
         options: dict[str, Any] = {"blocks": blocks, "exact": exact, "terms": terms}
         super().__init__(weight, slots, generator, options)
