@@ -97,7 +97,7 @@ def assert_known(method: str, folder: Path) -> None:
         ValueError, match=f"unknown method `{method[:-1]}`. Did you mean `{method}`"
     ):
         train_config(["--method", method[:-1]])
-    with pytest.raises(ValueError, match="`rank` is an option of delora, lora, not of"):
+    with pytest.raises(ValueError, match="`rank` is an option of .*delora, .*lora, .*not of"):
         train_config(["--method", method, "--rank", "4"])
 
 
@@ -134,7 +134,7 @@ def test_help_knows_it_without_importing_it(outside: Path) -> None:
         env={**os.environ, "PYTHONPATH": path},
     )
     assert done.returncode == 0, done.stderr
-    assert "  scaled      --by 0.0" in done.stdout
+    assert "  scaled        --by 0.0" in done.stdout
 
 
 def test_what_its_source_says_of_its_options(
