@@ -116,7 +116,7 @@ def test_a_method_of_another_package(
     assert find_method("scaled").__module__ == "outside_pkg.methods"
     assert_known("scaled", tmp_path)  # now from the class itself
     assert main(["methods"]) == 0
-    assert "scaled     learning rate 0.001    --by 0.0" in capsys.readouterr().out
+    assert "scaled         learning rate 0.001    --by 0.0" in capsys.readouterr().out
 
 
 def test_help_knows_it_without_importing_it(outside: Path) -> None:
