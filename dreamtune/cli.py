@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "teach a base model one subject from a few photos",
     "generate": "make images with a trained adapter",
     "export": "write an adapter as a LoRA file",
+    "analyse": "say how far an adapter moved the weights, and how much of its bound it used",
     "methods": "list the adapter methods and their options",
 }
 
@@ -58,9 +59,14 @@ def run_command(arguments: list[str]) -> int:
         )
         return 2
     try:
-        return {"train": train, "generate": generate, "export": export, "methods": methods}[
-            command
-        ](arguments[1:])
+        run = {
+            "train": train,
+            "generate": generate,
+            "export": export,
+            "analyse": analyse,
+            "methods": methods,
+        }
+        return run[command](arguments[1:])
     except KeyboardInterrupt as error:
         complain(f"\n{error}" if str(error) else "\nStopped.")
         return 128 + int(getattr(error, "signal", signal.SIGINT))
@@ -149,10 +155,10 @@ def methods(argv: Sequence[str]) -> int:
 
     for name, method in METHODS.items():
         options = " ".join(f"--{k} {v}" for k, v in resolve_options(method, {}).items())
-        say(f"{name:<10} learning rate {method.learning_rate:<8g} {options or 'no options'}")
-        say(f"{'':<10} {method.paper}")
+        say(f"{name:<14} learning rate {method.learning_rate:<8g} {options or 'no options'}")
+        say(f"{'':<14} {method.paper}")
         if method.note:
-            say(f"{'':<10} {method.note}")
+            say(f"{'':<14} {method.note}")
     return 0
 
 
@@ -248,6 +254,32 @@ def export(argv: Sequence[str]) -> int:
         overwrite=a.overwrite,
     )
     say(str(path))
+    return 0
+
+
+def analyse(argv: Sequence[str]) -> int:
+    from dreamtune.flags import HelpFormatter, Parser
+
+    parser = Parser(
+        prog="dreamtune analyse",
+        description=COMMANDS["analyse"],
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument(
+        "adapter", help="an adapter's file, or the folder of a run: all checkpoints"
+    )
+    parser.add_argument(
+        "--pretrained_model_name_or_path", help="the base [default: the one of the run]"
+    )
+    parser.add_argument(
+        "--output", help="file for the numbers as JSON [default: analysis.json of the run]"
+    )
+    a = parser.parse_args(argv)
+    quieten()
+    from dreamtune.evaluation.analysis import analyse as run
+
+    run(a.adapter, base=a.pretrained_model_name_or_path, output=a.output, tell=say)
     return 0
 
 

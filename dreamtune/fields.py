@@ -29,6 +29,9 @@ Count = Annotated[int, Field(ge=1, le=10**9)]
 CountOr0 = Annotated[int, Field(ge=0, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]  # torch takes 64 bits; images count up from it
 Rank = Annotated[int, Field(ge=1, le=4096)]  # beyond the width of every layer
+EvenRank = Annotated[int, Field(ge=2, le=4096, multiple_of=2)]
+Terms = Annotated[int, Field(ge=2, le=32)]  # of a sum of powers
+Share = Annotated[float, Field(ge=0, le=1)]
 # YAML 1.1 reads bare `no` and `off` as false, `on` as true.
 YAML_WORDS = {"no": False, "off": False, "on": True}
 KINDS = {

@@ -100,7 +100,7 @@ def train_parser() -> Parser:
         "diffusers' DreamBooth script; defaults are ours.",
         epilog="options of the methods, each a flag (--rank 8):\n"
         + "\n".join(
-            f"  {method:<12}" + (" ".join(f"--{k} {v}" for k, (_, v) in options.items()) or "none")
+            f"  {method:<14}" + (" ".join(f"--{k} {v}" for k, (_, v) in options.items()) or "none")
             for method, options in signatures().items()
         ),
     )

@@ -79,7 +79,7 @@ def test_the_shipped_configs_are_valid() -> None:
         (["--learning_rat", "1"], "unknown flag --learning_rat. Did you mean `learning_rate`"),
         (["--rnk", "4"], "unknown flag --rnk. Did you mean `rank`"),
         (["--method", "lorra"], "unknown method `lorra`. Did you mean `lora`"),
-        (["--blocks", "4"], "`blocks` is an option of ether, ether+, not of delora"),
+        (["--blocks", "4"], "`blocks` is an option of ether, ether+, oft, not of delora"),
         (["--train_text_encoder"], "--train_text_encoder is a flag of another trainer: the text"),
         (["--num_train_epochs", "3"], "use --max_train_steps"),
         (["--max-train-steps", "3"], "spelled with underscores: --max_train_steps"),

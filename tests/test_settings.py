@@ -198,7 +198,8 @@ def test_options_come_in_their_types(tmp_path: Path) -> None:
     file.write_text("lambda_init: 1e-1\nrank: '8'\n")  # YAML 1.1 reads 1e-1 as a word
     assert train_config(["--config", str(file)]).options == {"lambda_init": 0.1, "rank": 8}
     adapter = dreamtune.inject(tiny_unet(), "delora", rank="2", lambda_init=3)
-    assert adapter.options == {"rank": 2, "lambda_init": 3.0, "start": "residual"}
+    defaults = resolve_options(METHODS["delora"], {})
+    assert adapter.options == {**defaults, "rank": 2, "lambda_init": 3.0}
     assert type(adapter.options["rank"]) is int and type(adapter.options["lambda_init"]) is float
 
 

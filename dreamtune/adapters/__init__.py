@@ -3,7 +3,17 @@
 A package of its own gives one through the entry-point group `dreamtune.methods`.
 """
 
-from dreamtune.adapters import delora, ether, ether_plus, lora  # noqa: F401  (importing registers)
+from dreamtune.adapters import (  # noqa: F401  (importing registers)
+    deft,
+    delora,
+    dora,
+    ether,
+    ether_plus,
+    hra,
+    lora,
+    norm_bounded,
+    oft,
+)
 from dreamtune.adapters.base import (
     METHODS,
     Adapter,

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, wraps
 from importlib.metadata import EntryPoint
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import TypeAdapter
@@ -24,13 +24,33 @@ from dreamtune.fields import checker, nearest, validated
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
+class WeightChange(NamedTuple):
+    """What a method makes of a weight: `W' = (1 + gain) W (I + D)ᵀ + up @ down`, row by row of W.
+
+    For rows x: `y = (1 + gain) * ((x + x D) Wᵀ) + (x downᵀ) upᵀ`. All parts are zero where there is
+    no change, so none loses accuracy in bf16 near the start; and strength is a factor on them, the
+    change being linear in each. gain and rotation do not go together: it would not be.
+
+    Attributes:
+        up, down: (*L, S, out, R) and (*L, S, R, in); None for none.
+        gain: (*L, S, out), of the rows of W.
+        rotation: D, (*L, S, n, in / n, in / n): n blocks along the input.
+    """
+
+    up: Tensor | None = None
+    down: Tensor | None = None
+    gain: Tensor | None = None
+    rotation: Tensor | None = None
+
+
 class Adapter(nn.Module):
-    """`W' = W + up @ down`, with the factors that a subclass computes from its parameters.
+    """A `WeightChange` that a subclass computes from its parameters; most are `up @ down` alone.
 
     A subclass sets the class attributes, makes its parameters in `__init__` (its options are the
     keyword arguments there, checked by their annotations: `rank: PositiveInt`) and gives
-    `factors`. Forward, merge, export, count and checkpoint are built on that. Parameters are
-    float32, float64 for a float64 weight; buffers of a subclass are saved with them.
+    `factors`, or `change` where it is not low rank. Forward, merge, export, count and checkpoint
+    are built on that. Parameters are float32, float64 for a float64 weight; buffers of a subclass
+    are saved with them.
 
     Args:
         weight: the frozen weights of same-shape layers; only its values at construction are looked
@@ -44,10 +64,11 @@ class Adapter(nn.Module):
     name: ClassVar[str]
     paper: ClassVar[str]
     identity_at_start: ClassVar[bool]
-    low_rank: ClassVar[bool] = True  # False: overrides `merged`, and no plain LoRA can hold it
+    low_rank: ClassVar[bool] = True  # False: overrides `change`, and no plain LoRA can hold it
     depends_on_weight: ClassVar[bool]  # True: the factors contain W, another base is refused
     learning_rate: ClassVar[float]  # recommended, for AdamW
-    own_learning_rates: ClassVar[Mapping[str, float]] = {}  # parameters with an absolute rate
+    own_learning_rates: Mapping[str, float] = {}  # parameters with an absolute rate
+    rate_factors: Mapping[str, float] = {}  # parameters whose rate is so many times the others'
     no_decay: ClassVar[frozenset[str]] = frozenset()
     per_slot: ClassVar[frozenset[str]] = frozenset()  # options that may be a list, one a slot
     note: ClassVar[str] = ""  # what `dreamtune methods` says of the defaults
@@ -96,26 +117,71 @@ class Adapter(nn.Module):
         constants: those of this weight, where they are known; a method without any may leave them
         out of its signature.
         """
-        raise NotImplementedError(f"`{self.name}` must give `factors` or override `merged`")
+        raise NotImplementedError(f"`{self.name}` must give `factors` or `change`")
+
+    def change(self, weight: Tensor, *constants: Tensor) -> WeightChange:
+        """All that the method does to the weight; arguments as of `factors`."""
+        return WeightChange(*self.factors(weight, *constants))
+
+    def strength_at(self, timesteps: Tensor) -> Tensor | None:
+        """The strength of the change at each row's timestep (batch,), None where it is constant."""
+        return None
+
+    @classmethod
+    def no_plain_lora(cls, options: Mapping[str, Any]) -> str:
+        """Why no plain LoRA holds the change, as the end of a sentence on it; "" where one does."""
+        return "" if cls.low_rank else "is not a low-rank change"
+
+    def share_of_bound(self, weight: Tensor) -> Tensor | None:
+        """How much of what the method allows the change has used, (*L, S) in 0 to 1; None for a
+        method that bounds nothing.
+        """
+        return None
 
     def merged(self, weight: Tensor) -> Tensor:
-        """`W + up @ down`, (*L, S, out, in)."""
-        up, down = self.factors(weight)
-        return weight.unsqueeze(-3).to(up.dtype) + up @ down
+        """The changed weight, (*L, S, out, in)."""
+        change = self.change(weight)
+        dtype = next(x for x in change if x is not None).dtype
+        w = base = weight.unsqueeze(-3).to(dtype)
+        if change.rotation is not None:
+            blocks = base.unflatten(-1, change.rotation.shape[-3:-1]).movedim(-2, -3)
+            turned = blocks @ change.rotation.mT  # (*L, S, n, out, in / n)
+            w = w + turned.movedim(-3, -2).flatten(-2)
+        if change.gain is not None:
+            w = w + base * change.gain.unsqueeze(-1)
+        if change.up is not None and change.down is not None:
+            w = w + change.up @ change.down
+        return w
 
     def uniform(
         self, weight: Tensor, generator: Generators, shape: tuple[int, ...], bound: float
     ) -> Tensor:
         """Values uniform in ±bound, (*L, S, *shape), drawn on the CPU so that devices agree."""
+        return self._drawn(
+            weight, generator, shape, lambda x, g: x.uniform_(-bound, bound, generator=g)
+        )
+
+    def normal(
+        self, weight: Tensor, generator: Generators, shape: tuple[int, ...], deviation: float
+    ) -> Tensor:
+        """Normal values of a standard deviation, as `uniform`."""
+        return self._drawn(
+            weight, generator, shape, lambda x, g: x.normal_(0, deviation, generator=g)
+        )
+
+    def _drawn(
+        self,
+        weight: Tensor,
+        generator: Generators,
+        shape: tuple[int, ...],
+        draw: Callable[[Tensor, torch.Generator | None], Tensor],
+    ) -> Tensor:
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        full = (*self.leading, self.slots, *shape)
         if weight.device.type == "meta":
+            full = (*self.leading, self.slots, *shape)
             return torch.empty(full, dtype=dtype, device="meta")
         per_slot = generator if isinstance(generator, Sequence) else [generator] * self.slots
-        drawn = [
-            torch.empty(*self.leading, *shape).uniform_(-bound, bound, generator=g)
-            for g in per_slot
-        ]
+        drawn = [draw(torch.empty(*self.leading, *shape), g) for g in per_slot]
         return torch.stack(drawn, dim=len(self.leading)).to(weight.device, dtype)
 
     def constant(

@@ -44,6 +44,10 @@ class ETHER(Adapter):
         size = blocks_of(weight.shape[-1 if side == "input" else -2], blocks, side)
         self.u = nn.Parameter(self.uniform(weight, generator, (blocks, size), 1 / math.sqrt(size)))
 
+    def share_of_bound(self, weight: Tensor) -> Tensor:
+        """All of it, always: a reflection is at its distance from I whatever its direction."""
+        return self.u.new_ones(self.u.shape[:-2])
+
     def factors(self, weight: Tensor, *constants: Tensor) -> tuple[Tensor, Tensor]:
         columns = block_columns(unit(self.u, -1))
         if self.options["side"] == "input":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamtune.adapters.base import Adapter, Generators, register
-from dreamtune.adapters.maths import blocks_of, frozen_product, unit
+from dreamtune.adapters.maths import blocks_of, frozen_product, product_norm, unit
 from dreamtune.fields import Count
 
 
@@ -67,6 +67,17 @@ class ETHERPlus(Adapter):
         down = frozen_product(weight.mT, q).mT
         right = frozen_product(weight, s) + p @ (down @ s)
         return torch.cat([p, right], -1), torch.cat([down, t.mT], -2)
+
+    def share_of_bound(self, weight: Tensor) -> Tensor:
+        """Of the distance sqrt(2 n) of H from I, the mean of the sides."""
+        sides = [(self.u, self.v)] + (
+            [(self.u_in, self.v_in)] if self.options["sides"] == 2 else []
+        )
+        shares = []
+        for side in sides:
+            ((p, q),) = _opposed(side)
+            shares.append(product_norm(p, q.mT) / math.sqrt(2 * self.options["blocks"]))
+        return torch.stack(shares).mean(0)
 
 
 def _opposed(*pairs: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:

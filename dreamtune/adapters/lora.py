@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from pydantic import FiniteFloat
 from torch import Tensor, nn
 
 from dreamtune.adapters.base import Adapter, Generators, register
-from dreamtune.fields import Rank
+from dreamtune.fields import Above0, Rank
 
 
 @register
@@ -20,8 +21,12 @@ class LoRA(Adapter):
 
     Args:
         rank: r.
-        alpha: strength; None is `rank`, a scale of 1. The papers' rows of rank 16 on
-            subject-driven generation are of alpha = 2 r.
+        alpha: strength; None is a scale of 1: `rank`, its root with `use_rslora`. The papers'
+            rows of rank 16 on subject-driven generation are of alpha = 2 r.
+        use_rslora: the scale is `alpha / sqrt(r)` (rsLoRA, arXiv 2312.03732).
+        start: of A: "kaiming", uniform in ±1 / sqrt(in), or "gaussian", of deviation 1 / r.
+        train_a: False keeps A as it starts (LoRA-FA, arXiv 2308.03303).
+        loraplus_lr_ratio: B's learning rate over A's (LoRA+, arXiv 2402.12354: 16).
     """
 
     name = "lora"
@@ -31,6 +36,7 @@ class LoRA(Adapter):
     learning_rate = 6e-4
     per_slot = frozenset({"alpha"})
     note = "alpha None is the rank; the papers' rows of rank 16 are of alpha = 2 rank: --alpha 32"
+    A: Tensor
     strengths: Tensor | None
 
     def __init__(
@@ -41,19 +47,38 @@ class LoRA(Adapter):
         generator: Generators = None,
         rank: Rank = 16,
         alpha: FiniteFloat | list[FiniteFloat | None] | None = None,
+        use_rslora: bool = False,
+        start: Literal["kaiming", "gaussian"] = "kaiming",
+        train_a: bool = True,
+        loraplus_lr_ratio: Above0 = 1.0,
     ) -> None:
+        whole = math.sqrt(rank) if use_rslora else float(rank)
         given = alpha if isinstance(alpha, list) else [alpha]
-        alphas = [float(rank if a is None else a) for a in given]
-        own = alphas if isinstance(alpha, list) else alphas[0]
-        super().__init__(weight, slots, generator, {"rank": rank, "alpha": own})
+        alphas = [whole if a is None else float(a) for a in given]
+        options = {
+            "rank": rank,
+            "alpha": alphas if isinstance(alpha, list) else alphas[0],
+            "use_rslora": use_rslora,
+            "start": start,
+            "train_a": train_a,
+            "loraplus_lr_ratio": loraplus_lr_ratio,
+        }
+        super().__init__(weight, slots, generator, options)
         out, width = weight.shape[-2:]
-        # kaiming_uniform(a=sqrt 5) of an (r, in) matrix is uniform in ±1/sqrt(in).
-        self.A = nn.Parameter(self.uniform(weight, generator, (rank, width), 1 / math.sqrt(width)))
+        if start == "gaussian":
+            A = self.normal(weight, generator, (rank, width), 1 / rank)
+        else:  # kaiming_uniform(a=sqrt 5) of an (r, in) matrix
+            A = self.uniform(weight, generator, (rank, width), 1 / math.sqrt(width))
+        if train_a:
+            self.A = nn.Parameter(A)
+        else:
+            self.register_buffer("A", A)
         self.B = nn.Parameter(self.constant(weight, (out, rank), 0.0))
-        self.strength = alphas[0] / rank
+        self.rate_factors = {"B": loraplus_lr_ratio}
+        self.strength = alphas[0] / whole
         each = None
         if isinstance(alpha, list):
-            each = torch.tensor(alphas, dtype=self.B.dtype, device=weight.device) / rank
+            each = torch.tensor(alphas, dtype=self.B.dtype, device=weight.device) / whole
             each = each.view(-1, 1, 1)
         self.register_buffer("strengths", each, persistent=False)
 

@@ -33,6 +33,12 @@ def unit(x: Tensor, dim: int, eps: float = 1e-4) -> Tensor:
     return y
 
 
+def product_norm(up: Tensor, down: Tensor) -> Tensor:
+    """The Frobenius norm of `up @ down`, (...,), without the product."""
+    square = ((up.mT @ up) * (down @ down.mT).mT).sum((-2, -1))
+    return square.clamp_min(0).sqrt()
+
+
 def block_columns(u: Tensor) -> Tensor:
     """Blocks (..., n, k) -> (..., n * k, n): column i holds block i in its place."""
     if u.shape[-2] == 1:

@@ -97,7 +97,7 @@ def assert_known(method: str, folder: Path) -> None:
         ValueError, match=f"unknown method `{method[:-1]}`. Did you mean `{method}`"
     ):
         train_config(["--method", method[:-1]])
-    with pytest.raises(ValueError, match="`rank` is an option of delora, lora, not of"):
+    with pytest.raises(ValueError, match="`rank` is an option of .*delora, .*lora, .*not of"):
         train_config(["--method", method, "--rank", "4"])
 
 
@@ -116,7 +116,7 @@ def test_a_method_of_another_package(
     assert find_method("scaled").__module__ == "outside_pkg.methods"
     assert_known("scaled", tmp_path)  # now from the class itself
     assert main(["methods"]) == 0
-    assert "scaled     learning rate 0.001    --by 0.0" in capsys.readouterr().out
+    assert "scaled         learning rate 0.001    --by 0.0" in capsys.readouterr().out
 
 
 def test_help_knows_it_without_importing_it(outside: Path) -> None:
@@ -134,7 +134,7 @@ def test_help_knows_it_without_importing_it(outside: Path) -> None:
         env={**os.environ, "PYTHONPATH": path},
     )
     assert done.returncode == 0, done.stderr
-    assert "  scaled      --by 0.0" in done.stdout
+    assert "  scaled        --by 0.0" in done.stdout
 
 
 def test_what_its_source_says_of_its_options(

@@ -9,8 +9,17 @@ torch.set_num_threads(1)
 
 # Option sets beside each method's defaults; a method without an entry is tested with its defaults.
 VARIANTS: dict[str, list[dict[str, object]]] = {
-    "lora": [{"rank": 3, "alpha": 6}],
-    "delora": [{"rank": 3}, {"rank": 4, "start": "peft", "lambda_init": 2.0}],
+    "lora": [{"rank": 3, "alpha": 6}, {"rank": 4, "use_rslora": True, "start": "gaussian"}],
+    "dora": [{"rank": 3, "alpha": 6}],
+    "delora": [
+        {"rank": 3},
+        {"rank": 4, "start": "peft", "lambda_init": 2.0},
+        {"rank": 2, "normalize": False, "weight_scaling": False, "lambda_learning_rate": 0},
+        {"rank": 2, "multiplicative": True},
+    ],
+    "deft": [{"rank": 3, "projection": "qr"}, {"rank": 2, "alpha": 1.0}],
+    "norm_bounded": [{"rank": 3, "delta": 0.5}],
+    "oft": [{"blocks": 2, "exact": True}],
     "ether": [{"blocks": 4}, {"blocks": 2, "side": "output"}],
     "ether+": [{"blocks": 2, "sides": 1}, {"blocks": 1}],
 }
