@@ -228,7 +228,7 @@ def absolute(config: Config) -> Config:
         # another name of a base or a scorer is one of the hub
         if name in PICTURES or kind or os.path.exists(path):
             found[name] = kind + path
-    return dataclasses.replace(config, **found)
+    return dataclasses.replace(config, **found)  # type: ignore[arg-type]
 
 
 def parse_yaml(text: str, place: str) -> Any:

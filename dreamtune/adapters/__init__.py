@@ -17,6 +17,7 @@ from dreamtune.adapters import (  # noqa: F401  (importing registers)
 from dreamtune.adapters.base import (
     METHODS,
     Adapter,
+    WeightChange,
     find_method,
     register,
     registered_signatures,
@@ -26,6 +27,7 @@ from dreamtune.adapters.base import (
 __all__ = [
     "METHODS",
     "Adapter",
+    "WeightChange",
     "find_method",
     "register",
     "registered_signatures",

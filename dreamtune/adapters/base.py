@@ -123,9 +123,14 @@ class Adapter(nn.Module):
         """All that the method does to the weight; arguments as of `factors`."""
         return WeightChange(*self.factors(weight, *constants))
 
-    def strength_at(self, timesteps: Tensor) -> Tensor | None:
-        """The strength of the change at each row's timestep (batch,), None where it is constant."""
-        return None
+    @property
+    def asks_for_timestep(self) -> bool:
+        """Whether the strength of the change is not the same at all timesteps."""
+        return False
+
+    def strength_at(self, timesteps: Tensor) -> Tensor:
+        """The strength of the change at each row's timestep (batch,)."""
+        return torch.ones_like(timesteps, dtype=torch.float32)
 
     @classmethod
     def no_plain_lora(cls, options: Mapping[str, Any]) -> str:

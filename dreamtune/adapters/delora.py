@@ -144,9 +144,12 @@ class DeLoRA(Adapter):
             most = most * self.constants(weight)[0].amax(-1).squeeze(-1)
         return product_norm(up, down) / most.clamp_min(1e-30)
 
-    def strength_at(self, timesteps: Tensor) -> Tensor | None:
-        floor = self.options["timestep_floor"]
-        return None if floor == 1 else 1 - (1 - floor) / STEPS * timesteps.float()
+    @property
+    def asks_for_timestep(self) -> bool:
+        return bool(self.options["timestep_floor"] < 1)
+
+    def strength_at(self, timesteps: Tensor) -> Tensor:
+        return 1 - (1 - self.options["timestep_floor"]) / STEPS * timesteps.float()
 
     @classmethod
     def no_plain_lora(cls, options: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
-"""What an adapter does to one layer: the change `up (down x)`, and the factors of it.
+"""What an adapter does to one layer: the factors of its change, and a forward with them.
 
-Forward is `apply`, of what `factors_of` computes for one layer or for a group of them; merge is
+Forward is `linear`, of what `factors_of` computes for one layer or for a group of them; merge is
 `merged`.
 """
 
@@ -20,13 +20,26 @@ from dreamtune.adapters import Adapter
 
 
 class Factors(NamedTuple):
-    """Of one layer, in the dtype of its weight: up (out, R) and down (R, in); with several slots,
-    or routed rows, one of each a block of the batch: (K, out, R), (K, R, in). For a method that is
-    not low rank `up` is None and `down` the whole change, (out, in) or (K, out, in).
+    """A `WeightChange` as a forward takes it, of a layer, in the dtype of its weight: up (out, R),
+    down (R, in), gain (out), rotation (n, in / n, in / n); with several slots, or routed rows, one
+    of each a block of the batch: (K, out, R), ... None for what the method has none of.
     """
 
-    up: Tensor | None
-    down: Tensor
+    up: Tensor | None = None
+    down: Tensor | None = None
+    gain: Tensor | None = None
+    rotation: Tensor | None = None
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether `up @ down` is all."""
+        return self.gain is None and self.rotation is None
+
+    def unbind(self) -> list[Factors]:
+        """(L, ...) of a group -> those of each layer."""
+        some = next(x for x in self if x is not None)
+        parts = [[None] * len(some) if x is None else x.unbind(0) for x in self]
+        return [Factors(*rows) for rows in zip(*parts)]
 
 
 @dataclass
@@ -38,20 +51,23 @@ class Use:
         scale: strength, a number or a tensor with one a slot.
         call: strength for one call of the model, `cross_attention_kwargs={"scale": ...}`.
         rows: slot of each row of the batch, (batch,) long; None: equal blocks.
+        at: strength of each row of the batch, (batch,), of a method that asks for the timestep.
     """
 
     slots: int
     scale: float | Tensor = 1.0
     call: float = 1.0
     rows: Tensor | None = None
+    at: Tensor | None = None  # no factor depends on it
 
     def state(self) -> tuple[object, ...]:
         """Differs where something was set or written to."""
         return (_mark(self.scale), self.call, _mark(self.rows))
 
     def scaled(self, x: Tensor) -> Tensor:
+        """x (L, S, ...)."""
         if isinstance(self.scale, Tensor):
-            x = x * self.scale.to(x).reshape(-1, 1, 1)
+            x = x * self.scale.to(x).reshape(-1, *(1 for _ in x.shape[2:]))
         elif self.scale != 1:
             x = x * self.scale
         return x if self.call == 1 else x * self.call
@@ -81,37 +97,80 @@ def factors_of(adapter: Adapter, weight: Tensor, use: Use, *constants: Tensor) -
     """Those of a group, (L, [K,] ...), for its stacked weights (L, out, in). What the method takes
     of the weights, where it is not given, is that of the weights as they are now.
     """
-    if adapter.low_rank:
-        up, down = adapter.factors(weight, *constants)
-        down = use.scaled(down)
-        return Factors(use.finish(up, weight.dtype), use.finish(down, weight.dtype))
-    change = adapter.merged(weight) - weight.unsqueeze(1)
-    return Factors(None, use.finish(use.scaled(change), weight.dtype))
+    up, *rest = adapter.change(weight, *constants)
+    parts = [up, *(None if x is None else use.scaled(x) for x in rest)]
+    return Factors(*(None if x is None else use.finish(x, weight.dtype) for x in parts))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequence[Change]) -> Tensor:
     """`W x + b` and the changes, (batch, ..., out) for x (batch, ..., in)."""
-    flat = x.reshape(-1, x.shape[-1])
-    y = F.linear(flat, weight, bias)
-    for change in changes:
-        y = apply(y, flat, len(x), change.factors(weight), change.use.rows is not None)
+    return combined(x, weight, bias, [(c.factors(weight), c.use) for c in changes])
+
+
+def combined(
+    x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequence[tuple[Factors, Use]]
+) -> Tensor:
+    """The same with factors; each change is of W, none of another."""
+    flat, batch = x.reshape(-1, x.shape[-1]), len(x)
+    inner = flat
+    for factors, use in changes:
+        if factors.rotation is not None:
+            inner = inner + by_row(rotated(flat, factors.rotation, batch, use), batch, use)
+    y = F.linear(inner, weight, bias)
+    gains = [(f.gain, use) for f, use in changes if f.gain is not None]
+    if gains:
+        plain = y if inner is flat else F.linear(flat, weight, bias)
+        if bias is not None:  # added first all the same: no gain, and it is the base to the bit
+            plain = plain - bias.to(y.dtype)
+        for gain, use in gains:
+            y = y + by_row(gained(plain, gain, batch, use), batch, use)
+    for factors, use in changes:
+        y = apply(y, flat, batch, factors, use)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def apply(y: Tensor, x: Tensor, batch: int, factors: Factors, routed: bool) -> Tensor:
-    """`y + up (down x)`, y is written to. x (T, in) and y (T, out) hold `batch` equal parts."""
-    up, down = factors
+def apply(y: Tensor, x: Tensor, batch: int, factors: Factors, use: Use) -> Tensor:
+    """`y + up (down x)`, y may be written to. x (T, in) and y (T, out) hold `batch` equal parts."""
+    up, down, *_ = factors
+    if up is None or down is None:
+        return y
     if down.dim() == 2:
-        h = x @ down.mT
-        if up is None:
-            return y + h.to(y.dtype)
+        h = by_row(x @ down.mT, batch, use)
         if up.dtype != y.dtype:  # autocast chose another dtype than the weight's
             up, h = up.to(y.dtype), h.to(y.dtype)
         return y.addmm_(h, up.mT)
-    blocks = blocks_of(batch, len(down), routed)
-    h = x.view(blocks, -1, x.shape[-1]) @ down.mT
-    change = h if up is None else h @ up.mT
-    return y + change.reshape(y.shape).to(y.dtype)
+    h = in_blocks(x, len(down), batch, use) @ down.mT
+    change = by_row((h @ up.mT).reshape(y.shape), batch, use)
+    return y + change.to(y.dtype)
+
+
+def gained(y: Tensor, gain: Tensor, batch: int, use: Use) -> Tensor:
+    """`gain * y`, (T, out)."""
+    gain = gain.to(y.dtype)
+    if gain.dim() == 1:
+        return y * gain
+    return (in_blocks(y, len(gain), batch, use) * gain.unsqueeze(1)).reshape(y.shape)
+
+
+def rotated(x: Tensor, rotation: Tensor, batch: int, use: Use) -> Tensor:
+    """`x D` block by block of the width, (T, in)."""
+    blocks = (1, -1) if rotation.dim() == 3 else (len(rotation), -1)
+    if rotation.dim() == 4:
+        blocks_of(batch, len(rotation), use.rows is not None)
+    parts = x.view(*blocks, *rotation.shape[-3:-1]).transpose(-3, -2)
+    return (parts @ rotation).transpose(-3, -2).reshape(x.shape)
+
+
+def by_row(x: Tensor, batch: int, use: Use) -> Tensor:
+    """x (T, n) at the strength of each row of the batch."""
+    if use.at is None:
+        return x
+    return (x.view(batch, -1, x.shape[-1]) * use.at.to(x)[:, None, None]).view(x.shape)
+
+
+def in_blocks(x: Tensor, blocks: int, batch: int, use: Use) -> Tensor:
+    """(T, n) -> (K, T / K, n)."""
+    return x.view(blocks_of(batch, blocks, use.rows is not None), -1, x.shape[-1])
 
 
 @torch.no_grad()
@@ -126,13 +185,6 @@ def merged(adapter: Adapter, weight: Tensor, use: Use) -> Tensor:
             wide = base.unsqueeze(1).to(changed.dtype)
             changed = wide + use.scaled(changed - wide)
     return changed[0, 0].to(weight.dtype)
-
-
-def rows_of(input: Tensor, blocks: int | None, routed: bool) -> Tensor:
-    """(batch, ..., in) -> (T, in), or (blocks, T, in) for the factors of that many blocks."""
-    if blocks is None:
-        return input.reshape(-1, input.shape[-1])
-    return input.reshape(blocks_of(len(input), blocks, routed), -1, input.shape[-1])
 
 
 def blocks_of(batch: int, blocks: int, routed: bool) -> int:
@@ -189,7 +241,8 @@ def sums(tensors: Sequence[Tensor]) -> list[float]:
     found: list[float] = []
     for device, some in by_device.items():
         dtype = torch.float32 if device.type == "mps" else torch.float64  # which has no doubles
-        norms = torch._foreach_norm([x.detach() for x in some], 2, dtype)
+        floats = [x.detach() if x.is_floating_point() else x.to(dtype) for x in some]
+        norms = torch._foreach_norm(floats, 2, dtype)
         found += torch.stack(norms).tolist()
     return found
 
@@ -227,9 +280,9 @@ class Change:
         self.kept = ref(weight), state, factors
         return factors
 
-    def keep(self, weight: Tensor, up: Tensor | None, down: Tensor) -> None:
+    def keep(self, weight: Tensor, factors: Factors) -> None:
         """As computed for the whole group, from the layer's weight as it is now."""
-        self.kept = ref(weight), self._state(weight), Factors(up, down)
+        self.kept = ref(weight), self._state(weight), factors
 
     def alone(self, device: torch.device) -> Adapter:
         """The adapter of this layer, (1, S, ...)."""
@@ -237,8 +290,8 @@ class Change:
 
     def _compute(self, weight: Tensor) -> Factors:
         with torch.autocast(weight.device.type, enabled=False):
-            up, down = factors_of(self.alone(weight.device), weight[None], self.use)
-        return Factors(None if up is None else up[0], down[0])
+            (factors,) = factors_of(self.alone(weight.device), weight[None], self.use).unbind()
+        return factors
 
     def _state(self, weight: Tensor) -> tuple[object, ...]:
         own = ((x.data_ptr(), version(x)) for x in tensors_of(self.adapter))

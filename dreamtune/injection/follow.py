@@ -51,7 +51,7 @@ class Following:
             if group.together() and not offloaded_whole(self.model):
                 group.prepare()
 
-    def before_forward(self, kwargs: Mapping[str, Any]) -> None:
+    def before_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         if self.use.slots > 1 and self.use.rows is None and not torch.is_grad_enabled():
             # equal blocks would give the half without the prompt to the first slots
             raise ValueError(
@@ -60,6 +60,7 @@ class Following:
                 " holds all rows without the prompt, then all with it: `route(rows.repeat(2))`"
             )
         self.use.call = strength_of_call(kwargs)
+        self.use.at = self._strength_of_rows(args, kwargs)
         stacked = self.stacked
         if stacked is not None and stacked.watched and (why := stacked.touched()):
             warnings.warn(f"dreamtune: the adapter is slowed down, for {why}", stacklevel=2)
@@ -70,6 +71,22 @@ class Following:
         self.check()
         if not torch.compiler.is_compiling():  # what is compiled computes them itself
             self._follow()
+
+    def _strength_of_rows(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> torch.Tensor | None:
+        adapter = self.groups[0].adapter
+        if not adapter.asks_for_timestep:
+            return None
+        given = {**dict(zip(("sample", "timestep"), args)), **kwargs}
+        sample, t = given.get("sample"), given.get("timestep")
+        if not isinstance(sample, torch.Tensor) or t is None:
+            raise ValueError(
+                f"the strength of `{adapter.name}` depends on the timestep here, and"
+                f" `{type(self.model).__name__}` was called without `sample` and `timestep`"
+            )
+        t = torch.as_tensor(t, device=sample.device).reshape(-1).expand(len(sample))
+        return adapter.strength_at(t)
 
     def _follow(self) -> None:
         """The factors of all layers at once, where some would be others than those kept."""
@@ -88,7 +105,7 @@ class Following:
 
     def _bound(self) -> list[Group]:
         """The groups whose change is another for other weights."""
-        return [g for g in self.groups if g.adapter.depends_on_weight or not g.adapter.low_rank]
+        return [g for g in self.groups if g.adapter.depends_on_weight]
 
     def check(self) -> None:
         """Raises ValueError where the model no longer does what the adapter's layers do."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dreamtune.adapters import Adapter
-from dreamtune.injection.change import Change, Use, constant, factors_of, trains
+from dreamtune.injection.change import Change, Factors, Use, constant, factors_of, trains
 from dreamtune.injection.layer import AdaptedLinear
 from dreamtune.injection.stack import Stack
 from dreamtune.injection.targets import Place, weight_of
@@ -64,16 +64,15 @@ class Group:
         weights = [layer.weight for layer in self.layers]
         self.adapter.to(weights[0].device)
         if trains(self.adapter):
-            up, down = self._factors(weights)
+            factors = self._factors(weights)
         else:
             with constant():
-                up, down = self._factors(weights)
-        rows = zip(up.unbind(0) if up is not None else [None] * len(down), down.unbind(0))
-        for change, weight, (u, d) in zip(self.changes, weights, rows, strict=True):
-            change.keep(weight, u, d)
+                factors = self._factors(weights)
+        for change, weight, own in zip(self.changes, weights, factors.unbind(), strict=True):
+            change.keep(weight, own)
 
-    def _factors(self, weights: list[Tensor]) -> tuple[Tensor | None, Tensor]:
-        needs = self.adapter.depends_on_weight or not self.adapter.low_rank
+    def _factors(self, weights: list[Tensor]) -> Factors:
+        needs = self.adapter.depends_on_weight
         like = weights[0].detach()
         stacked = (
             torch.stack([w.detach() for w in weights])

@@ -118,12 +118,14 @@ class InjectedAdapter:
     ) -> list[dict[str, Any]]:
         """Groups for a torch optimizer, with the method's own rates and exemptions from decay."""
         cls = find_method(self.method)
+        adapter = self.groups[0].adapter
         rate = cls.learning_rate if learning_rate is None else learning_rate
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for full, parameter in self.named_parameters():
             name = full.rpartition(".")[2]
             decay = 0.0 if name in cls.no_decay else weight_decay
-            key = (cls.own_learning_rates.get(name, rate), decay)
+            usual = rate * adapter.rate_factors.get(name, 1.0)
+            key = (adapter.own_learning_rates.get(name, usual), decay)
             groups.setdefault(key, []).append(parameter)
         return [
             {"params": params, "lr": lr, "weight_decay": decay}
@@ -141,7 +143,7 @@ class InjectedAdapter:
         self._following.refresh()
 
     def _before_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._following.before_forward(kwargs)
+        self._following.before_forward(args, kwargs)
 
     def speed_up(self) -> None:
         """The same in fewer kernels: weights stacked, projections joint. Where somebody else
@@ -263,6 +265,10 @@ class InjectedAdapter:
         self._must_be_in()
         if self.slots > 1:
             raise ValueError(f"`merge` needs one slot, got {self.slots}")
+        if self.groups[0].adapter.asks_for_timestep:
+            raise ValueError(
+                f"the strength of `{self.method}` depends on the timestep here: no weight holds it"
+            )
         self._following.check()
         self.slow_down()
         changed: list[tuple[Tensor, Tensor]] = []

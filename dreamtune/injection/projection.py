@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dreamtune.injection.change import rows_of
+from dreamtune.injection.change import Factors, Use, blocks_of, combined
 
 if TYPE_CHECKING:
     from dreamtune.injection.layer import AdaptedLinear
@@ -28,20 +28,19 @@ def wide_rank(rank: int) -> int:
 class Projection:
     """P layers of one shape that may read the same input, P = 1 for most.
 
-    Set by `Stack.set`, in the dtype of the weight:
-        up, down: (P, out, R) and (P, R, in); with several slots, or routed rows, one of each a
-            block of the batch: (P, K, out, R), (P, K, R, in). For a method that is not low rank
-            `up` is None and `down` the transformed weight, (P, out, in) or (P, K, out, in).
+    Attributes:
+        factors: set by `Stack.set`, in the dtype of the weight: (P, out, R), (P, R, in), ...; with
+            several slots, or routed rows, one of each a block of the batch: (P, K, out, R), ...
         wide: without gradients, the weight with `down` below it: a product less.
+        use: of the adapter.
     """
 
-    def __init__(self, layers: Sequence[AdaptedLinear]) -> None:
+    def __init__(self, layers: Sequence[AdaptedLinear], use: Use) -> None:
         self.layers, self.single = list(layers), len(layers) == 1
+        self.use = use
         self.weight: Tensor  # (P, out, in), frozen
-        self.up: Tensor | None = None
-        self.down: Tensor
+        self.factors = Factors()
         self.wide: Wide | None = None
-        self.routed = False  # K is the batch size, not a number of equal blocks
         for index, layer in enumerate(self.layers):
             layer.projection, layer.index = self, index
 
@@ -51,37 +50,46 @@ class Projection:
         return self.layers[0].bias if self.single else None
 
     def together(self, device: str) -> bool:
-        """Whether `__call__` gives what the layers would: nothing of the weights asks for a
-        gradient, and all is of one dtype.
+        """Whether `__call__` gives what the layers would: it is plain, nothing of the weights asks
+        for a gradient, and all is of one dtype.
         """
-        if self.up is None or torch.is_autocast_enabled(device):
+        if not self.plain() or torch.is_autocast_enabled(device):
             return False
         return not torch.is_grad_enabled() or not any(
             p is not None and p.requires_grad for m in self.layers for p in (m.weight, m.bias)
         )
 
+    def plain(self) -> bool:
+        """Whether the change is `up @ down`, the same for all rows of a slot."""
+        return self.factors.low_rank and self.use.at is None
+
     def __call__(self, input: Tensor) -> Sequence[Tensor]:
         """The outputs (batch, ..., out) of the P layers for one input (batch, ..., in)."""
         if not torch.is_grad_enabled():
             return self.stacked(input).unbind(0)
-        assert self.up is not None
-        x = self.rows(input, self.down.dim() == 4)
-        ys = _Project.apply(x, self.weight, self.bias, self.up, self.down)
+        up, down, *_ = self.factors
+        assert up is not None and down is not None
+        ys = _Project.apply(self.rows(input, down.dim() == 4), self.weight, self.bias, up, down)
         return [y.view(*input.shape[:-1], y.shape[-1]) for y in ys]
 
     def stacked(self, input: Tensor) -> Tensor:
         """(P, batch, ..., out), without gradients."""
-        assert self.up is not None
+        up, down, *_ = self.factors
+        assert up is not None and down is not None
         if self.wide is not None:
             y = self.wide(input)
         else:
-            x = self.rows(input, self.down.dim() == 4)
-            y = project(x, self.weight, self.bias, self.up, side_by_side(self.down))[0]
+            x = self.rows(input, down.dim() == 4)
+            y = project(x, self.weight, self.bias, up, side_by_side(down))[0]
         return y.view(len(y), *input.shape[:-1], y.shape[-1])
 
     def rows(self, input: Tensor, split: bool) -> Tensor:
         """(T, in), or (K, T, in) for K factors."""
-        return rows_of(input, self.down.shape[1] if split else None, self.routed)
+        if not split:
+            return input.reshape(-1, input.shape[-1])
+        assert self.factors.down is not None
+        blocks = blocks_of(len(input), self.factors.down.shape[1], self.use.rows is not None)
+        return input.reshape(blocks, -1, input.shape[-1])
 
     def one(self, layer: AdaptedLinear, input: Tensor) -> Tensor:
         """What `layer` gives alone."""
@@ -89,24 +97,16 @@ class Projection:
             if self.wide is not None and not torch.is_grad_enabled():
                 return self.wide.one(input).view(*input.shape[:-1], layer.out_features)
             return self(input)[0]
-        down = self.down[layer.index]
+        own = Factors(*(None if x is None else x[layer.index] for x in self.factors))
+        up, down, *_ = own
+        if up is None or down is None or not self.plain():
+            return combined(input, layer.weight, layer.bias, [(own, self.use)])
         x = self.rows(input, down.dim() == 3)
-        if self.up is None:
-            return whole(x, down, layer.bias).view(*input.shape[:-1], layer.out_features)
-        up = self.up[layer.index]
         y, h = F.linear(x, layer.weight, layer.bias), x @ down.mT
         if up.dtype != y.dtype:  # autocast chose another dtype than the weight's
             up, h = up.to(y.dtype), h.to(y.dtype)
         y = y.addmm_(h, up.mT) if x.dim() == 2 else y.baddbmm_(h, up.mT)
         return y.view(*input.shape[:-1], layer.out_features)
-
-
-def whole(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """With the transformed weight of a method that is not low rank."""
-    if weight.dim() == 2:
-        return F.linear(x, weight, bias)
-    y = torch.bmm(x, weight.mT)
-    return y if bias is None else y + bias
 
 
 class Wide:

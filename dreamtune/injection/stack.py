@@ -27,10 +27,10 @@ class Stack:
     """
 
     def __init__(
-        self, adapter: Adapter, parts: Sequence[Sequence[AdaptedLinear]], roomy: bool
+        self, adapter: Adapter, parts: Sequence[Sequence[AdaptedLinear]], use: Use, roomy: bool
     ) -> None:
-        self.adapter, self.roomy = adapter, roomy
-        self.parts = [Projection(part) for part in parts]
+        self.adapter, self.use, self.roomy = adapter, use, roomy
+        self.parts = [Projection(part, use) for part in parts]
         self.layers = [layer for part in parts for layer in part]
         self.sizes = [len(part) for part in parts]
         self.restack()
@@ -90,40 +90,35 @@ class Stack:
     def _room(self) -> int:
         adapter, weights = self.adapter, [layer.weight.data for layer in self.layers]
         none = not self.roomy or adapter.slots > 1 or not adapter.low_rank
+        none = none or adapter.asks_for_timestep
         if none or weights[0].device.type == "meta":
             return 0
         return wide_rank(adapter.factors(torch.stack(weights))[1].shape[-2])
 
-    def factors(self, use: Use) -> Factors:
-        """(L, [K,] ...); of a method that is not low rank the changed weights, not the change."""
-        adapter = self.adapter
-        if adapter.low_rank:
-            return factors_of(adapter, self.weight, use, *self.constants())
-        base = self.weight.unsqueeze(1)
-        changed = adapter.merged(self.weight)
-        if not use.whole():
-            changed = base + use.scaled(changed - base)
-        return Factors(None, use.finish(changed, self.weight.dtype))
+    def factors(self) -> Factors:
+        """(L, [K,] ...)."""
+        return factors_of(self.adapter, self.weight, self.use, *self.constants())
 
     def clear(self) -> None:
         """Lets go of the factors, and so of the graph that they carry."""
         for part in self.parts:
-            part.up = part.wide = None
-            part.__dict__.pop("down", None)
+            part.factors, part.wide = Factors(), None
 
-    def set(self, up: Tensor | None, down: Tensor, routed: bool, training: bool) -> None:
-        """Gives the layers their factors, (L, [K,] out, R) and (L, [K,] R, in)."""
+    def set(self, factors: Factors, training: bool) -> None:
+        """Gives the layers their factors, (L, [K,] ...)."""
         room = self.ups.shape[1]
-        wide = not training and up is not None and down.dim() == 3 and room > 0
+        down = factors.down
+        wide = not training and down is not None and down.dim() == 3 and room > 0
         if not wide and not torch.is_grad_enabled():
-            up, down = None if up is None else self.placed("up", up), self.placed("down", down)
-        downs = down.split(self.sizes)
-        ups = [None] * len(downs) if up is None else up.split(self.sizes)
-        for part, u, d in zip(self.parts, ups, downs, strict=True):
-            part.up, part.down, part.routed, part.wide = u, d, routed, None
-        if not wide:
+            named = zip(Factors._fields, factors)
+            factors = Factors(*(None if x is None else self.placed(name, x) for name, x in named))
+        none = [None] * len(self.parts)
+        rows = zip(*(none if x is None else x.split(self.sizes) for x in factors))
+        for part, own in zip(self.parts, rows, strict=True):
+            part.factors, part.wide = Factors(*own), None
+        up, down, *_ = factors
+        if not wide or up is None or down is None:
             return
-        assert up is not None
         with torch.no_grad():
             below = F.pad(down, (0, 0, 0, room - down.shape[1]))
             self.stack[:, self.weight.shape[1] :] = below

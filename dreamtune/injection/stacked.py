@@ -42,7 +42,7 @@ class Stacked:
         for group in groups:
             joint = joint_layers(group.names, self.places)
             parts = [[self.places[name].layer for name in part] for part in joint]
-            group.stack = Stack(group.adapter, parts, roomy=watched)  # type: ignore[arg-type]
+            group.stack = Stack(group.adapter, parts, use, roomy=watched)  # type: ignore[arg-type]
             self.stacks.append(group.stack)
         attentions = {id(p.attention): p.attention for p in places.values()}
         self.attentions = project_jointly(attentions.values())
@@ -66,10 +66,10 @@ class Stacked:
         training, self.fresh = self._training(), None
         for stack in self.stacks:
             stack.clear()  # a graph of an earlier step would decide on which stream gradients run
-        tasks = [lambda stack=stack: stack.factors(self.use) for stack in self.stacks]
+        tasks = [stack.factors for stack in self.stacks]
         made = beside(tasks, self.stacks[0].weight.device)
-        for stack, (up, down) in zip(self.stacks, made):
-            stack.set(up, down, self.use.rows is not None, training)
+        for stack, factors in zip(self.stacks, made):
+            stack.set(factors, training)
         # Factors that carry a graph belong to one step: the next forward computes them again.
         self.fresh = None if training else self._state()
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 STREAMS = 2  # more were no faster, and each has a workspace of its own for products
 
-Result = tuple[Tensor | None, Tensor]
+Result = TypeVar("Result", bound="Sequence[Tensor | None]")
 
 
 @cache

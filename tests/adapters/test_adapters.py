@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import dreamtune
 from dreamtune import METHODS, Adapter, register
+from dreamtune.adapters import WeightChange
 from dreamtune.adapters.base import _REGISTRY, find_method, resolve_options
 from dreamtune.adapters.maths import bf16_parts, block_columns, unit
 
@@ -241,10 +242,10 @@ def toy():
 
         def __init__(self, weight, *, slots=1, generator=None, start=0.0):
             super().__init__(weight, slots, generator, {"start": start})
-            self.s = nn.Parameter(self.constant(weight, (weight.shape[-2], 1), start))
+            self.s = nn.Parameter(self.constant(weight, (weight.shape[-2],), start))
 
-        def merged(self, weight):
-            return weight.unsqueeze(-3) * (1 + self.s)
+        def change(self, weight, *constants):
+            return WeightChange(gain=self.s)
 
     yield Scaled
     del _REGISTRY["toy"]

@@ -24,7 +24,7 @@ from dreamtune.training.sweep import expand
 
 SOURCE = '''
 import torch
-from dreamtune.adapters import Adapter
+from dreamtune.adapters import Adapter, WeightChange
 
 
 class Scaled(Adapter):
@@ -39,10 +39,10 @@ class Scaled(Adapter):
 
     def __init__(self, weight, *, slots=1, generator=None, by: float = 0.0):
         super().__init__(weight, slots, generator, {"by": by})
-        self.s = torch.nn.Parameter(self.constant(weight, (weight.shape[-2], 1), by))
+        self.s = torch.nn.Parameter(self.constant(weight, (weight.shape[-2],), by))
 
-    def merged(self, weight):
-        return weight.unsqueeze(-3) * (1 + self.s)
+    def change(self, weight, *constants):
+        return WeightChange(gain=self.s)
 '''
 
 

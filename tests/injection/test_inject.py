@@ -228,10 +228,9 @@ def test_factors_are_kept_until_something_changes(method, fast, monkeypatch):
     adapter = dreamtune.inject(unet, method, _fast=fast)
     calls = []
     kind = type(adapter.groups[0].adapter)
-    formula = "factors" if kind.low_rank else "merged"
-    original = getattr(kind, formula)
+    original = kind.change
     monkeypatch.setattr(
-        kind, formula, lambda self, *given: (calls.append(1), original(self, *given))[1]
+        kind, "change", lambda self, *given: (calls.append(1), original(self, *given))[1]
     )
 
     def computed():
@@ -414,3 +413,49 @@ def test_what_a_method_takes_of_the_weight_stays_where_a_recorded_step_reads_it(
     assert now.data_ptr() == kept.data_ptr() and not now.is_inference()
     norms = adapter.groups[0].weight.norm(dim=-2)[:, None, None]
     torch.testing.assert_close(now, norms)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("method,options", [("delora", {}), ("delora", {"multiplicative": True})])
+def test_strength_falls_with_the_timestep_of_each_row(method, options, fast):
+    """Each row as if its strength had been set by hand; under gradients too, and by keyword."""
+
+    def alone(t, x, text):
+        unet = tiny_unet(torch.float64)
+        adapter = dreamtune.inject(unet, method, **options)
+        disturb(adapter)
+        adapter.scale = 1 - 0.75 * t / 1000
+        with torch.no_grad():
+            return unet(x, t, text).sample
+
+    x, _, text = unet_inputs(3, torch.float64)
+    times = [0, 400, 1000]
+    unet = tiny_unet(torch.float64)
+    adapter = dreamtune.inject(unet, method, timestep_floor=0.25, _fast=fast, **options)
+    disturb(adapter)
+    want = torch.cat([alone(t, x[i : i + 1], text[i : i + 1]) for i, t in enumerate(times)])
+    t = torch.tensor(times)
+    with torch.no_grad():
+        got = unet(x, t, text).sample
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
+    torch.testing.assert_close(unet(x, t, text).sample, want, rtol=0, atol=1e-9)
+    one = unet(sample=x, timestep=400, encoder_hidden_states=text).sample[1:2]
+    torch.testing.assert_close(one, want[1:2], rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match="depends on the timestep here: no weight holds it"):
+        adapter.merge()
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_slots_have_the_timesteps_of_their_rows(fast):
+    x, t, text = unet_inputs(4, torch.float64)
+    both = dreamtune.inject(
+        unet := tiny_unet(torch.float64), "delora", slots=2, timestep_floor=0, _fast=fast
+    )
+    disturb(both)
+    outputs = unet(x, t, text).sample
+    for slot in range(2):
+        one = dreamtune.inject(alone := tiny_unet(torch.float64), "delora", timestep_floor=0)
+        one.load_state_dict(both.state_dict(slot))
+        rows = slice(2 * slot, 2 * slot + 2)
+        want = alone(x[rows], t[rows], text[rows]).sample
+        torch.testing.assert_close(outputs[rows], want, rtol=0, atol=1e-9)
