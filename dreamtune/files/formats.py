@@ -1,8 +1,9 @@
 """The formats of adapter files: the contract of one, and the table of all.
 
-A new format is a module in this folder and a line in `EXPORTS`: `dreamtune.export`,
-`dreamtune.load`, the command's --format and the search for the file of a folder go over the table.
-It is plain, and a module is imported when its format is needed, so that `--help` costs no torch.
+A new format is a module in this folder and a line in `EXPORTS`, or a word in `READ` where it is
+not written: `dreamtune.export`, `dreamtune.load`, the command's --format and the search for the
+file of a folder go over them. They are plain, and a module is imported when its format is needed,
+so that `--help` costs no torch.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ EXPORTS = {
     "kohya": "ComfyUI, A1111",
 }
 NATIVE = "native"  # what `InjectedAdapter.save` writes
+READ = ("peft", "comfyui")  # what is read only
 
 LayerFactors = dict[str, "tuple[Tensor, Tensor]"]  # module path -> up (out, r), down (r, in)
 
@@ -57,7 +59,7 @@ class Format(ABC):
     """A format that is read.
 
     Attributes:
-        file_name: of its files; "{name}" stands for the user's word.
+        file_name: of its files; "{name}" stands for the user's word; "" for any.
     """
 
     file_name: ClassVar[str]
@@ -102,7 +104,7 @@ def export_format(name: str) -> ExportFormat:
 
 def formats() -> dict[str, Format]:
     """All, in the order in which a file or a folder is asked for them."""
-    return {name: _load(name) for name in (NATIVE, *EXPORTS)}
+    return {name: _load(name) for name in (NATIVE, *EXPORTS, *READ)}
 
 
 def _load(name: str) -> Format:
