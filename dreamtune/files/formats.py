@@ -33,6 +33,7 @@ EXPORTS = {
 }
 NATIVE = "native"  # what `InjectedAdapter.save` writes
 READ = ("peft", "comfyui")  # what is read only
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 LayerFactors = dict[str, "tuple[Tensor, Tensor]"]  # module path -> up (out, r), down (r, in)
 
@@ -124,6 +125,11 @@ def read_adapter(
     from dreamtune.files.tensors import naming, read_tensors
     from dreamtune.models.load import prefixes_of
 
+    if path.suffix in PICKLES:
+        raise UnreadableFile(
+            f"`{path.name}` is a pickle, which may run code when it is read: load it where you"
+            " trust it, with `pipe.load_lora_weights`, and save it with `pipe.save_lora_weights`"
+        )
     file, prefixes = read_tensors(path), prefixes or prefixes_of(network)
     for found in formats().values():
         if found.reads(file, prefixes):

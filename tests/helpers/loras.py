@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,15 @@ from dreamtune.injection.group import find_targets
 Pairs = dict[str, tuple[Tensor, Tensor]]  # module path -> up, down
 
 
+@cache
 def targets() -> dict[str, nn.Linear]:
     return find_targets(tiny_unet())
+
+
+@cache
+def unet_of(reader: str) -> nn.Module:
+    """One for each reader: to make one takes longer than a test of a file."""
+    return tiny_unet()
 
 
 def pairs(
@@ -120,17 +128,20 @@ def write(
 
 def ours(path: Path) -> dict[str, Tensor]:
     """What `dreamtune.load` makes of a file: the changes that are not zero."""
-    adapter = dreamtune.load(tiny_unet(), path)
+    adapter = dreamtune.load(unet_of("ours"), path)
     found = products({p: (u.detach(), d.detach()) for p, (u, d) in
                       factors_of_adapter(adapter).items()})  # fmt: skip
+    adapter.eject()
     return {p: change for p, change in found.items() if change.any()}
 
 
 def stock(path: Path) -> dict[str, Tensor]:
     """What `pipe.load_lora_weights` makes of it."""
-    unet = tiny_unet()
-    tiny_pipeline(unet).load_lora_weights(path.parent, weight_name=path.name)
-    return in_peft(unet.named_modules())
+    pipe = tiny_pipeline(unet_of("stock"))
+    pipe.load_lora_weights(path.parent, weight_name=path.name)  # type: ignore[attr-defined]
+    found = in_peft(unet_of("stock").named_modules())
+    pipe.unload_lora_weights()  # type: ignore[attr-defined]
+    return found
 
 
 def in_peft(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Tensor]:
