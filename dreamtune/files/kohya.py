@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dreamtune.adapters import Adapter
 from dreamtune.files.formats import LayerFactors, Prefixes
 from dreamtune.files.lora import PlainLora
-from dreamtune.files.names import checkpoint_names, flat
+from dreamtune.files.names import LYCORIS, checkpoint_names, flat
 from dreamtune.files.tensors import TensorFile
 
 
@@ -39,7 +39,8 @@ class Kohya(PlainLora):
         return found
 
     def name(self, key: str, prefixes: Prefixes) -> str | None:
-        return key.removeprefix(prefixes.kohya) if key.startswith(prefixes.kohya) else None
+        start = next((s for s in (prefixes.kohya, LYCORIS) if key.startswith(s)), None)
+        return None if start is None else key.removeprefix(start)
 
     def paths(
         self, names: Iterable[str], layers: Iterable[str] | None, network: nn.Module | None

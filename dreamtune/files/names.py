@@ -11,6 +11,7 @@ PEFT = "base_model.model."  # of every key of a `PeftModel`
 COMFY = (
     "diffusion_model."  # of a key in ComfyUI, before the layer's name in the first SD checkpoint
 )
+LYCORIS = "lycoris_"  # of a key of LyCORIS around a model, where kohya's scripts write their own
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.(.+)")
 _MIDDLE = re.compile(r"mid_block\.attentions\.0\.(.+)")
 

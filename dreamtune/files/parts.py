@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dreamtune.fields import UnreadableFile
 from dreamtune.files.formats import LayerFactors
+from dreamtune.files.lycoris import Factors, as_factors, hadamard, kronecker
 from dreamtune.files.stated import Stated
 from dreamtune.files.tensors import FLOATS
 
@@ -18,6 +19,10 @@ ENDINGS = {
     ".lora_A.weight": "down", ".lora_down.weight": "down", ".lora.down.weight": "down",
     ".lora_B.weight": "up", ".lora_up.weight": "up", ".lora.up.weight": "up", ".alpha": "alpha",
     "_lora.down.weight": "down", "_lora.up.weight": "up",
+    **{f".{name}": name for name in (
+        "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "lokr_w1", "lokr_w1_a", "lokr_w1_b",
+        "lokr_w2", "lokr_w2_a", "lokr_w2_b",
+    )},
 }  # fmt: skip
 DORA = ("lora_magnitude_vector", "dora_scale")
 
@@ -51,27 +56,79 @@ def by_layer(
         if kind in found:
             raise ValueError(f"`{layer}` has its `{kind}` twice, `{key}` is the second")
         found[kind] = tensor
-    whole = {layer: found for layer, found in parts.items() if {"up", "down"} <= found.keys()}
+    whole = {layer: found for layer, found in parts.items() if method_of(found)}
     return whole, unknown + [layer for layer in parts if layer not in whole]
+
+
+def method_of(parts: Parts) -> str | None:
+    """In PEFT's words. None for tensors that are not all of one."""
+    kinds = parts.keys() - {"alpha"}
+    if kinds == {"up", "down"}:
+        return "LORA"
+    if kinds == {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}:
+        return "LOHA"
+    sides = [{k for k in kinds if k.startswith(w)} for w in ("lokr_w1", "lokr_w2")]
+    whole = [side in ({w}, {f"{w}_a", f"{w}_b"}) for w, side in zip(("lokr_w1", "lokr_w2"), sides)]
+    return "LOKR" if all(whole) and kinds == sides[0] | sides[1] else None
 
 
 def factors_of(layer: str, parts: Parts, stated: Stated | None) -> tuple[Tensor, Tensor]:
     """(up, down) in float32, the strength in up: what the file states for the layer, else its
     alpha / r, else 1. layer: module path.
 
-    Raises ValueError as `check_pair`, and where the file contradicts itself.
+    Raises ValueError for tensors that are no such factors, and where the file contradicts itself.
     """
-    check_pair(layer, parts)
-    up, down = parts["up"].float(), parts["down"].float()
-    scale = scale_of(layer, down.shape[0], parts.get("alpha"), stated)
-    return (up if scale == 1 else up * scale), down
+    method = method_of(parts)
+    assert method is not None
+    if stated and stated.method != method:
+        raise UnreadableFile(f"`{layer}` is a {method}, {stated.place} says {stated.method}")
+    alpha = parts.get("alpha")
+    if alpha is not None:
+        check_alpha(layer, alpha)
+    if method == "LORA":
+        up, down = check_pair(layer, parts, "up", "down")
+        scale = scale_of(layer, down.shape[0], alpha, stated)
+        return (up.float() if scale == 1 else up.float() * scale), down.float()
+    pairs, rank = _lycoris(layer, parts, method)
+    scale = scale_of(layer, rank, alpha, stated)
+    up, down = (kronecker if method == "LOKR" else hadamard)(*pairs)
+    if up.shape[1] >= min(up.shape[0], down.shape[1]):
+        raise UnreadableFile(
+            f"`{layer}`: its {method} may change the layer of {up.shape[0]} by {down.shape[1]} at a"
+            f" rank of {up.shape[1]}, which is no low rank. Use the tool that wrote it"
+        )
+    return (up * scale).float(), down.float()
 
 
-def scale_of(layer: str, rank: int, alpha: Tensor | None, stated: Stated | None) -> float:
-    own = None if alpha is None else float(alpha) / rank
+def _lycoris(layer: str, parts: Parts, method: str) -> tuple[list[Factors], int | None]:
+    """The factors in float64 of both matrices, and the rank that alpha is divided by: None where a
+    LoKr has both of them whole.
+    """
+    pairs, ranks = [], []
+    for name in ("hada_w1", "hada_w2") if method == "LOHA" else ("lokr_w1", "lokr_w2"):
+        if name in parts:
+            check_matrix(layer, name, parts[name])
+            pairs.append(as_factors(parts[name].double()))
+            continue
+        up, down = check_pair(layer, parts, f"{name}_a", f"{name}_b")
+        pairs.append((up.double(), down.double()))
+        ranks.append(down.shape[0])
+    if len(set(ranks)) > 1:
+        raise UnreadableFile(f"`{layer}`: its two matrices must be of one rank, got {ranks}")
+    shapes = [(up.shape[0], down.shape[1]) for up, down in pairs]
+    if method == "LOHA" and shapes[0] != shapes[1]:
+        raise UnreadableFile(f"`{layer}`: its two matrices must be of one shape, got {shapes}")
+    return pairs, ranks[0] if ranks else None
+
+
+def scale_of(layer: str, rank: int | None, alpha: Tensor | None, stated: Stated | None) -> float:
+    """rank: None for a LoKr of whole matrices, where LyCORIS does not look at alpha, and PEFT takes
+    the rank that is stated.
+    """
+    own = None if alpha is None or rank is None else float(alpha) / rank
     if stated is None:
         return 1.0 if own is None or math.isclose(own, 1) else own
-    if rank != stated.rank(layer):
+    if rank not in (None, stated.rank(layer)):
         raise UnreadableFile(
             f"`{layer}` is of rank {rank}, {stated.place} says {stated.rank(layer)}"
         )
@@ -83,17 +140,14 @@ def scale_of(layer: str, rank: int, alpha: Tensor | None, stated: Stated | None)
     return scale
 
 
-def check_pair(layer: str, found: Parts) -> None:
-    """Raises ValueError unless up (out, r) and down (r, in) are floats of one rank, and alpha, if
-    any, one number.
-    """
-    for name in ("up", "down"):
+def check_pair(layer: str, found: Parts, left: str, right: str) -> tuple[Tensor, Tensor]:
+    """The two. Raises ValueError unless they are floats, (out, r) and (r, in)."""
+    for name in (left, right):
         check_matrix(layer, name, found[name])
-    up, down = tuple(found["up"].shape), tuple(found["down"].shape)
+    up, down = tuple(found[left].shape), tuple(found[right].shape)
     if up[1] != down[0]:
-        raise ValueError(f"`{layer}`: up {up} and down {down} must be of one rank")
-    if "alpha" in found:
-        check_alpha(layer, found["alpha"])
+        raise ValueError(f"`{layer}`: {left} {up} and {right} {down} must be of one rank")
+    return found[left], found[right]
 
 
 def check_matrix(layer: str, name: str, tensor: Tensor) -> None:
