@@ -13,19 +13,14 @@ from dreamtune.files.names import COMFY, checkpoint_names
 
 class ComfyUI(LoraFormat):
     file_name = ""
+    shortens = "a ComfyUI file counts the blocks of a checkpoint"
 
     def name(self, key: str, prefixes: Prefixes) -> str | None:
         return key.removeprefix(COMFY) if key.startswith(COMFY) else None
 
     def paths(
-        self, names: Iterable[str], layers: Iterable[str] | None, network: nn.Module | None
+        self, names: Iterable[str], layers: Iterable[str], network: nn.Module | None
     ) -> dict[str, str]:
-        if layers is None:
-            raise ValueError(
-                "a ComfyUI file counts the blocks of a checkpoint, and only the network tells which"
-                " they are: pass the UNet as `base`, in the command as"
-                " --pretrained_model_name_or_path"
-            )
         known = checkpoint_names(layers, network)
         return {name: known.get(name, name) for name in names}
 

@@ -26,7 +26,7 @@ class Diffusers(PlainLora):
         return key if key.startswith(prefixes.roots) else None
 
     def paths(
-        self, names: Iterable[str], layers: Iterable[str] | None, network: nn.Module | None
+        self, names: Iterable[str], layers: Iterable[str], network: nn.Module | None
     ) -> dict[str, str]:
         return {name: of_module(name) for name in names}
 

@@ -122,19 +122,28 @@ def read_adapter(
 
     network: see `Format.read`. prefixes: by default those of the network's family.
     """
-    from dreamtune.files.tensors import naming, read_tensors
+    from dreamtune.files.tensors import naming
     from dreamtune.models.load import prefixes_of
+
+    prefixes = prefixes or prefixes_of(network)
+    _, found, file = open_adapter(path, prefixes)
+    with naming(file.name):
+        return found.read(file, network, prefixes)
+
+
+def open_adapter(path: Path, prefixes: Prefixes) -> tuple[str, Format, TensorFile]:
+    """A file, with the format that reads it and its name. Raises UnreadableFile where none does."""
+    from dreamtune.files.tensors import read_tensors
 
     if path.suffix in PICKLES:
         raise UnreadableFile(
             f"`{path.name}` is a pickle, which may run code when it is read: load it where you"
             " trust it, with `pipe.load_lora_weights`, and save it with `pipe.save_lora_weights`"
         )
-    file, prefixes = read_tensors(path), prefixes or prefixes_of(network)
-    for found in formats().values():
+    file = read_tensors(path)
+    for name, found in formats().items():
         if found.reads(file, prefixes):
-            with naming(file.name):
-                return found.read(file, network, prefixes)
+            return name, found, file
     first = next(iter(file.tensors), "none")
     raise UnreadableFile(
         f"`{file.name}` is in none of the formats {', '.join(formats())}: its {len(file.tensors)} "

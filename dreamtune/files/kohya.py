@@ -18,6 +18,7 @@ class Kohya(PlainLora):
     """With alpha = rank, a scale of 1."""
 
     file_name = "{name}_kohya.safetensors"
+    shortens = "a kohya file shortens the names of its layers"
 
     def check(self, method: type[Adapter], network: nn.Module | None) -> None:
         super().check(method, network)
@@ -43,13 +44,8 @@ class Kohya(PlainLora):
         return None if start is None else key.removeprefix(start)
 
     def paths(
-        self, names: Iterable[str], layers: Iterable[str] | None, network: nn.Module | None
+        self, names: Iterable[str], layers: Iterable[str], network: nn.Module | None
     ) -> dict[str, str]:
-        if layers is None:
-            raise ValueError(
-                "a kohya file shortens the names of its layers, and only the network tells them: "
-                "pass the UNet as `base`, in the command as --pretrained_model_name_or_path"
-            )
         known = {flat(path): path for path in layers}
         known |= {flat(name): path for name, path in checkpoint_names(layers, network).items()}
         return {name: known.get(name, name) for name in names}

@@ -6,7 +6,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from dreamtune.adapters import METHODS, Adapter
 from dreamtune.fields import UnreadableFile, checker, from_file
 from dreamtune.files.fingerprint import PRINTS
 from dreamtune.files.formats import Change, ExportFormat, Format, LayerFactors, Prefixes
+from dreamtune.files.names import flat
 from dreamtune.files.parts import ENDINGS, Parts, by_layer, check_finite, factors_of
 from dreamtune.files.stated import Stated, from_header
 from dreamtune.files.tensors import TensorFile, write_new
@@ -53,17 +54,22 @@ def same_rank(factors: LayerFactors) -> LayerFactors:
 class LoraFormat(Format):
     """What the formats of plain LoRA share in reading: a file has the factors of a layer, and its
     alpha if any, under keys that begin with the layer's name.
+
+    Attributes:
+        shortens: why the names in a file are no module paths; "" where they are.
     """
+
+    shortens: ClassVar[str] = ""
 
     @abstractmethod
     def name(self, key: str, prefixes: Prefixes) -> str | None:
         """A key from the layer's name on; None for one that is not of this format."""
 
     def paths(
-        self, names: Iterable[str], layers: Iterable[str] | None, network: nn.Module | None
+        self, names: Iterable[str], layers: Iterable[str], network: nn.Module | None
     ) -> dict[str, str]:
         """Name of a layer in the file -> module path; unknown names stay. layers: module paths of
-        the network.
+        the network, none where there is no network.
         """
         return {name: name for name in names}
 
@@ -83,7 +89,12 @@ class LoraFormat(Format):
         """As an adapter of the method LoRA. One that another tool has changed since we wrote it is
         read, with a warning that counts what changed.
         """
-        about = from_file(_ABOUT, file.about, f"the `dreamtune` header of `{file.name}`")
+        if network is None and self.shortens:
+            raise ValueError(
+                f"{self.shortens}, and only the network tells them: pass the UNet as `base`, in the"
+                " command as --pretrained_model_name_or_path"
+            )
+        about = about_of(file)
         if file.changed:
             warnings.warn(
                 f"`{file.name}` is not what was written: {file.difference()} changed since. It is"
@@ -94,16 +105,16 @@ class LoraFormat(Format):
         if network is not None:
             targets = find_targets(network, TARGET_MODULES)
             layers = {path: tuple(layer.weight.shape) for path, layer in targets.items()}
-        by_path = self._layers(file, layers, network, prefixes)
+        by_path = self.layers(file, layers, network, prefixes)
         stated = self.stated(file, prefixes)
         factors = {path: factors_of(path, parts, stated) for path, parts in by_path.items()}
         check_finite(file.name, factors)
-        if stated is None:
-            self._doubts(file, by_path)
+        if doubt := self.doubts(file, by_path, stated):
+            warnings.warn(f"`{file.name}`: {doubt}. A strength of 1 is taken there", stacklevel=2)
         used = tuple(t for t in TARGET_MODULES if any(_is(t, path) for path in factors))
         shapes = {path: (up.shape[0], down.shape[1]) for path, (up, down) in factors.items()}
         if layers is not None:
-            _check_layers(file.name, shapes, layers, about.get("fingerprint", {}))
+            check_layers(file.name, shapes, layers, about.get("fingerprint", {}))
         tensors = {}
         for path, (up, down) in same_rank(factors).items():
             tensors[f"{path}.A"], tensors[f"{path}.B"] = down, up
@@ -120,23 +131,27 @@ class LoraFormat(Format):
             some_layers=True,
         )
 
-    def _layers(
+    def layers(
         self,
         file: TensorFile,
         layers: Collection[str] | None,
         network: nn.Module | None,
         prefixes: Prefixes,
     ) -> dict[str, Parts]:
-        """Module path -> tensors. Raises UnreadableFile unless all are of attention projections."""
+        """Module path -> tensors; without a network, where the file `shortens` names, the name.
+
+        Raises UnreadableFile unless all are of attention projections.
+        """
         by_name, unknown = by_layer(file.tensors, lambda key: self.name(key, prefixes))
-        paths = self.paths(by_name, layers, network)
+        paths = self.paths(by_name, layers or (), network)
         by_path = {paths[name]: parts for name, parts in by_name.items()}
         if len(by_path) < len(by_name):
             raise UnreadableFile(f"`{file.name}` has two names for one layer")
         if layers is not None:
             unknown += [path for path in by_path if path not in layers]
         else:
-            unknown += [p for p in by_path if not any(_is(t, p) for t in TARGET_MODULES)]
+            ends = tuple(flat(f".{t}") for t in TARGET_MODULES)
+            unknown += [path for path in by_path if not flat(path).endswith(ends)]
         if unknown or not by_path:
             raise UnreadableFile(
                 f"`{file.name}`: {len(unknown)} keys match no attention projection,"
@@ -144,22 +159,28 @@ class LoraFormat(Format):
             )
         return by_path
 
-    def _doubts(self, file: TensorFile, by_path: Mapping[str, Parts]) -> None:
+    def doubts(
+        self, file: TensorFile, by_path: Mapping[str, Parts], stated: Stated | None
+    ) -> str | None:
+        """Where a file leaves the strength open, though it may be meant to have another than 1."""
         without = [path for path, parts in by_path.items() if "alpha" not in parts]
-        doubt = None
+        if stated is not None or not without:
+            return None
         if len(without) == len(by_path):
-            doubt = self.doubt(file)
-        elif without:
-            doubt = f"{len(without)} of {len(by_path)} layers have no alpha, `{without[0]}` first"
-        if doubt:
-            warnings.warn(f"`{file.name}`: {doubt}. A strength of 1 is taken there", stacklevel=2)
+            return self.doubt(file)
+        return f"{len(without)} of {len(by_path)} layers have no alpha, `{without[0]}` first"
+
+
+def about_of(file: TensorFile) -> dict[str, Any]:
+    """What our header says of a file that we exported; {} for another's."""
+    return from_file(_ABOUT, file.about, f"the `dreamtune` header of `{file.name}`")
 
 
 def _is(target: str, path: str) -> bool:
     return path.endswith(f".{target}")
 
 
-def _check_layers(
+def check_layers(
     file: str,
     shapes: Mapping[str, tuple[int, ...]],
     layers: Mapping[str, tuple[int, ...]],

@@ -49,3 +49,13 @@ def checkpoint_names(paths: Iterable[str], network: nn.Module | None) -> dict[st
         elif match := _MIDDLE.fullmatch(path):
             found[f"middle_block.1.{match[1]}"] = path
     return found
+
+
+def block_of(name: str) -> str:
+    """The part of the network that a layer stands in, of a module path or another spelling."""
+    if match := re.search(r"(down|up)_blocks[._](\d+)[._]attentions[._](\d+)", name):
+        return f"{match[1]}_blocks.{match[2]}.attentions.{match[3]}"
+    if match := re.search(r"(input|output)_blocks[._](\d+)", name):
+        return f"{match[1]}_blocks.{match[2]}"
+    found = re.match(r"mid_block|middle_block|[^.]+(\.\d+)?", name)
+    return found[0] if found else name

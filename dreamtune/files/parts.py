@@ -82,28 +82,23 @@ def factors_of(layer: str, parts: Parts, stated: Stated | None) -> tuple[Tensor,
     assert method is not None
     if stated and stated.method != method:
         raise UnreadableFile(f"`{layer}` is a {method}, {stated.place} says {stated.method}")
-    alpha = parts.get("alpha")
-    if alpha is not None:
-        check_alpha(layer, alpha)
+    if "alpha" in parts:
+        check_alpha(layer, parts["alpha"])
     if method == "LORA":
         up, down = check_pair(layer, parts, "up", "down")
-        scale = scale_of(layer, down.shape[0], alpha, stated)
+        scale = scale_of(layer, parts, stated)
         return (up.float() if scale == 1 else up.float() * scale), down.float()
-    pairs, rank = _lycoris(layer, parts, method)
-    scale = scale_of(layer, rank, alpha, stated)
-    up, down = (kronecker if method == "LOKR" else hadamard)(*pairs)
+    up, down = (kronecker if method == "LOKR" else hadamard)(*_lycoris(layer, parts, method))
     if up.shape[1] >= min(up.shape[0], down.shape[1]):
         raise UnreadableFile(
             f"`{layer}`: its {method} may change the layer of {up.shape[0]} by {down.shape[1]} at a"
             f" rank of {up.shape[1]}, which is no low rank. Use the tool that wrote it"
         )
-    return (up * scale).float(), down.float()
+    return (up * scale_of(layer, parts, stated)).float(), down.float()
 
 
-def _lycoris(layer: str, parts: Parts, method: str) -> tuple[list[Factors], int | None]:
-    """The factors in float64 of both matrices, and the rank that alpha is divided by: None where a
-    LoKr has both of them whole.
-    """
+def _lycoris(layer: str, parts: Parts, method: str) -> list[Factors]:
+    """The factors in float64 of both matrices."""
     pairs, ranks = [], []
     for name in ("hada_w1", "hada_w2") if method == "LOHA" else ("lokr_w1", "lokr_w2"):
         if name in parts:
@@ -118,13 +113,19 @@ def _lycoris(layer: str, parts: Parts, method: str) -> tuple[list[Factors], int 
     shapes = [(up.shape[0], down.shape[1]) for up, down in pairs]
     if method == "LOHA" and shapes[0] != shapes[1]:
         raise UnreadableFile(f"`{layer}`: its two matrices must be of one shape, got {shapes}")
-    return pairs, ranks[0] if ranks else None
+    return pairs
 
 
-def scale_of(layer: str, rank: int | None, alpha: Tensor | None, stated: Stated | None) -> float:
-    """rank: None for a LoKr of whole matrices, where LyCORIS does not look at alpha, and PEFT takes
-    the rank that is stated.
+def rank_of(parts: Parts) -> int | None:
+    """What alpha is divided by. None for a LoKr of whole matrices, where LyCORIS does not look at
+    alpha, and PEFT takes the rank that is stated.
     """
+    names = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
+    return next((parts[name].shape[0] for name in names if name in parts), None)
+
+
+def scale_of(layer: str, parts: Parts, stated: Stated | None) -> float:
+    rank, alpha = rank_of(parts), parts.get("alpha")
     own = None if alpha is None or rank is None else float(alpha) / rank
     if stated is None:
         return 1.0 if own is None or math.isclose(own, 1) else own

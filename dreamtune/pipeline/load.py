@@ -26,9 +26,9 @@ def load(
 
     Args:
         pipe: a diffusers pipeline with a UNet, or a UNet.
-        path: a native file, an exported one, another trainer's LoRA of the attention projections,
-            or a folder: of a run (its best/), a checkpoint-N (its own step), or one with such a
-            file.
+        path: a native file, an exported one, another trainer's LoRA, LoHa or LoKr of the attention
+            projections, or a folder: of a run (its best/), a checkpoint-N (its own step), one that
+            PEFT saved, or one with such a file.
         name: kept on the result as `.name`.
         scale: strength, linear in the change; change it later with `.scale`.
         force: recompute a method that contains the base weights on another base.
