@@ -1,4 +1,4 @@
-"""`dreamtune`: train, generate, export, methods. Heavy imports wait until a command needs them."""
+"""`dreamtune`: its commands. Heavy imports wait until one needs them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "teach a base model one subject from a few photos",
     "generate": "make images with a trained adapter",
     "export": "write an adapter as a LoRA file",
+    "info": "say what an adapter or LoRA file is",
     "methods": "list the adapter methods and their options",
 }
 
@@ -60,9 +61,8 @@ def run_command(arguments: list[str]) -> int:
         )
         return 2
     try:
-        return {"train": train, "generate": generate, "export": export, "methods": methods}[
-            command
-        ](arguments[1:])
+        commands = (train, generate, export, info, methods)
+        return {c.__name__: c for c in commands}[command](arguments[1:])
     except KeyboardInterrupt as error:
         complain(f"\n{error}" if str(error) else "\nStopped.")
         return 128 + int(getattr(error, "signal", signal.SIGINT))
@@ -250,6 +250,33 @@ def export(argv: Sequence[str]) -> int:
         overwrite=a.overwrite,
     )
     say(str(path))
+    return 0
+
+
+def info(argv: Sequence[str]) -> int:
+    from dreamtune.flags import HelpFormatter, Parser
+
+    parser = Parser(
+        prog="dreamtune info",
+        description=COMMANDS["info"],
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument(
+        "adapter", help="adapter or LoRA file, or the folder of a run (its best is taken)"
+    )
+    parser.add_argument(
+        "--pretrained_model_name_or_path",
+        help="a base to compare with; the size of a method's change that contains the base's"
+        " weights takes it [default: the one of the run, if it is on this machine]",
+    )
+    a = parser.parse_args(argv)
+    quieten()
+    from dreamtune.files.info import describe
+    from dreamtune.files.info_page import page
+
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    say(page(describe(a.adapter, a.pretrained_model_name_or_path), encoding))
     return 0
 
 
