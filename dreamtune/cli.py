@@ -1,7 +1,8 @@
-"""`dreamtune`: train, generate, export, methods. Heavy imports wait until a command needs them."""
+"""`dreamtune`: its commands. Heavy imports wait until one needs them."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -18,6 +19,7 @@ COMMANDS = {
     "generate": "make images with a trained adapter",
     "export": "write an adapter as a LoRA file",
     "analyse": "say how far an adapter moved the weights, and how much of its bound it used",
+    "info": "say what an adapter or LoRA file is",
     "methods": "list the adapter methods and their options",
 }
 
@@ -28,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a console may lack the letters of a prompt
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError, ValueError):  # of one that is gone
+                stream.reconfigure(errors="backslashreplace")
     try:
         return run_command(list(sys.argv[1:] if argv is None else argv))
     finally:
@@ -59,14 +62,8 @@ def run_command(arguments: list[str]) -> int:
         )
         return 2
     try:
-        run = {
-            "train": train,
-            "generate": generate,
-            "export": export,
-            "analyse": analyse,
-            "methods": methods,
-        }
-        return run[command](arguments[1:])
+        commands = (train, generate, export, info, analyse, methods)
+        return {c.__name__: c for c in commands}[command](arguments[1:])
     except KeyboardInterrupt as error:
         complain(f"\n{error}" if str(error) else "\nStopped.")
         return 128 + int(getattr(error, "signal", signal.SIGINT))
@@ -280,6 +277,35 @@ def analyse(argv: Sequence[str]) -> int:
     from dreamtune.evaluation.analysis import analyse as run
 
     run(a.adapter, base=a.pretrained_model_name_or_path, output=a.output, tell=say)
+    return 0
+
+
+
+
+def info(argv: Sequence[str]) -> int:
+    from dreamtune.flags import HelpFormatter, Parser
+
+    parser = Parser(
+        prog="dreamtune info",
+        description=COMMANDS["info"],
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument(
+        "adapter", help="adapter or LoRA file, or the folder of a run (its best is taken)"
+    )
+    parser.add_argument(
+        "--pretrained_model_name_or_path",
+        help="a base to compare with; the size of a method's change that contains the base's"
+        " weights takes it [default: the one of the run, if it is on this machine]",
+    )
+    a = parser.parse_args(argv)
+    quieten()
+    from dreamtune.files.info import describe
+    from dreamtune.files.info_page import page
+
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    say(page(describe(a.adapter, a.pretrained_model_name_or_path), encoding))
     return 0
 
 

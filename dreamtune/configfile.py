@@ -219,7 +219,7 @@ def kind_and_place(value: str) -> tuple[str, str]:
 
 def absolute(config: Config) -> Config:
     """Places on this machine as absolute paths: the run may go on from another folder."""
-    found = {}
+    found: dict[str, Any] = {}
     for name in PLACES:
         kind, place = kind_and_place(getattr(config, name) or "none")
         if place in WORDS or place.startswith(f"{EMBEDDED}:"):

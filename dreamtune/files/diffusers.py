@@ -1,11 +1,14 @@
-"""LoRA as diffusers and PEFT name it: `unet.<module path>.lora_A.weight`."""
+"""LoRA as diffusers names it: `unet.<module path>.lora_A.weight`, and as it did before."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Iterable
+
+from torch import Tensor, nn
 
 from dreamtune.files.formats import LayerFactors, Prefixes
 from dreamtune.files.lora import PlainLora
+from dreamtune.files.names import of_module
 
 
 class Diffusers(PlainLora):
@@ -15,6 +18,17 @@ class Diffusers(PlainLora):
 
     def prefix(self, prefixes: Prefixes) -> str:
         return prefixes.peft
+
+    def name(self, key: str, prefixes: Prefixes) -> str | None:
+        """With the network's name before it, or without, as in files of the network alone."""
+        if key.startswith(prefixes.peft):
+            return key.removeprefix(prefixes.peft)
+        return key if key.startswith(prefixes.roots) else None
+
+    def paths(
+        self, names: Iterable[str], layers: Iterable[str], network: nn.Module | None
+    ) -> dict[str, str]:
+        return {name: of_module(name) for name in names}
 
     def tensors(self, factors: LayerFactors, prefix: str) -> dict[str, Tensor]:
         found = {}

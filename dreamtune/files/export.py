@@ -68,6 +68,8 @@ def export(
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
     if dtype not in DTYPES.values():
         raise ValueError(f"`dtype` must be float32, float16 or bfloat16, got {dtype}")
+    if name is not None and (name in ("", ".", "..") or set(name) & set("/\\\0")):
+        raise ValueError(f"`name` must be one part of a path, got {name!r}")
     check_writable(out_dir)
     network: nn.Module | None
     if isinstance(source, InjectedAdapter):

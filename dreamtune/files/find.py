@@ -26,7 +26,7 @@ def adapter_file(path: str | Path) -> Path:
     if path.suffix == ".safetensors" and not path.is_dir():
         raise ValueError(f"no adapter file at `{path}`")
     places = [path] if (path / STATE).is_file() else [path / BEST, path]
-    patterns = [f.file_name.format(name="*") for f in formats().values()]
+    patterns = [f.file_name.format(name="*") for f in formats().values() if f.file_name]
     for place in places:
         for pattern in patterns:
             found = sorted(p for p in place.glob(pattern) if p.is_file())

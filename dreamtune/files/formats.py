@@ -1,8 +1,9 @@
 """The formats of adapter files: the contract of one, and the table of all.
 
-A new format is a module in this folder and a line in `EXPORTS`: `dreamtune.export`,
-`dreamtune.load`, the command's --format and the search for the file of a folder go over the table.
-It is plain, and a module is imported when its format is needed, so that `--help` costs no torch.
+A new format is a module in this folder and a line in `EXPORTS`, or a word in `READ` where it is
+not written: `dreamtune.export`, `dreamtune.load`, the command's --format and the search for the
+file of a folder go over them. They are plain, and a module is imported when its format is needed,
+so that `--help` costs no torch.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ EXPORTS = {
     "kohya": "ComfyUI, A1111",
 }
 NATIVE = "native"  # what `InjectedAdapter.save` writes
+READ = ("peft", "comfyui")  # what is read only
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 LayerFactors = dict[str, "tuple[Tensor, Tensor]"]  # module path -> up (out, r), down (r, in)
 
@@ -57,7 +60,7 @@ class Format(ABC):
     """A format that is read.
 
     Attributes:
-        file_name: of its files; "{name}" stands for the user's word.
+        file_name: of its files; "{name}" stands for the user's word; "" for any.
     """
 
     file_name: ClassVar[str]
@@ -102,7 +105,7 @@ def export_format(name: str) -> ExportFormat:
 
 def formats() -> dict[str, Format]:
     """All, in the order in which a file or a folder is asked for them."""
-    return {name: _load(name) for name in (NATIVE, *EXPORTS)}
+    return {name: _load(name) for name in (NATIVE, *EXPORTS, *READ)}
 
 
 def _load(name: str) -> Format:
@@ -119,14 +122,28 @@ def read_adapter(
 
     network: see `Format.read`. prefixes: by default those of the network's family.
     """
-    from dreamtune.files.tensors import naming, read_tensors
+    from dreamtune.files.tensors import naming
     from dreamtune.models.load import prefixes_of
 
-    file, prefixes = read_tensors(path), prefixes or prefixes_of(network)
-    for found in formats().values():
+    prefixes = prefixes or prefixes_of(network)
+    _, found, file = open_adapter(path, prefixes)
+    with naming(file.name):
+        return found.read(file, network, prefixes)
+
+
+def open_adapter(path: Path, prefixes: Prefixes) -> tuple[str, Format, TensorFile]:
+    """A file, with the format that reads it and its name. Raises UnreadableFile where none does."""
+    from dreamtune.files.tensors import read_tensors
+
+    if path.suffix in PICKLES:
+        raise UnreadableFile(
+            f"`{path.name}` is a pickle, which may run code when it is read: load it where you"
+            " trust it, with `pipe.load_lora_weights`, and save it with `pipe.save_lora_weights`"
+        )
+    file = read_tensors(path)
+    for name, found in formats().items():
         if found.reads(file, prefixes):
-            with naming(file.name):
-                return found.read(file, network, prefixes)
+            return name, found, file
     first = next(iter(file.tensors), "none")
     raise UnreadableFile(
         f"`{file.name}` is in none of the formats {', '.join(formats())}: its {len(file.tensors)} "

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from dreamtune.adapters import Adapter
 from dreamtune.files.formats import LayerFactors, Prefixes
 from dreamtune.files.lora import PlainLora
+from dreamtune.files.names import LYCORIS, checkpoint_names, flat
+from dreamtune.files.tensors import TensorFile
 
 
 class Kohya(PlainLora):
     """With alpha = rank, a scale of 1."""
 
     file_name = "{name}_kohya.safetensors"
+    shortens = "a kohya file shortens the names of its layers"
 
     def check(self, method: type[Adapter], network: nn.Module | None) -> None:
         super().check(method, network)
@@ -30,24 +33,28 @@ class Kohya(PlainLora):
     def tensors(self, factors: LayerFactors, prefix: str) -> dict[str, Tensor]:
         found = {}
         for path, (up, down) in factors.items():
-            key = prefix + _flat(path)
+            key = prefix + flat(path)
             found[f"{key}.lora_down.weight"] = down
             found[f"{key}.lora_up.weight"] = up
             found[f"{key}.alpha"] = torch.tensor(float(down.shape[0]))
         return found
 
-    def paths(self, names: Iterable[str], layers: Iterable[str] | None) -> dict[str, str]:
-        if layers is None:
-            raise ValueError(
-                "a kohya file shortens the names of its layers, and only the network tells them: "
-                "pass the UNet as `base`, in the command as --pretrained_model_name_or_path"
-            )
-        known = {_flat(path): path for path in layers}
+    def name(self, key: str, prefixes: Prefixes) -> str | None:
+        start = next((s for s in (prefixes.kohya, LYCORIS) if key.startswith(s)), None)
+        return None if start is None else key.removeprefix(start)
+
+    def paths(
+        self, names: Iterable[str], layers: Iterable[str], network: nn.Module | None
+    ) -> dict[str, str]:
+        known = {flat(path): path for path in layers}
+        known |= {flat(name): path for name, path in checkpoint_names(layers, network).items()}
         return {name: known.get(name, name) for name in names}
 
-
-def _flat(path: str) -> str:
-    return path.replace(".", "_")
+    def doubt(self, file: TensorFile) -> str | None:
+        alpha, rank = (file.header.get(f"ss_network_{name}") for name in ("alpha", "dim"))
+        if alpha in (None, "None", rank):
+            return None
+        return f"its header has an alpha of {str(alpha)[:100]}, its layers have none"
 
 
 FORMAT = Kohya()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +15,18 @@ from torch import Tensor, nn
 from dreamtune.adapters import METHODS, Adapter
 from dreamtune.fields import UnreadableFile, checker, from_file
 from dreamtune.files.fingerprint import PRINTS
-from dreamtune.files.formats import Change, ExportFormat, LayerFactors, Prefixes
-from dreamtune.files.tensors import FLOATS, TensorFile, write_new
+from dreamtune.files.formats import Change, ExportFormat, Format, LayerFactors, Prefixes
+from dreamtune.files.names import flat
+from dreamtune.files.parts import ENDINGS, Parts, by_layer, check_finite, factors_of
+from dreamtune.files.stated import Stated, from_header
+from dreamtune.files.tensors import TensorFile, write_new
 from dreamtune.injection.adapter_file import AdapterFile
 from dreamtune.injection.targets import TARGET_MODULES, find_targets
 
 _ABOUT = checker(
     {"metadata": dict[str, Any], "fingerprint": PRINTS, "exported_from": str}, others=True
 )
+OTHERS = "For a LoRA of other layers use `pipe.load_lora_weights`"
 
 
 def recompress(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,10 +51,164 @@ def same_rank(factors: LayerFactors) -> LayerFactors:
     }
 
 
-class PlainLora(ExportFormat):
-    """What the formats of plain LoRA share: a file has the two factors of a layer, and its alpha if
-    any, under three keys that begin with the layer.
+class LoraFormat(Format):
+    """What the formats of plain LoRA share in reading: a file has the factors of a layer, and its
+    alpha if any, under keys that begin with the layer's name.
+
+    Attributes:
+        shortens: why the names in a file are no module paths; "" where they are.
     """
+
+    shortens: ClassVar[str] = ""
+
+    @abstractmethod
+    def name(self, key: str, prefixes: Prefixes) -> str | None:
+        """A key from the layer's name on; None for one that is not of this format."""
+
+    def paths(
+        self, names: Iterable[str], layers: Iterable[str], network: nn.Module | None
+    ) -> dict[str, str]:
+        """Name of a layer in the file -> module path; unknown names stay. layers: module paths of
+        the network, none where there is no network.
+        """
+        return {name: name for name in names}
+
+    def stated(self, file: TensorFile, prefixes: Prefixes) -> Stated | None:
+        """What the file says of its layers' strength, beside the alphas among its tensors."""
+        return from_header(file.header, prefixes.peft, file.name)
+
+    def doubt(self, file: TensorFile) -> str | None:
+        """Why a file that states no strength may be meant to have another than 1."""
+        return None
+
+    def reads(self, file: TensorFile, prefixes: Prefixes) -> bool:
+        ours = (key for key in file.tensors if key.endswith(tuple(ENDINGS)))
+        return any(self.name(key, prefixes) is not None for key in ours)
+
+    def read(self, file: TensorFile, network: nn.Module | None, prefixes: Prefixes) -> AdapterFile:
+        """As an adapter of the method LoRA. One that another tool has changed since we wrote it is
+        read, with a warning that counts what changed.
+        """
+        if network is None and self.shortens:
+            raise ValueError(
+                f"{self.shortens}, and only the network tells them: pass the UNet as `base`, in the"
+                " command as --pretrained_model_name_or_path"
+            )
+        about = about_of(file)
+        if file.changed:
+            warnings.warn(
+                f"`{file.name}` is not what was written: {file.difference()} changed since. It is"
+                " loaded as it is now",
+                stacklevel=2,
+            )
+        layers = None
+        if network is not None:
+            targets = find_targets(network, TARGET_MODULES)
+            layers = {path: tuple(layer.weight.shape) for path, layer in targets.items()}
+        by_path = self.layers(file, layers, network, prefixes)
+        stated = self.stated(file, prefixes)
+        factors = {path: factors_of(path, parts, stated) for path, parts in by_path.items()}
+        check_finite(file.name, factors)
+        if doubt := self.doubts(file, by_path, stated):
+            warnings.warn(f"`{file.name}`: {doubt}. A strength of 1 is taken there", stacklevel=2)
+        used = tuple(t for t in TARGET_MODULES if any(_is(t, path) for path in factors))
+        shapes = {path: (up.shape[0], down.shape[1]) for path, (up, down) in factors.items()}
+        if layers is not None:
+            check_layers(file.name, shapes, layers, about.get("fingerprint", {}))
+        tensors = {}
+        for path, (up, down) in same_rank(factors).items():
+            tensors[f"{path}.A"], tensors[f"{path}.B"] = down, up
+        return AdapterFile(
+            method="lora",
+            options={"rank": max(down.shape[0] for _, down in factors.values())},
+            target_modules=used,
+            tensors=tensors,
+            metadata=about.get("metadata", {}),
+            shapes=shapes,
+            fingerprint=about.get("fingerprint", {}),
+            exported_from=about.get("exported_from"),
+            source=file.name,
+            some_layers=True,
+        )
+
+    def layers(
+        self,
+        file: TensorFile,
+        layers: Collection[str] | None,
+        network: nn.Module | None,
+        prefixes: Prefixes,
+    ) -> dict[str, Parts]:
+        """Module path -> tensors; without a network, where the file `shortens` names, the name.
+
+        Raises UnreadableFile unless all are of attention projections.
+        """
+        by_name, unknown = by_layer(file.tensors, lambda key: self.name(key, prefixes))
+        paths = self.paths(by_name, layers or (), network)
+        by_path = {paths[name]: parts for name, parts in by_name.items()}
+        if len(by_path) < len(by_name):
+            raise UnreadableFile(f"`{file.name}` has two names for one layer")
+        if layers is not None:
+            unknown += [path for path in by_path if path not in layers]
+        else:
+            ends = tuple(flat(f".{t}") for t in TARGET_MODULES)
+            unknown += [path for path in by_path if not flat(path).endswith(ends)]
+        if unknown or not by_path:
+            raise UnreadableFile(
+                f"`{file.name}`: {len(unknown)} keys match no attention projection,"
+                f" `{[*unknown, 'none'][0]}` first. {OTHERS}"
+            )
+        return by_path
+
+    def doubts(
+        self, file: TensorFile, by_path: Mapping[str, Parts], stated: Stated | None
+    ) -> str | None:
+        """Where a file leaves the strength open, though it may be meant to have another than 1."""
+        without = [path for path, parts in by_path.items() if "alpha" not in parts]
+        if stated is not None or not without:
+            return None
+        if len(without) == len(by_path):
+            return self.doubt(file)
+        return f"{len(without)} of {len(by_path)} layers have no alpha, `{without[0]}` first"
+
+
+def about_of(file: TensorFile) -> dict[str, Any]:
+    """What our header says of a file that we exported; {} for another's."""
+    return from_file(_ABOUT, file.about, f"the `dreamtune` header of `{file.name}`")
+
+
+def _is(target: str, path: str) -> bool:
+    return path.endswith(f".{target}")
+
+
+def check_layers(
+    file: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    layers: Mapping[str, tuple[int, ...]],
+    prints: Collection[str],
+) -> None:
+    """Of the network's shapes; none of those that were written is missing. Where some blocks, kinds
+    of attention or projections are trained, each of these blocks has each of these.
+    """
+    parts = {path: _split(path) for path in layers}
+    blocks, kinds = ({parts[path][i] for path in shapes} for i in (0, 1))
+    expected = [path for path, (block, kind) in parts.items() if block in blocks and kind in kinds]
+    missing = [path for path in (*expected, *prints) if path not in shapes]
+    if missing:
+        raise UnreadableFile(f"`{file}`: {len(missing)} layers have no keys, `{missing[0]}` first")
+    for path, got in shapes.items():
+        if got != layers[path]:
+            raise UnreadableFile(f"`{file}`: `{path}` is {layers[path]} here and {got} in the file")
+
+
+def _split(path: str) -> tuple[str, str]:
+    """Transformer block, and attention with projection: `attn2.to_q`."""
+    target = next(t for t in TARGET_MODULES if _is(t, path))
+    block, _, attention = path.removesuffix(f".{target}").rpartition(".")
+    return block, f"{attention}.{target}"
+
+
+class PlainLora(LoraFormat, ExportFormat):
+    """One that is written as well."""
 
     def check(self, method: type[Adapter], network: nn.Module | None) -> None:
         if not method.low_rank:
@@ -70,147 +227,7 @@ class PlainLora(ExportFormat):
     def tensors(self, factors: LayerFactors, prefix: str) -> dict[str, Tensor]:
         """Key -> tensor, of scale 1."""
 
-    def paths(self, names: Iterable[str], layers: Iterable[str] | None) -> dict[str, str]:
-        """Name of a layer in the file -> module path; unknown names stay. layers: module paths of
-        the network.
-        """
-        return {name: name for name in names}
-
     def write(self, path: Path, change: Change, overwrite: bool) -> None:
         cast = {p: (u.to(change.dtype), d.to(change.dtype)) for p, (u, d) in change.factors.items()}
         tensors = self.tensors(cast, self.prefix(change.prefixes))
         write_new(path, tensors, change.about, overwrite)
-
-    def reads(self, file: TensorFile, prefixes: Prefixes) -> bool:
-        return any(key.startswith(self.prefix(prefixes)) for key in file.tensors)
-
-    def read(self, file: TensorFile, network: nn.Module | None, prefixes: Prefixes) -> AdapterFile:
-        """As an adapter of the method LoRA. One that another tool has changed since we wrote it is
-        read, with a warning that counts what changed.
-        """
-        about = from_file(_ABOUT, file.about, f"the `dreamtune` header of `{file.name}`")
-        if file.changed:
-            warnings.warn(
-                f"`{file.name}` is not what was written: {file.difference()} changed since. It is"
-                " loaded as it is now",
-                stacklevel=2,
-            )
-        layers = None
-        if network is not None:
-            targets = find_targets(network, TARGET_MODULES)
-            layers = {path: tuple(layer.weight.shape) for path, layer in targets.items()}
-        by_name, unknown = plain_factors(file.tensors, self.prefix(prefixes))
-        paths = self.paths(by_name, layers)
-        factors = {paths[name]: pair for name, pair in by_name.items()}
-        if len(factors) < len(by_name):
-            raise UnreadableFile(f"`{file.name}` has two names for one layer")
-        if layers is not None:
-            unknown += [path for path in factors if path not in layers]
-        if unknown or not factors:
-            raise UnreadableFile(
-                f"`{file.name}`: {len(unknown)} keys match no attention projection,"
-                f" `{[*unknown, 'none'][0]}` first. For a LoRA of other layers use"
-                " `pipe.load_lora_weights`"
-            )
-        check_factors(file.name, factors)
-        used = tuple(t for t in TARGET_MODULES if any(p.endswith(f".{t}") for p in factors))
-        shapes = {path: (up.shape[0], down.shape[1]) for path, (up, down) in factors.items()}
-        if layers is not None:
-            _check_layers(file.name, shapes, layers, used)
-        tensors = {}
-        for path, (up, down) in same_rank(factors).items():
-            tensors[f"{path}.A"], tensors[f"{path}.B"] = down, up
-        return AdapterFile(
-            method="lora",
-            options={"rank": max(down.shape[0] for _, down in factors.values())},
-            target_modules=used,
-            tensors=tensors,
-            metadata=about.get("metadata", {}),
-            shapes=shapes,
-            fingerprint=about.get("fingerprint", {}),
-            exported_from=about.get("exported_from"),
-            source=file.name,
-        )
-
-
-def _check_layers(
-    file: str,
-    shapes: Mapping[str, tuple[int, ...]],
-    layers: Mapping[str, tuple[int, ...]],
-    used: tuple[str, ...],
-) -> None:
-    """Every layer of a projection that is in the file, and of the network's shapes."""
-    expected = [path for path in layers if path.endswith(tuple(f".{t}" for t in used))]
-    missing = [path for path in expected if path not in shapes]
-    if missing:
-        raise UnreadableFile(f"`{file}`: {len(missing)} layers have no keys, `{missing[0]}` first")
-    for path, got in shapes.items():
-        if got != layers[path]:
-            raise UnreadableFile(f"`{file}`: `{path}` is {layers[path]} here and {got} in the file")
-
-
-ENDINGS = {
-    ".lora_A.weight": "down", ".lora_down.weight": "down", ".lora.down.weight": "down",
-    ".lora_B.weight": "up", ".lora_up.weight": "up", ".lora.up.weight": "up", ".alpha": "alpha",
-}  # fmt: skip
-
-
-def check_factors(file: str, factors: LayerFactors) -> None:
-    """Raises UnreadableFile for a change that is not finite in float32."""
-    for path, (up, down) in factors.items():
-        # The largest value that the product of the two may have.
-        bound = float(up.double().norm()) * float(down.double().norm())
-        if not bound <= torch.finfo(torch.float32).max:
-            raise UnreadableFile(f"`{file}`: the change of `{path}` is not finite in float32")
-
-
-def check_pair(layer: str, found: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless up (out, r) and down (r, in) are floats of one rank, and alpha, if
-    any, one number.
-    """
-    for name in ("up", "down"):
-        tensor = found[name]
-        if tensor.dtype not in FLOATS:
-            raise ValueError(f"`{name}` of `{layer}` must be floats, got {tensor.dtype}")
-        if tensor.dim() != 2 or 0 in tensor.shape:
-            raise ValueError(
-                f"`{name}` of `{layer}` must be a matrix, got shape {tuple(tensor.shape)}"
-            )
-    up, down = tuple(found["up"].shape), tuple(found["down"].shape)
-    if up[1] != down[0]:
-        raise ValueError(f"`{layer}`: up {up} and down {down} must be of one rank")
-    if "alpha" in found and (
-        found["alpha"].numel() != 1 or found["alpha"].is_complex() or not found["alpha"].isfinite()
-    ):
-        raise ValueError(f"`alpha` of `{layer}` must be one finite number")
-
-
-def plain_factors(tensors: Mapping[str, Tensor], prefix: str) -> tuple[LayerFactors, list[str]]:
-    """Name of a layer, which is what stands between prefix and ending -> (up, down) in float32,
-    alpha in up; and the keys that are not understood.
-
-    Raises ValueError for a layer with two tensors of one kind, and as `check_pair`.
-    """
-    parts: dict[str, dict[str, Tensor]] = {}
-    unknown = []
-    for key, tensor in tensors.items():
-        ending = next((e for e in ENDINGS if key.endswith(e)), None)
-        if ending is None or not key.startswith(prefix):
-            unknown.append(key)
-            continue
-        layer = key.removesuffix(ending).removeprefix(prefix)
-        kinds = parts.setdefault(layer, {})
-        if ENDINGS[ending] in kinds:
-            raise ValueError(f"`{layer}` has its `{ENDINGS[ending]}` twice, `{key}` is the second")
-        kinds[ENDINGS[ending]] = tensor
-    factors = {}
-    for layer, found in parts.items():
-        if "up" not in found or "down" not in found:
-            unknown.append(prefix + layer)
-            continue
-        check_pair(layer, found)
-        up, down = found["up"].float(), found["down"].float()
-        rank = down.shape[0]
-        alpha = float(found["alpha"]) if "alpha" in found else float(rank)
-        factors[layer] = (up * (alpha / rank) if not math.isclose(alpha, rank) else up, down)
-    return factors, unknown

@@ -44,6 +44,7 @@ class TensorFile:
         hashed: whether it has hashes; files of older versions have none.
         changed: what is not as it was written: keys of tensors that are others, missing or new,
             and HEADER. Empty without hashes.
+        folder: where it lies.
     """
 
     name: str
@@ -52,6 +53,7 @@ class TensorFile:
     about: Mapping[str, Any]
     hashed: bool
     changed: tuple[str, ...]
+    folder: Path
 
     def difference(self) -> str:
         """`changed` in words."""
@@ -90,7 +92,8 @@ def read_tensors(path: Path, loose: Collection[str] = ()) -> TensorFile:
     changed: tuple[str, ...] = ()
     if hashes is not None:
         changed = _changed(from_file(_HASHES, hashes, f"{place}, `{HASHES}`"), tensors, about)
-    return TensorFile(path.name, tensors, header, about, hashes is not None, changed)
+    hashed = hashes is not None
+    return TensorFile(path.name, tensors, header, about, hashed, changed, path.parent)
 
 
 @contextmanager

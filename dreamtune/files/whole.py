@@ -107,5 +107,6 @@ def _named(error: BaseException, path: Path, partial: Path) -> None:
     """A write that fails does not say which file it was for, or names the one beside it."""
     if not isinstance(error, OSError) or error.errno is None:
         return
-    if error.filename is None or os.fspath(error.filename) == str(partial):
-        error.filename = str(path)
+    name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
+    if not name or name == str(partial) or name.startswith(str(partial) + os.sep):
+        error.filename = str(path) + name[len(str(partial)) :]

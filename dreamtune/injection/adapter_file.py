@@ -24,6 +24,7 @@ class AdapterFile:
         weights: module path -> frozen weight (out, in). Not written: their fingerprint is.
         exported_from: the method whose change it is, where a file holds only the factors of it;
             `method` is then LoRA.
+        some_layers: only `shapes` are changed, whatever other layers `target_modules` mean.
         source: name of the file that it was read from, for messages.
     """
 
@@ -37,3 +38,4 @@ class AdapterFile:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     exported_from: str | None = None
     source: str = "the adapter"
+    some_layers: bool = False

@@ -11,12 +11,19 @@ from dreamtune.models.folder import ModelFolder
 from dreamtune.models.rules import TEXT_ENCODER, TOKENIZER, assumed
 from dreamtune.models.weights import read_by_library
 
+# Names as transformers 5.6 and later write them -> as earlier ones have them.
+WRAPPED = {r"^(embeddings|encoder|final_layer_norm)\.": r"text_model.\1."}
+
 
 def load_text_encoder(folder: ModelFolder, dtype: torch.dtype) -> Any:
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel
 
     stated = folder.config("text_encoder", TEXT_ENCODER)
-    encoder = folder.load("text_encoder", CLIPTextModel, dtype)
+    with read_by_library(folder.place("text_encoder")), torch.device("meta"):
+        config: Any = CLIPTextConfig.from_pretrained(str(folder.path / "text_encoder"))
+        wrapped = hasattr(CLIPTextModel(config), "text_model")
+    options = {"key_mapping": WRAPPED} if wrapped else {}  # the other way is transformers' own
+    encoder = folder.load("text_encoder", CLIPTextModel, dtype, **options)
     if unsaid := assumed("text_encoder", stated, encoder.config):
         place = folder.place("text_encoder", "config.json")
         folder.notes.append(f"`{place}` does not say, and it is assumed: {', '.join(unsaid)}.")

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Prefixes:
-    """What stands before a module path in the keys of a LoRA file."""
+    """What stands before a module path in the keys of a LoRA file.
+
+    Attributes:
+        roots: what the paths themselves begin with, for files without a prefix.
+    """
 
     peft: str
     kohya: str
+    roots: tuple[str, ...] = ()

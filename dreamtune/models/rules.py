@@ -24,6 +24,7 @@ def exactly_two(values: list[Any]) -> list[Any]:
 Flag = Annotated[bool, Strict()]
 Whole = Annotated[int, Strict(), Field(ge=1, le=1 << 20)]
 Depth = Annotated[int, Strict(), Field(ge=1, le=200)]  # layers are built before weights are missed
+Token = Annotated[int, Strict(), Field(ge=0)]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Positive = Annotated[float, Strict(), Field(gt=0, le=1e6, allow_inf_nan=False)]
 Share = Annotated[float, Strict(), Field(ge=0, lt=1)]
@@ -80,6 +81,7 @@ TEXT_ENCODER = rules(
     vocab_size=Whole, hidden_size=Whole, intermediate_size=Whole, projection_dim=Whole,
     num_hidden_layers=Depth, num_attention_heads=Depth, max_position_embeddings=Whole,
     hidden_act=Text, layer_norm_eps=Positive, attention_dropout=Share,
+    eos_token_id=Token, bos_token_id=Token | None, pad_token_id=Token | None,
 )  # fmt: skip
 TOKENIZER = rules(
     tokenizer_class=Literal["CLIPTokenizer", "CLIPTokenizerFast"],
@@ -108,7 +110,8 @@ USUAL = {
     "vae": ("act_fn", "scaling_factor"),
     "text_encoder": ("hidden_act", "layer_norm_eps", "num_attention_heads"),
     "scheduler": (
-        "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type",
+        "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "clip_sample",
+        "set_alpha_to_one", "steps_offset", "prediction_type",
     ),
 }  # fmt: skip
 
@@ -147,5 +150,6 @@ def refuse_code(config: Any, place: str) -> None:
 
 def assumed(part: str, stated: dict[str, Any], used: Any) -> list[str]:
     """Name and value of each usual setting that a config does not state. used: what has them."""
-    get = used.get if isinstance(used, dict) else lambda name: getattr(used, name, None)
-    return [f"{name} {get(name)}" for name in USUAL[part] if name not in stated]
+    known = used if isinstance(used, dict) else vars(used)
+    names = [n for n in USUAL[part] if n not in stated and n in known]
+    return [f"{name} {known[name]}" for name in names]

@@ -60,6 +60,11 @@ def load_scheduler(folder: ModelFolder, named: Sequence[str], prediction_type: s
             diffusers.DPMSolverMultistepScheduler.from_config(scheduler.config),
         ):
             used.set_timesteps(2)  # what it cannot do shows here, not after an hour of training
+    first, last = scheduler.config.beta_start, scheduler.config.beta_end
+    if first > last:
+        raise UnreadableFile(
+            f"`{place}`: `beta_start` must be at most `beta_end`, got {first} and {last}."
+        )
     unsaid = assumed("scheduler", stated, scheduler.config)
     if prediction_type is not None:
         unsaid = [n for n in unsaid if not n.startswith("prediction_type")]

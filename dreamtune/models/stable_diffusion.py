@@ -35,7 +35,7 @@ class StableDiffusion(Base):
     network_name = "unet"
     network_class = "UNet2DConditionModel"
     parts = PARTS
-    prefixes = Prefixes(peft="unet.", kohya="lora_unet_")
+    prefixes = Prefixes("unet.", "lora_unet_", ("down_blocks.", "mid_block.", "up_blocks."))
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from dreamtune.files.find import adapter_file
@@ -25,9 +26,9 @@ def load(
 
     Args:
         pipe: a diffusers pipeline with a UNet, or a UNet.
-        path: a native file, an exported one, another trainer's LoRA of the attention projections,
-            or a folder: of a run (its best/), a checkpoint-N (its own step), or one with such a
-            file.
+        path: a native file, an exported one, another trainer's LoRA, LoHa or LoKr of the attention
+            projections, or a folder: of a run (its best/), a checkpoint-N (its own step), one that
+            PEFT saved, or one with such a file.
         name: kept on the result as `.name`.
         scale: strength, linear in the change; change it later with `.scale`.
         force: recompute a method that contains the base weights on another base.
@@ -49,18 +50,26 @@ def load(
 def _inject(unet: nn.Module, file: AdapterFile, force: bool) -> InjectedAdapter:
     targets = find_targets(unet, file.target_modules)
     shapes = {path: tuple(layer.weight.shape) for path, layer in targets.items()}
-    wrong = [p for p in {**shapes, **file.shapes} if shapes.get(p) != file.shapes.get(p)]
+    asked = file.shapes if file.some_layers else {**shapes, **file.shapes}
+    wrong = [p for p in asked if shapes.get(p) != file.shapes.get(p)]
     if wrong:
         p = wrong[0]
         raise ValueError(
             f"the adapter is of another architecture: {len(wrong)} layers do not fit, `{p}` is"
             f" {shapes.get(p)} here and {file.shapes.get(p)} in the file"
         )
-    here = fingerprint({path: weight_of(layer) for path, layer in targets.items()})
+    here = fingerprint({path: weight_of(targets[path]) for path in file.shapes})
     warning = check_base(file, here, force)
     adapter = inject(unet, file.method, target_modules=file.target_modules, **file.options)
     try:
-        adapter.load_state_dict(file.tensors)
+        tensors = dict(file.tensors)
+        if file.some_layers:  # the others' parameters are zero, and so is their change
+            tensors |= {
+                k: torch.zeros_like(t)
+                for k, t in adapter.state_dict().items()
+                if k.rpartition(".")[0] not in file.shapes
+            }
+        adapter.load_state_dict(tensors)
     except BaseException:
         adapter.eject()
         raise

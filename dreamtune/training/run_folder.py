@@ -49,7 +49,8 @@ NAME = re.compile(r"checkpoint-(\d+)")
 # What `files.whole` leaves when it is killed.
 HIDDEN = re.compile(
     r"\.(checkpoint-\d+|best|\.final)\.(old|part|gone)|\.final"
-    r"|\.(?:config\.yaml|metrics\.jsonl|report\.html)\.\w+\.part"
+    r"|\.(?:config\.yaml|metrics\.jsonl|report\.html|\d+\.png|class-\d+\.png|\.dreamtune\.json)"
+    r"\.\w+\.part"
 )
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError)
 
@@ -271,7 +272,8 @@ def sweep(run_dir: Path) -> None:
     """Takes away what a killed process left half written, and puts back the folder that it was
     about to replace.
     """
-    for path in list(run_dir.iterdir()):
+    own = [run_dir / name for name in ("samples", "class") if not (run_dir / name).is_symlink()]
+    for path in [*run_dir.iterdir(), *(p for folder in own for p in folder.glob(".*.part"))]:
         if path.is_symlink() or not (match := HIDDEN.fullmatch(path.name)):
             continue
         if match[2] == "old" and not os.path.lexists(run_dir / match[1]):

@@ -107,7 +107,8 @@ class Wave:
             return dict(zip(runs, images, strict=True))
         except ValueError as error:
             if len(runs) == 1:
-                self.failed[next(iter(runs))] = str(error)
+                base = "step 0 is the base without an adapter, so none diverged: "
+                self.failed[next(iter(runs))] = f"{'' if self.k else base}{error}"
                 return {}
         parts = [self.sample({label: run}) for label, run in runs.items()]
         return {label: images for part in parts for label, images in part.items()}

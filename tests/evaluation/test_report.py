@@ -117,6 +117,17 @@ def test_pictures_are_shrunk_and_never_enlarged(tmp_path):
     assert path.stat().st_size < 1e6
 
 
+def test_no_path_is_shown(tmp_path):
+    values = {
+        "photos": "/home/me/a", "clip": "local-dir:/home/me/b", "two": ["/home/me/c", "a {}"],
+        "options": {"alpha": 4}, "tag": "ViT-B-32:openai",
+    }  # fmt: skip
+    page = report(tmp_path, settings=values).read_text()
+    assert "/home" not in page
+    for text in ("…/a", "local-dir:…/b", "…/c, a {}", "alpha 4", "ViT-B-32:openai"):
+        assert f"<dd><code>{text}</code></dd>" in page
+
+
 def test_files_are_listed_with_their_sizes(tmp_path):
     (tmp_path / "best").mkdir()
     (tmp_path / "checkpoint-5").mkdir()

@@ -295,3 +295,11 @@ def test_kohya_keys(tmp_path):
         assert tensors[f"{layer}_{child}.lora_up.weight"].shape == (32, 2)
         assert tensors[f"{layer}_{child}.alpha"].shape == ()
         assert float(tensors[f"{layer}_{child}.alpha"]) == 2
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "../x", "a\\b", "a\0"])
+def test_a_name_is_one_part_of_a_path(name, tmp_path):
+    adapter = dreamtune.inject(tiny_unet(), "lora", rank=2)
+    with pytest.raises(ValueError, match="`name` must be one part of a path, got"):
+        dreamtune.export(adapter, tmp_path / "out", "kohya", name=name)
+    assert list(tmp_path.iterdir()) == []

@@ -75,6 +75,8 @@ SCHEDULER = "scheduler/scheduler_config.json"
         (TEXT, {"hidden_act": "x"}, "text_encoder` could not be loaded: KeyError"),
         (SCHEDULER, {"prediction_type": "sample"}, "`prediction_type` must be one of epsilon"),
         (SCHEDULER, {"num_train_timesteps": 10**12}, "`num_train_timesteps` must be at most"),
+        (SCHEDULER, {"beta_start": 0.5}, "`beta_start` must be at most `beta_end`"),
+        (TEXT, {"eos_token_id": None}, "`eos_token_id` cannot be empty"),
         (SCHEDULER, {"beta_schedule": []}, "`beta_schedule` must be one of"),
         ("tokenizer/tokenizer_config.json", {"tokenizer_class": "X"}, "`tokenizer_class` must be"),
     ],

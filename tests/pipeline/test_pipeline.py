@@ -134,8 +134,8 @@ def rewritten(tensors, tmp_path):
 def test_keys_that_match_nothing(exported, tmp_path):
     """Stock loaders log a warning at most, and give the base's images."""
     for change in (
-        lambda k: k.removeprefix("unet."),
-        lambda k: f"base_model.model.{k.removeprefix('unet.')}",
+        lambda k: k.replace("unet.", "model."),
+        lambda k: k.replace("unet.", "base_model.model.model."),
         lambda k: k.replace("attn1", "attn9"),
     ):
         path = rewritten({change(k): v for k, v in exported.items()}, tmp_path)

@@ -14,6 +14,7 @@ import damage
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dreamtune.config import Config
@@ -120,6 +121,26 @@ def test_an_optimizer_that_is_not_finite_is_refused(run_dir: Path) -> None:
         run_folder.damage(checkpoint)
     )
     assert find_checkpoint("latest", run_dir) == run_dir / "checkpoint-3"
+
+
+def test_a_checkpoint_says_on_which_base_it_is(run_dir: Path) -> None:
+    """With a fingerprint of some layers or none, as only an older version leaves unsealed, the
+    check of the base would pass on any.
+    """
+    path = run_dir / LAST / "adapter.safetensors"
+    json_edit(run_dir / LAST / "run_state.json", old)
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["dreamtune"])
+    tensors = load_file(path)
+    del header["sha256"]
+    header["format_version"] = 1
+    for kept in (0, 1, len(header["fingerprint"])):
+        prints = dict(list(header["fingerprint"].items())[:kept])
+        text = json.dumps({**header, "fingerprint": prints})
+        save_file(tensors, path, {"dreamtune": text, "format": "pt"})
+        why, every = run_folder.damage(run_dir / LAST), len(header["fingerprint"])
+        assert (why is None) == (kept == every)
+        assert why is None or f"the fingerprint of the base covers {kept} of {every} layers" in why
 
 
 @pytest.mark.parametrize(

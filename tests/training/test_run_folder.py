@@ -207,10 +207,16 @@ def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
         (tmp_path / name / "x").write_text(name)
     for name in (".config.yaml.ab_1.part", ".report.html.x.part", ".theirs", ".metrics.jsonl"):
         (tmp_path / name).touch()
+    for place, name in (("samples", "000003.png"), ("class", "class-00001.png")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / name).touch()
+        (tmp_path / place / f".{name}.ab_12cd3.part").touch()
     run_folder.sweep(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {
-        "best", "checkpoint-9", ".theirs", ".metrics.jsonl",
+        "best", "checkpoint-9", ".theirs", ".metrics.jsonl", "samples", "class",
     }  # fmt: skip
+    assert [p.name for p in (tmp_path / "samples").iterdir()] == ["000003.png"]
+    assert [p.name for p in (tmp_path / "class").iterdir()] == ["class-00001.png"]
     # what was about to be replaced is there again, and what had been replaced is gone
     assert (tmp_path / "best" / "x").read_text() == ".best.old"
     assert (tmp_path / "checkpoint-9" / "x").read_text() == "checkpoint-9"

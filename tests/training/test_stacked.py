@@ -6,6 +6,7 @@ import json
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -286,6 +287,20 @@ def test_images_that_are_not_finite_fail_alone(common: dict[str, Any], photo_dir
     assert list(result.results) == ["seed=1"]
     assert "pixels that are not finite" in result.failed["seed=0"]
     assert [r["step"] for r in result.results["seed=1"].history] == [0, 3, 6]
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_of_step_0_no_adapter_is_blamed(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: Any) -> None:
+        raise ValueError("image 0 has pixels that are not finite")
+
+    monkeypatch.setattr("dreamtune.training.wave.sample_slots", fail)
+    wave, run = Wave.__new__(Wave), SimpleNamespace(evaluator=None)
+    wave.k, wave.failed, wave.base, wave.adapter = k, {}, None, None
+    wave.slots = {"a": SimpleNamespace(index=0)}
+    assert wave.sample({"a": run}) == {}
+    base = "step 0 is the base without an adapter, so none diverged: "
+    assert wave.failed == {"a": f"{'' if k else base}image 0 has pixels that are not finite"}
 
 
 def test_interrupted_runs_go_on_alone_or_together(

@@ -372,6 +372,56 @@ def test_divergence_is_an_error(settings: dict[str, Any], monkeypatch: pytest.Mo
         train(Config(**{**settings, "validation_steps": 0}))
 
 
+def test_a_run_most_of_whose_steps_are_skipped_fails(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few in a row, many in all; it says how many, and half of them is not yet too many."""
+    original = Wave.advance
+
+    def advance(self: Wave, k: int) -> None:
+        sound = self.step.cache.mean.clone()
+        if k in skipped:
+            self.step.cache.mean.fill_(float("nan"))
+        original(self, k)
+        self.step.cache.mean.copy_(sound)
+
+    monkeypatch.setattr(Wave, "advance", advance)
+    skipped = {0, 2}
+    with pytest.raises(
+        ValueError, match="2 of the 3 steps up to 3 gave no finite loss or gradient"
+    ):
+        train(Config(**settings))
+    skipped = {1, 4}
+    again = {"output_dir": settings["output_dir"] + "2"}
+    assert [r["skipped_steps"] for r in train(Config(**{**settings, **again})).history] == [0, 1, 2]
+
+
+def test_a_run_goes_on_from_any_folder_and_in_another_place(
+    settings: dict[str, Any], photo_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started with relative paths, moved with its class images."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    there.mkdir()
+    shutil.copytree(photo_dir, here / "photos")
+    base = shutil.copytree(settings["pretrained_model_name_or_path"], here / "models" / "sd")
+    monkeypatch.chdir(here)
+    relative = {
+        "pretrained_model_name_or_path": "models/sd", "instance_data_dir": "photos",
+        "output_dir": "runs/dog", "with_prior_preservation": True, "num_class_images": 1,
+    }  # fmt: skip
+    train(Config(**{**settings, **relative, "max_train_steps": 3}))
+    text = (here / "runs" / "dog" / "config.yaml").read_text()
+    assert text.startswith("# ") and f"pretrained_model_name_or_path: {base}\n" in text
+    monkeypatch.chdir(there)
+    moved = shutil.move(here / "runs" / "dog", there / "dog")
+    made = (moved / "class" / "class-00000.png").stat().st_mtime_ns
+    result = train(Config(resume_from_checkpoint="latest", output_dir="dog", max_train_steps=4))
+    assert [r["step"] for r in result.history] == [0, 3, 4]
+    assert not (here / "runs" / "dog").exists()
+    assert (moved / "class" / "class-00000.png").stat().st_mtime_ns == made
+    assert f"class_data_dir: {moved}/class\n" in (moved / "config.yaml").read_text()
+
+
 def test_the_subjects_words_are_said_before_training(
     settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
