@@ -280,8 +280,6 @@ def analyse(argv: Sequence[str]) -> int:
     return 0
 
 
-
-
 def info(argv: Sequence[str]) -> int:
     from dreamtune.flags import HelpFormatter, Parser
 

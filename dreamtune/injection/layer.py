@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import types
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from dreamtune.injection.change import Change, linear
 
-if TYPE_CHECKING:
-    from dreamtune.injection.projection import Projection
+
+class Fast(Protocol):
+    """Another way to compute what layers compute."""
+
+    def one(self, layer: Any, input: Tensor) -> Tensor:
+        """What `layer` gives."""
+        ...
 
 
 class AdaptedLinear(nn.Linear):
@@ -26,7 +31,7 @@ class AdaptedLinear(nn.Linear):
     """
 
     changes: dict[str, Change]
-    projection: Projection | None
+    projection: Fast | None
     index: int
 
     @staticmethod
