@@ -51,6 +51,12 @@ class Dino(Extractor):
         self.model.to(self.device, dtype).eval().requires_grad_(False)
         side = pixels(self.model.config.image_size, f"{name}/config.json")
         self.resize, self.crop = _sizes(settings, side, f"{name}/{PREPROCESSOR_FILE}")
+        patch = pixels(self.model.config.patch_size, f"{name}/config.json, patch_size")
+        if self.crop < patch:
+            raise UnreadableFile(
+                f"`{name}/{PREPROCESSOR_FILE}` makes pictures of {self.crop} px, less than a patch "
+                f"of the model, {patch} px."
+            )
         self.mean = tuple(settings.get("image_mean", IMAGENET_MEAN))
         self.std = tuple(settings.get("image_std", IMAGENET_STD))
         if not settings.get("do_normalize", True):

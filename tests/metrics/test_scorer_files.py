@@ -62,6 +62,7 @@ def test_a_clip_folder_without_weights_is_refused(tmp_path: Path) -> None:
         ("config.json", {"num_hidden_layers": 10**9}, "`num_hidden_layers` must be at most 200"),
         ("config.json", {"num_hidden_layers": 1}, "has layers that its config.json has not"),
         ("preprocessor_config.json", {"size": {"height": 8, "width": 9}}, "must say one side"),
+        ("preprocessor_config.json", {"size": 3}, "of 3 px, less than a patch of the model, 8 px"),
         ("preprocessor_config.json", {"size": "x"}, "`size` must be"),
         ("preprocessor_config.json", {"image_mean": [0.5]}, "`image_mean`: it must be a list of"),
         (
