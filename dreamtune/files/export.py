@@ -74,14 +74,14 @@ def export(
     network: nn.Module | None
     if isinstance(source, InjectedAdapter):
         method, about, network = source.method, dict(metadata or {}), source.model
-        target.check(find_method(method), network)
+        target.check(find_method(method), source.options, network)
         factors, prints = factors_of_adapter(source, slot), fingerprint(source.weights())
     else:
         path = adapter_file(source)
         network = None if base is None else load_network(base)
         file = read_adapter(path, network)
         method, about = file.exported_from or file.method, file.metadata
-        target.check(find_method(file.method), network)
+        target.check(find_method(file.method), file.options, network)
         if network is None and find_method(file.method).depends_on_weight:
             network = _base_of_run(path, method)
         with naming(path.name):

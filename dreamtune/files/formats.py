@@ -84,7 +84,9 @@ class ExportFormat(Format):
     """A format that `export` writes, and may read."""
 
     @abstractmethod
-    def check(self, method: type[Adapter], network: nn.Module | None) -> None:
+    def check(
+        self, method: type[Adapter], options: Mapping[str, Any], network: nn.Module | None
+    ) -> None:
         """Raises ValueError for what such a file cannot hold, and says what can."""
 
     @abstractmethod

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,10 @@ class Kohya(PlainLora):
     file_name = "{name}_kohya.safetensors"
     shortens = "a kohya file shortens the names of its layers"
 
-    def check(self, method: type[Adapter], network: nn.Module | None) -> None:
-        super().check(method, network)
+    def check(
+        self, method: type[Adapter], options: Mapping[str, Any], network: nn.Module | None
+    ) -> None:
+        super().check(method, options, network)
         if getattr(network, "config", {}).get("addition_embed_type") == "text_time":
             raise ValueError(
                 "kohya files of SDXL use other block names: export `diffusers` instead"

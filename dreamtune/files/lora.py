@@ -210,13 +210,15 @@ def _split(path: str) -> tuple[str, str]:
 class PlainLora(LoraFormat, ExportFormat):
     """One that is written as well."""
 
-    def check(self, method: type[Adapter], network: nn.Module | None) -> None:
-        if not method.low_rank:
+    def check(
+        self, method: type[Adapter], options: Mapping[str, Any], network: nn.Module | None
+    ) -> None:
+        if why := method.no_plain_lora(options):
             low = ", ".join(sorted(name for name, cls in METHODS.items() if cls.low_rank))
             raise ValueError(
-                f"`{method.name}` is not a low-rank change and no plain LoRA holds it: use "
-                "`adapter.merge()` and save the model, the native file with `dreamtune.load`, or "
-                f"train one of {low}"
+                f"`{method.name}` {why} and no plain LoRA holds it: use the native file with"
+                " `dreamtune.load`, `adapter.merge()` and save the model where one weight holds it,"
+                f" or train one of {low}"
             )
 
     @abstractmethod

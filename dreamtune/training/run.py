@@ -260,6 +260,11 @@ class Run:
     def best_step(self) -> int:
         return self.choice.step
 
+    @property
+    def has_lora(self) -> bool:
+        """Whether a plain LoRA holds what is trained."""
+        return not self.method.no_plain_lora(self.config.options)
+
     def save_files(self, slot: Slot, folder: Path, record: dict[str, Any]) -> None:
         """adapter.safetensors and the LoRA file, whole or not at all."""
         metadata = {
@@ -271,7 +276,7 @@ class Run:
         }
         with whole_folder(folder) as place:
             slot.save(place / run_folder.ADAPTER, metadata)
-            if self.method.low_rank:
+            if self.has_lora:
                 export(slot.adapter, place, slot=slot.index, overwrite=True)
 
     def check_folder(self) -> None:
@@ -299,7 +304,7 @@ class Run:
         if self.evaluator.scorers is not None:
             self.write_report()
         best = self.dir / run_folder.BEST
-        lora = best / run_folder.LORA if self.method.low_rank else None
+        lora = best / run_folder.LORA if self.has_lora else None
         say(f"{self.choice.reason}\nBest: {lora or best / run_folder.ADAPTER}")
         if skipped := slot.skipped:
             say(f"{skipped} steps were skipped: their loss or gradient was not finite.")

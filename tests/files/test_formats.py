@@ -178,7 +178,9 @@ class Whole(ExportFormat):
 
     file_name = "{name}_whole.safetensors"
 
-    def check(self, method: type[dreamtune.Adapter], network: nn.Module | None) -> None:
+    def check(
+        self, method: type[dreamtune.Adapter], options: Any, network: nn.Module | None
+    ) -> None:
         pass
 
     def write(self, path: Path, change: Change, overwrite: bool) -> None:
