@@ -60,9 +60,14 @@ class Use:
     rows: Tensor | None = None
     at: Tensor | None = None  # no factor depends on it
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("scale", "rows"):  # by number: a tensor's id may be that of one before it
+            self.__dict__["given"] = self.__dict__.get("given", 0) + isinstance(value, Tensor)
+        object.__setattr__(self, name, value)
+
     def state(self) -> tuple[object, ...]:
         """Differs where something was set or written to."""
-        return (_mark(self.scale), self.call, _mark(self.rows))
+        return (_mark(self.scale), self.call, _mark(self.rows), self.__dict__["given"])
 
     def scaled(self, x: Tensor) -> Tensor:
         """x (L, S, ...)."""
@@ -86,7 +91,7 @@ class Use:
 
 
 def _mark(value: object) -> object:
-    return (id(value), version(value)) if isinstance(value, Tensor) else value
+    return ("tensor", version(value)) if isinstance(value, Tensor) else value
 
 
 def version(x: Tensor) -> int:
