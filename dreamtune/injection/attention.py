@@ -97,7 +97,7 @@ def project_jointly(attentions: Iterable[nn.Module]) -> list[Any]:
     for module in attentions:
         layer = getattr(module, "to_k", None)
         many = layer.projection if type(layer) is AdaptedLinear else None
-        if many is not None and len(many.layers) > 1 and plain(module):
+        if isinstance(many, Projection) and len(many.layers) > 1 and plain(module):
             module.processor = JointProjections(module.processor, many)
             changed.append(module)
     return changed

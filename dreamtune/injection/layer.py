@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import types
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from dreamtune.injection.change import Change, linear
 
-if TYPE_CHECKING:
-    from dreamtune.injection.projection import Projection
+
+class Faster(Protocol):
+    """The fast way of layers, which computes what each would."""
+
+    def one(self, layer: Any, input: Tensor) -> Tensor: ...
 
 
 class AdaptedLinear(nn.Linear):
@@ -21,12 +24,12 @@ class AdaptedLinear(nn.Linear):
 
     Attributes:
         changes: name -> change, all added.
-        projection: of the fast way, which computes the same; None in a layer that is plain.
+        projection: the fast way that computes it; None in a layer that is plain.
         index: in the projection.
     """
 
     changes: dict[str, Change]
-    projection: Projection | None
+    projection: Faster | None
     index: int
 
     @staticmethod

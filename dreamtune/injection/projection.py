@@ -7,16 +7,14 @@ one product.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dreamtune.injection.change import rows_of
-
-if TYPE_CHECKING:
-    from dreamtune.injection.layer import AdaptedLinear
+from dreamtune.injection.layer import AdaptedLinear
 
 ALIGN = 8  # values: rows of fewer are no rows for a GPU's fast kernels
 
