@@ -242,13 +242,14 @@ def sums(tensors: Sequence[Tensor]) -> list[float]:
     by_device: dict[torch.device, list[Tensor]] = {}
     for x in tensors:
         if x.device.type != "meta":
-            by_device.setdefault(x.device, []).append(x)
+            by_device.setdefault(x.device, []).append(x.detach())
     found: list[float] = []
     for device, some in by_device.items():
-        dtype = torch.float32 if device.type == "mps" else torch.float64  # which has no doubles
-        floats = [x.detach() if x.is_floating_point() else x.to(dtype) for x in some]
-        norms = torch._foreach_norm(floats, 2, dtype)
-        found += torch.stack(norms).tolist()
+        dtype = torch.float64  # a small change of one of many layers shows in the whole stack
+        if device.type == "mps":  # has no doubles
+            dtype, some = torch.float32, [part for x in some for part in x]
+        floats = [x if x.is_floating_point() else x.to(dtype) for x in some]
+        found += torch.stack(torch._foreach_norm(floats, 2, dtype)).tolist()
     return found
 
 

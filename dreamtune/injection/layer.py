@@ -10,12 +10,10 @@ from torch import Tensor, nn
 from dreamtune.injection.change import Change, linear
 
 
-class Fast(Protocol):
-    """Another way to compute what layers compute."""
+class Faster(Protocol):
+    """The fast way of layers, which computes what each would."""
 
-    def one(self, layer: Any, input: Tensor) -> Tensor:
-        """What `layer` gives."""
-        ...
+    def one(self, layer: Any, input: Tensor) -> Tensor: ...
 
 
 class AdaptedLinear(nn.Linear):
@@ -26,12 +24,12 @@ class AdaptedLinear(nn.Linear):
 
     Attributes:
         changes: name -> change, all added.
-        projection: of the fast way, which computes the same; None in a layer that is plain.
+        projection: the fast way that computes it; None in a layer that is plain.
         index: in the projection.
     """
 
     changes: dict[str, Change]
-    projection: Fast | None
+    projection: Faster | None
     index: int
 
     @staticmethod

@@ -110,20 +110,15 @@ class Projection:
 class Wide:
     """`W x + b + up (down x)` for weights with `down` below them, (P, out + R, in): one product
     gives `W x` and `down x`. up: (P, R, out). What each call needs is computed once: a pipeline's
-    step waits for Python more than for the GPU.
+    step waits for Python more than for the GPU. bias: (out + R), zeros below; of one part only.
     """
 
     def __init__(self, wide: Tensor, bias: Tensor | None, up: Tensor) -> None:
         self.parts, self.height, _ = wide.shape
         self.sizes = up.shape[-1], up.shape[-2]
         self.flat = wide.flatten(0, 1)
-        self.bias = None if bias is None else F.pad(bias, (0, self.sizes[1]))
+        self.bias = bias
         self.up = up if self.parts > 1 else up[0]
-
-    def load(self, bias: Tensor | None) -> None:
-        """The bias again: it may have been written to."""
-        if self.bias is not None and bias is not None:
-            self.bias[: len(bias)] = bias
 
     def __call__(self, input: Tensor) -> Tensor:
         """(P, rows, out)."""

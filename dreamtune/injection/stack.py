@@ -37,11 +37,11 @@ class Stack:
 
     def release(self) -> None:
         """Each weight its own tensor again, the layers plain."""
-        inside = self.stack.untyped_storage().data_ptr()
         for layer in self.layers:
             layer.projection, layer.index = None, 0
-            if layer.weight.untyped_storage().data_ptr() == inside:
-                layer.weight.data = layer.weight.data.clone()
+            for tensor in (layer.weight, layer.bias):
+                if tensor is not None and tensor.untyped_storage().nbytes() > tensor.nbytes:
+                    tensor.data = tensor.data.clone()
 
     def restack(self) -> None:
         """Follows a model that was moved or cast: stacks its weights again, moves the adapter."""
@@ -66,7 +66,17 @@ class Stack:
             part.weight, part.wide = weight, None
         if room:
             places = zip(self.parts, self.stack.split(self.sizes), self.ups.split(self.sizes))
-            self.wides = [Wide(wide, part.bias, ups) for part, wide, ups in places]
+            self.wides = [Wide(wide, self._bias(part, room), ups) for part, wide, ups in places]
+
+    def _bias(self, part: Projection, room: int) -> Tensor | None:
+        """The part's bias with zeros below it, for the room below its weight; the layer's is a view
+        of it.
+        """
+        if part.bias is None:
+            return None
+        roomy = F.pad(part.bias.data, (0, room))
+        part.bias.data = roomy[: len(part.bias)]
+        return roomy
 
     def constants(self, anew: bool = False) -> tuple[Tensor, ...]:
         """What the method takes of the frozen weights alone, computed where one of them changed.
@@ -124,7 +134,6 @@ class Stack:
             self.stack[:, self.weight.shape[1] :] = below
             self.ups[:, : up.shape[-1]] = up.mT
             for part, kept in zip(self.parts, self.wides, strict=True):
-                kept.load(part.bias)
                 part.wide = kept
 
     def placed(self, name: str, x: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ done to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class Stacked:
             self.stacks.append(group.stack)
         attentions = {id(p.attention): p.attention for p in places.values()}
         self.attentions = project_jointly(attentions.values())
-        self.where = [(place, place.layer.weight, _address(place)) for place in places.values()]
+        self.where = [_where(place) for place in places.values()]
 
     def release(self) -> None:
         """The layers plain again, and each weight a tensor of its own."""
@@ -85,14 +86,21 @@ class Stacked:
 
     def touched(self) -> str | None:
         """What of the model is no longer as this stands for, or None."""
-        for place, weight, address in self.where:
-            layer = place.layer
-            if place.parent._modules.get(place.name) is not layer:
+        for siblings, name, layer, tensors, kept in self.where:  # before every call: few lookups
+            own = layer.__dict__
+            if siblings.get(name) is not layer:
                 return "there is something around a layer, or in its place"
-            if hooked(layer):
+            if (
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+                or "forward" in own
+            ):
                 return "a layer has hooks"
-            if layer._parameters.get("weight") is not weight or weight.data_ptr() != address:
-                return "weights were moved, cast or replaced"
+            for key, tensor, address in kept:
+                if tensors[key] is not tensor or tensor.data_ptr() != address:
+                    return "weights were moved, cast or replaced"
         for attention in self.attentions:
             if type(attention.processor) is not JointProjections:
                 return "an attention has another processor"
@@ -103,20 +111,21 @@ class Stacked:
 
     def _state(self) -> tuple[object, ...]:
         own = tuple(x for group in self.groups for x in tensors_of(group.adapter))
-        values = tuple(sums([*own, *self._read()])) if self.watched else ()
+        values = tuple(sums([*own, *self._bound()])) if self.watched else ()
         inference = torch.is_inference_mode_enabled()
         return self.use.state(), inference, tuple(map(version, own)), values
 
-    def _read(self) -> Iterator[Tensor]:
-        """What the factors, and the copies of biases beside them, are computed from."""
-        for stack in self.stacks:
-            yield from (layer.bias for layer in stack.layers if layer.bias is not None)
-            if stack.adapter.depends_on_weight:
-                yield from stack.weight.unbind(0)
+    def _bound(self) -> list[Tensor]:
+        """The weights that the change is another for, with what is below them."""
+        stacks = self.stacks
+        return [s.stack for s in stacks if s.adapter.depends_on_weight or not s.adapter.low_rank]
 
 
-def _address(place: Place) -> int:
-    return place.layer.weight.data_ptr()
+def _where(place: Place) -> tuple[Any, ...]:
+    """A layer among its siblings, and its tensors, where they are."""
+    tensors = place.layer._parameters
+    kept = [(key, x, x.data_ptr()) for key, x in tensors.items() if x is not None]
+    return place.parent._modules, place.name, place.layer, tensors, kept
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -141,8 +150,8 @@ def why_not(model: nn.Module, groups: Sequence[Group], places: Mapping[str, Plac
             return f"the {group.key} layers are not of one dtype on one device"
     for name, place in places.items():
         if place.parent._modules.get(place.name) is not place.layer:
-            around = type(place.parent._modules.get(place.name)).__name__
-            return f"`{name}` is inside a `{around}`: unload it first"
+            around = type(place.parent._modules.get(place.name))
+            return f"`{name}` is inside a `{around.__module__}.{around.__name__}`: unload it first"
         if hooked(place.layer):
             return f"`{name}` has hooks: a joint projection would not call them"
         if isinstance(place.layer, AdaptedLinear) and len(place.layer.changes) > 1:

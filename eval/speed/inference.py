@@ -1,5 +1,5 @@
-"""A UNet call of a pipeline: the base, an adapter on it (unmerged), and merged. Eager, as stock
-diffusers calls it.
+"""A UNet call of a pipeline: the base, an adapter on it in plain layers, the same sped up
+(`dreamtune.speed_up`), and merged. Eager, as stock diffusers calls it.
 
     python eval/speed/inference.py --unet sd15 --batches 4,8
 """
@@ -35,9 +35,12 @@ def main() -> int:
     config = unet.config
     kind = {"device": args.device, "dtype": dtype}
     print(torch.cuda.get_device_name() if cuda else "CPU", "torch", torch.__version__)
-    print("Base and adapter in turn, twice; the smaller median of each.\n")
-    print("| method | rows | base ms | unmerged | ratio | merged | ratio | kernels of both |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("Base, plain, sped up and merged in turn, twice; the smaller median of each.\n")
+    print(
+        "| method | rows | base ms | plain | ratio | sped up | ratio | merged | ratio "
+        "| kernels of base, plain, sped up |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for batch in map(int, args.batches.split(",")):
         x = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size, **kind)
         text = torch.randn(batch, 77, config.cross_attention_dim, **kind)
@@ -48,21 +51,25 @@ def main() -> int:
 
         for method in args.methods.split(","):
             weights = [p.clone() for p in unet.parameters()]
-            times: dict[str, list[float]] = {"base": [], "unmerged": [], "merged": []}
+            times: dict[str, list[float]] = {k: [] for k in ("base", "plain", "fast", "merged")}
             kernels = []
             for turn in range(2):
                 times["base"].append(median_ms(call, cuda, args.repeats, 4))
                 kernels += [count_kernels(call, cuda)] if turn else []
                 adapter = inject(unet, method)
-                times["unmerged"].append(median_ms(call, cuda, args.repeats, 4))
+                times["plain"].append(median_ms(call, cuda, args.repeats, 4))
+                kernels += [count_kernels(call, cuda)] if turn else []
+                adapter.speed_up()
+                times["fast"].append(median_ms(call, cuda, args.repeats, 4))
                 kernels += [count_kernels(call, cuda)] if turn else []
                 adapter.merge()
                 times["merged"].append(median_ms(call, cuda, args.repeats, 4))
                 for p, w in zip(unet.parameters(), weights, strict=True):
                     p.copy_(w)
-            base, on, merged = (min(times[k]) for k in ("base", "unmerged", "merged"))
-            row = f"{base:.1f} | {on:.1f} | {on / base:.3f} | {merged:.1f} | {merged / base:.3f}"
-            print(f"| {method} | {batch} | {row} | {kernels[0]}, {kernels[1]} |", flush=True)
+            base = min(times.pop("base"))
+            row = " | ".join(f"{min(ms):.1f} | {min(ms) / base:.3f}" for ms in times.values())
+            counts = ", ".join(map(str, kernels))
+            print(f"| {method} | {batch} | {base:.1f} | {row} | {counts} |", flush=True)
     return 0
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tiny import disturb, tiny_unet, unet_inputs
+from tiny import disturb, unet_inputs
 from torch import Tensor, nn
 
 import dreamtune
@@ -22,7 +22,17 @@ PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 @functools.cache
 def _base(seed: int) -> nn.Module:
-    return tiny_unet(D, seed)
+    """A UNet of 6 attention modules, for there are many operations."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16,),
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+        mid_block_type=None, layers_per_block=1, cross_attention_dim=24, attention_head_dim=8,
+        norm_num_groups=4,
+    )  # fmt: skip
+    return unet.double().eval()
 
 
 def base(seed: int = 0) -> Any:
@@ -47,11 +57,9 @@ def call(unet: Any, **options: Any) -> Tensor:
     dtype = next(p.dtype for p in unet.parameters())
     x, t, text = unet_inputs(2, D)
     with torch.no_grad():
-        said: Tensor = unet(x.to(dtype), t, text.to(dtype), **EXTRA.get(id(unet), {}), **options)[0]
+        besides = getattr(unet, "besides", {})
+        said: Tensor = unet(x.to(dtype), t, text.to(dtype), **besides, **options)[0]
     return said.to(D)
-
-
-EXTRA: dict[int, dict[str, Any]] = {}  # what a model is called with besides
 
 
 @functools.cache
@@ -170,7 +178,7 @@ def _ip_adapter(unet: Any) -> None:
     unet._load_ip_adapter_weights([{"ip_adapter": tensors, "image_proj": image}])
     unet.to(D)
     embedding = torch.randn(2, 1, 16, generator=g, dtype=D)
-    EXTRA[id(unet)] = {"added_cond_kwargs": {"image_embeds": [embedding]}}
+    unet.besides = {"added_cond_kwargs": {"image_embeds": [embedding]}}
 
 
 def _hooks(unet: Any) -> None:
@@ -229,7 +237,7 @@ NEW_BASE: dict[str, Operation] = {
     "LoRA fused for good": _self(_fused_for_good),
 }
 OPERATIONS |= NEW_BASE
-ROUGH = {"bfloat16": 0.1, "half": 0.03}  # of the size of the change, where numbers are short
+ROUGH = {"bfloat16": 0.2, "half": 0.03}  # of the size of the change, where numbers are short
 
 
 @contextmanager
