@@ -69,7 +69,7 @@ class DEFT(Adapter):
             return matrix, matrix.relu()
         gram = matrix.mT @ matrix
         # a column of zeros stays one; else it is below rounding
-        floor = torch.finfo(gram.dtype).eps * torch.eye(gram.shape[-1]).to(gram)
-        lower = torch.linalg.cholesky_ex(gram + floor)[0]
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        lower = torch.linalg.cholesky_ex(gram + torch.finfo(gram.dtype).eps * eye)[0]
         q = torch.linalg.solve_triangular(lower.mT, matrix, upper=True, left=False)
         return q, q

@@ -51,7 +51,9 @@ class NormBounded(Adapter):
 
     def factors(self, weight: Tensor, *constants: Tensor) -> tuple[Tensor, Tensor]:
         z = self.P.mT @ self.P + self.Q.mT @ self.Q
-        lower = torch.linalg.cholesky_ex(z + torch.eye(z.shape[-1]).to(z))[0]
+        lower = torch.linalg.cholesky_ex(
+            z + torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
+        )[0]
         inverse = torch.cholesky_inverse(lower)
         return (8 * self.options["delta"]) * self.P @ inverse, (self.Q @ inverse).mT
 
