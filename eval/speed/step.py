@@ -24,16 +24,23 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import build_unet, count_kernels, frozen, make_step, median_ms  # noqa: E402
 from others import DENSE, PEFT, add_dense, add_peft, plain_step  # noqa: E402
 
+from dreamtune.adapters import METHODS  # noqa: E402
+from dreamtune.adapters.base import options_of  # noqa: E402
 from dreamtune.fast.graphs import CapturedStep  # noqa: E402
 from dreamtune.models.load import load_base  # noqa: E402
 
-OURS = ("lora", "delora", "ether", "ether+")
+OURS = tuple(METHODS)
 # Options that give factors of rank r; DeLoRA's are twice its rank, with the residual start.
 EQUAL: dict[str, Callable[[int], dict[str, int]]] = {
     "lora": lambda r: {"rank": r},
     "delora": lambda r: {"rank": r // 2},
     "ether": lambda r: {"blocks": r},
     "ether+": lambda r: {"blocks": r // 4},
+    "hra": lambda r: {"rank": r},
+    "deft": lambda r: {"rank": r},
+    "norm_bounded": lambda r: {"rank": r},
+    "dora": lambda r: {"rank": r},
+    "oft": lambda r: {},  # of full rank
 }
 EVERY = [
     *(f"ours-{m}" for m in OURS), *(f"equal-{m}" for m in OURS), *(f"compiled-{m}" for m in OURS),
@@ -50,7 +57,7 @@ def make_call(case: str, unet: Any, batch: int, args: argparse.Namespace) -> Cal
     """The step of a row as a function without arguments."""
     kind, _, method = case.partition("-")
     if kind in ("ours", "equal", "compiled", "unfused", "eager"):
-        options = {"rank": args.rank} if method in ("lora", "delora") else {}
+        options = {"rank": args.rank} if "rank" in options_of(METHODS[method].__init__) else {}
         if kind == "equal":
             options = EQUAL[method](args.rank)
         fused = False if kind == "unfused" else None
