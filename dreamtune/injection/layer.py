@@ -53,21 +53,30 @@ class AdaptedLinear(nn.Linear):
         return {**self.__dict__, "projection": None, "index": 0}  # a copy is plain
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.projection is not None:
-            return self.projection.one(self, input)
-        return linear(input, self.weight, self.bias, list(self.changes.values()))
+        # Who took this method while the layer was adapted may call it when the layer is released.
+        projection, changes = getattr(self, "projection", None), getattr(self, "changes", {})
+        if projection is not None:
+            return projection.one(self, input)
+        return linear(input, self.weight, self.bias, list(changes.values()))
 
 
 def follow(layer: nn.Linear) -> None:
-    """An offload has taken the method of the class that the layer had: it calls the other now."""
-    old = layer.__dict__.get("_old_forward")
-    if isinstance(old, types.MethodType):
-        layer.__dict__["_old_forward"] = types.MethodType(type(layer).forward, layer)
+    """An offload has taken the method of the class that the layer had, and leaves it as the layer's
+    own when it goes: both are that of the class that it has now.
+    """
+    own = layer.__dict__
+    if _of_class(own.get("forward")):
+        del own["forward"]
+    if _of_class(own.get("_old_forward")):
+        own["_old_forward"] = types.MethodType(type(layer).forward, layer)
 
 
 def has_own_forward(layer: nn.Linear) -> bool:
     """Whether the instance has a forward that is none of its class, nor accelerate's around it."""
-    if "forward" not in layer.__dict__:
-        return False
-    old = layer.__dict__.get("_old_forward")
-    return getattr(old, "__func__", None) is not type(layer).forward
+    own = layer.__dict__
+    given = own.get("_old_forward", own.get("forward"))
+    return given is not None and not _of_class(given)
+
+
+def _of_class(method: Any) -> bool:
+    return getattr(method, "__func__", None) in (nn.Linear.forward, AdaptedLinear.forward)

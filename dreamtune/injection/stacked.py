@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dreamtune.injection.attention import JointProjections, joint_layers, project_jointly
 from dreamtune.injection.change import Use, sums, tensors_of, trains, version
 from dreamtune.injection.group import Group
-from dreamtune.injection.layer import AdaptedLinear
+from dreamtune.injection.layer import AdaptedLinear, follow
 from dreamtune.injection.stack import Stack
 from dreamtune.injection.streams import beside
 from dreamtune.injection.targets import Place
@@ -152,6 +152,7 @@ def why_not(model: nn.Module, groups: Sequence[Group], places: Mapping[str, Plac
         if place.parent._modules.get(place.name) is not place.layer:
             around = type(place.parent._modules.get(place.name))
             return f"`{name}` is inside a `{around.__module__}.{around.__name__}`: unload it first"
+        follow(place.layer)
         if hooked(place.layer):
             return f"`{name}` has hooks: a joint projection would not call them"
         if isinstance(place.layer, AdaptedLinear) and len(place.layer.changes) > 1:

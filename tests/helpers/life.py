@@ -156,6 +156,21 @@ def sequential(unet: Any) -> None:
     cpu_offload(unet, torch.device("cpu"))
 
 
+def _offload_and_back(unet: Any) -> None:
+    """Accelerate leaves the method that it found on the instance."""
+    from accelerate.hooks import remove_hook_from_submodules
+
+    sequential(unet)
+    remove_hook_from_submodules(unet)
+
+
+def _group_offload(unet: Any) -> None:
+    cpu = torch.device("cpu")
+    unet.enable_group_offload(
+        onload_device=cpu, offload_device=cpu, offload_type="block_level", num_blocks_per_group=1
+    )
+
+
 def _model_offload(unet: Any) -> None:
     from accelerate import cpu_offload_with_hook
 
@@ -221,6 +236,8 @@ OPERATIONS: dict[str, Operation] = {
     "LoRA loaded and unloaded": _self(_come_and_gone),
     "projections fused and unfused": _self(_fused_projections),
     "sequential offload": _self(sequential),
+    "sequential offload and back": _self(_offload_and_back),
+    "group offload": _self(_group_offload),
     "model offload": _self(_model_offload),
     "IP-Adapter": _self(_ip_adapter),
     "hooks": _self(_hooks),
