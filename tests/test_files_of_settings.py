@@ -124,7 +124,11 @@ def test_no_file_and_no_flag_crashes(seed: int, tmp_path_factory: pytest.TempPat
         try:
             train_config(words)
         except ValueError as error:
-            fields = ["unknown option", *(f"`{field}" for field in (*FIELDS, "rank"))]
+            fields = [
+                "unknown option",
+                "unknown method",
+                *(f"`{field}" for field in (*FIELDS, "rank")),
+            ]
             assert any(word in str(error) for word in ("odd.yaml", name, *fields))
         except SystemExit as stop:  # --random_flip=3: a switch takes no value
             assert stop.code == 2

@@ -51,10 +51,10 @@ class NormBounded(Adapter):
 
     def factors(self, weight: Tensor, *constants: Tensor) -> tuple[Tensor, Tensor]:
         z = self.P.mT @ self.P + self.Q.mT @ self.Q
-        lower = torch.linalg.cholesky_ex(
-            z + torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
-        )[0]
-        inverse = torch.cholesky_inverse(lower)
+        eye = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
+        lower = torch.linalg.cholesky_ex(z + eye)[0]
+        half = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+        inverse = half.mT @ half  # `cholesky_inverse` cannot be recorded in a CUDA graph
         return (8 * self.options["delta"]) * self.P @ inverse, (self.Q @ inverse).mT
 
     def share_of_bound(self, weight: Tensor) -> Tensor:
