@@ -62,8 +62,14 @@ def run_command(arguments: list[str]) -> int:
         )
         return 2
     try:
-        commands = (train, generate, export, info, analyse, methods)
-        return {c.__name__: c for c in commands}[command](arguments[1:])
+        return {
+            "train": train,
+            "generate": generate,
+            "export": export,
+            "info": info,
+            "analyse": analyse,
+            "methods": methods,
+        }[command](arguments[1:])
     except KeyboardInterrupt as error:
         complain(f"\n{error}" if str(error) else "\nStopped.")
         return 128 + int(getattr(error, "signal", signal.SIGINT))
