@@ -11,8 +11,12 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dreamtune.training.output import Output, say, settle
+
+if TYPE_CHECKING:
+    from dreamtune.flags import Parser
 
 COMMANDS = {
     "train": "teach a base model one subject from a few photos",
@@ -165,15 +169,19 @@ def methods(argv: Sequence[str]) -> int:
     return 0
 
 
-def generate(argv: Sequence[str]) -> int:
+def parser_of(command: str) -> Parser:
     from dreamtune.flags import HelpFormatter, Parser
 
-    parser = Parser(
-        prog="dreamtune generate",
-        description=COMMANDS["generate"],
+    return Parser(
+        prog=f"dreamtune {command}",
+        description=COMMANDS[command],
         allow_abbrev=False,
         formatter_class=HelpFormatter,
     )
+
+
+def generate(argv: Sequence[str]) -> int:
+    parser = parser_of("generate")
     parser.add_argument(
         "adapter", help="adapter or LoRA file, or the folder of a run (its best is taken)"
     )
@@ -220,14 +228,8 @@ def generate(argv: Sequence[str]) -> int:
 
 def export(argv: Sequence[str]) -> int:
     from dreamtune.files.formats import EXPORTS
-    from dreamtune.flags import HelpFormatter, Parser
 
-    parser = Parser(
-        prog="dreamtune export",
-        description=COMMANDS["export"],
-        allow_abbrev=False,
-        formatter_class=HelpFormatter,
-    )
+    parser = parser_of("export")
     parser.add_argument(
         "adapter", help="adapter.safetensors, or the folder of a run (its best is taken)"
     )
@@ -261,14 +263,7 @@ def export(argv: Sequence[str]) -> int:
 
 
 def analyse(argv: Sequence[str]) -> int:
-    from dreamtune.flags import HelpFormatter, Parser
-
-    parser = Parser(
-        prog="dreamtune analyse",
-        description=COMMANDS["analyse"],
-        allow_abbrev=False,
-        formatter_class=HelpFormatter,
-    )
+    parser = parser_of("analyse")
     parser.add_argument(
         "adapter", help="an adapter's file, or the folder of a run: all checkpoints"
     )
@@ -287,14 +282,7 @@ def analyse(argv: Sequence[str]) -> int:
 
 
 def info(argv: Sequence[str]) -> int:
-    from dreamtune.flags import HelpFormatter, Parser
-
-    parser = Parser(
-        prog="dreamtune info",
-        description=COMMANDS["info"],
-        allow_abbrev=False,
-        formatter_class=HelpFormatter,
-    )
+    parser = parser_of("info")
     parser.add_argument(
         "adapter", help="adapter or LoRA file, or the folder of a run (its best is taken)"
     )

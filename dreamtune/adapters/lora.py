@@ -24,7 +24,8 @@ class LoRA(Adapter):
         alpha: strength; None is a scale of 1: `rank`, its root with `use_rslora`. The papers'
             rows of rank 16 on subject-driven generation are of alpha = 2 r.
         use_rslora: the scale is `alpha / sqrt(r)` (rsLoRA, arXiv 2312.03732).
-        start: of A: "kaiming", uniform in ±1 / sqrt(in), or "gaussian", of deviation 1 / r.
+        init_lora_weights: A's start: "kaiming", uniform in ±1 / sqrt(in), or "gaussian", of
+            deviation 1 / r.
         train_a: False keeps A as it starts (LoRA-FA, arXiv 2308.03303).
         loraplus_lr_ratio: B's learning rate over A's (LoRA+, arXiv 2402.12354: 16).
     """
@@ -48,7 +49,7 @@ class LoRA(Adapter):
         rank: Rank = 16,
         alpha: FiniteFloat | list[FiniteFloat | None] | None = None,
         use_rslora: bool = False,
-        start: Literal["kaiming", "gaussian"] = "kaiming",
+        init_lora_weights: Literal["kaiming", "gaussian"] = "kaiming",
         train_a: bool = True,
         loraplus_lr_ratio: Above0 = 1.0,
     ) -> None:
@@ -59,13 +60,13 @@ class LoRA(Adapter):
             "rank": rank,
             "alpha": alphas if isinstance(alpha, list) else alphas[0],
             "use_rslora": use_rslora,
-            "start": start,
+            "init_lora_weights": init_lora_weights,
             "train_a": train_a,
             "loraplus_lr_ratio": loraplus_lr_ratio,
         }
         super().__init__(weight, slots, generator, options)
         out, width = weight.shape[-2:]
-        if start == "gaussian":
+        if init_lora_weights == "gaussian":
             A = self.normal(weight, generator, (rank, width), 1 / rank)
         else:  # kaiming_uniform(a=sqrt 5) of an (r, in) matrix
             A = self.uniform(weight, generator, (rank, width), 1 / math.sqrt(width))

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreamtune.adapters import find_method
 from dreamtune.evaluation.curves import curve
-from dreamtune.files.find import adapter_file, base_of_run, run_of, run_settings
+from dreamtune.files.export import adapter_of_layer, network_of_run, weights_of
+from dreamtune.files.find import adapter_file, run_of
 from dreamtune.files.fingerprint import check_base, fingerprint
 from dreamtune.files.formats import read_adapter
 from dreamtune.files.whole import check_writable, whole
@@ -57,12 +57,10 @@ def analyse_file(file: AdapterFile, weights: Mapping[str, Tensor]) -> dict[str, 
     """Module path -> `distance`, ‖W' - W‖ / ‖W‖ in Frobenius norms; `energy`, of W' over that of W;
     `share` of its bound, None for a method without one. weights: of the base, (out, in).
     """
-    method, found = find_method(file.method), {}
+    found = {}
     for path in file.shapes:
         weight = weights[path].float()
-        adapter = method(weight, **file.options)  # type: ignore[arg-type]
-        own = {k[len(path) + 1 :]: t for k, t in file.tensors.items() if k.startswith(f"{path}.")}
-        adapter.load_state_dict({k: t.unsqueeze(0) for k, t in own.items()})
+        adapter = adapter_of_layer(file, path, weight)
         changed = adapter.merged(weight)[0]
         share = adapter.share_of_bound(weight)
         found[path] = {
@@ -116,10 +114,14 @@ def analyse(
     entries, method, network = [], "", None
     for step, path in files:
         if network is None:
-            network = load_network(base) if base is not None else _base_of(path)
+            network = (
+                load_network(base)
+                if base is not None
+                else network_of_run(path, "the change is measured against the base weights")
+            )
         file = read_adapter(path, network)
         method = file.exported_from or file.method
-        weights = {layer: network.get_parameter(f"{layer}.weight").data for layer in file.shapes}
+        weights = weights_of(file, network)
         if warning := check_base(file, fingerprint(weights), force=False):
             tell(f"{path.name}: {warning}")
         layers = analyse_file(file, weights)
@@ -136,12 +138,6 @@ def analyse(
     if run is not None and (run / "report.html").is_file():
         put_into(run / "report.html", plots(entries))
     return result
-
-
-def _base_of(path: Path) -> nn.Module:
-    settings = run_settings(path)
-    where = {key: settings.get(key) for key in ("revision", "variant")}
-    return load_network(base_of_run(path), **where)
 
 
 def files_of_run(run: Path) -> list[tuple[int | None, Path]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreamtune.adapters import find_method
+from dreamtune.adapters import Adapter, find_method
 from dreamtune.fields import one_part
 from dreamtune.files.find import adapter_file, name_of, run_settings
 from dreamtune.files.fingerprint import check_base, fingerprint
@@ -83,7 +83,7 @@ def export(
         method, about = file.exported_from or file.method, file.metadata
         target.check(find_method(file.method), file.options, network)
         if network is None and find_method(file.method).depends_on_weight:
-            network = _base_of_run(path, method)
+            network = network_of_run(path, f"`{method}` contains the base weights")
         with naming(path.name):
             factors, prints = factors_of_file(file, network, force)
     small = {path: recompress(up, down) for path, (up, down) in factors.items()}
@@ -99,12 +99,14 @@ def export(
     return path
 
 
-def _base_of_run(path: Path, method: str) -> nn.Module:
+def network_of_run(path: Path, why: str) -> nn.Module:
+    """The trained network of the base of the run that a file lies in. Raises ValueError outside a
+    run; why: a base is needed, the start of the sentence.
+    """
     settings = run_settings(path)
     if "pretrained_model_name_or_path" not in settings:
         raise ValueError(
-            f"`{method}` contains the base weights: pass the UNet as `base`, in the command as "
-            "--pretrained_model_name_or_path"
+            f"{why}: pass the UNet as `base`, in the command as --pretrained_model_name_or_path"
         )
     return load_network(
         settings["pretrained_model_name_or_path"],
@@ -138,7 +140,7 @@ def factors_of_file(
     weight_of: Callable[[str], Tensor]
     prints = file.fingerprint
     if model is not None:
-        weights = {path: _weight(model, path, shape) for path, shape in file.shapes.items()}
+        weights = weights_of(file, model)
         prints = fingerprint(weights)
         check_base(file, prints, force)
         weight_of = weights.__getitem__
@@ -147,13 +149,23 @@ def factors_of_file(
     found = {}
     for path in file.shapes:
         weight = weight_of(path)
-        adapter = method(weight, **file.options)  # type: ignore[arg-type]
-        start = f"{path}."
-        own = {k.removeprefix(start): t for k, t in file.tensors.items() if k.startswith(start)}
-        adapter.load_state_dict({k: t.unsqueeze(0) for k, t in own.items()})
-        up, down = adapter.factors(weight)
+        up, down = adapter_of_layer(file, path, weight).factors(weight)
         found[path] = _finite(path, up[0], down[0])
     return found, prints
+
+
+def adapter_of_layer(file: AdapterFile, path: str, weight: Tensor) -> Adapter:
+    """The method of a native file with its tensors of one layer, (1, ...) each."""
+    adapter = find_method(file.method)(weight, **file.options)  # type: ignore[arg-type]
+    start = f"{path}."
+    own = {k.removeprefix(start): t for k, t in file.tensors.items() if k.startswith(start)}
+    adapter.load_state_dict({k: t.unsqueeze(0) for k, t in own.items()})
+    return adapter
+
+
+def weights_of(file: AdapterFile, model: nn.Module) -> dict[str, Tensor]:
+    """Module path -> weight (out, in) of a base. Raises ValueError where one does not fit."""
+    return {path: _weight(model, path, shape) for path, shape in file.shapes.items()}
 
 
 def _finite(path: str, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ the embedded base takes seconds, so that hundreds can be stopped, and gone on wi
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -43,6 +44,21 @@ def warm_up() -> None:
         return loaded if name in (None, "embedded") else original(name, **options)
 
     train.load_base = load_base
+
+
+def give_up_root() -> None:
+    """Root may write anywhere; without its capabilities it is a user like others, who can still
+    read its own files, as another user could not in a private checkout. Linux; else, and for
+    others, nothing to do.
+    """
+    if os.geteuid() != 0 or sys.platform != "linux":
+        return
+    version_3 = 0x20080522
+    header = (ctypes.c_uint32 * 2)(version_3, 0)
+    none = (ctypes.c_uint32 * 6)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.capset(header, none) != 0:
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-NOBODY = 65534
+from children import give_up_root
+
 AT = 3  # the step before which a run can write no more: checkpoint-2 is there
 
 
@@ -33,14 +34,6 @@ def remount(folder: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
 
 
-def as_nobody() -> None:
-    """Root may write anywhere."""
-    if os.geteuid() == 0:
-        os.setgroups([])
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
-
-
 class Place:
     """Where one case happens: the output, what belongs to others, and what a whole run is."""
 
@@ -52,20 +45,14 @@ class Place:
         (self.theirs / "x").write_text("theirs")
         (self.theirs / "folder").mkdir()
         (self.theirs / "folder" / "000000.png").write_text("theirs")
-        self.give(self.theirs)
-
-    def give(self, folder: Path) -> None:
-        """To nobody, where we are root: what is tried is as nobody."""
-        if os.geteuid() == 0:
-            for path in (folder, *folder.rglob("*")):
-                os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
 
 
 @dataclass(frozen=True)
 class Unwritable:
-    """One kind. It is made, tried as nobody unless `root`, refused by a sentence with `named` in it
-    (OUT: the output's path), before a model is loaded if `at_start`; or `taken`, where that is
-    right too. undo: what makes it writable again, for what happens in the middle of a run.
+    """One kind. It is made, tried without root's rights unless `root`, refused by a sentence with
+    `named` in it (OUT: the output's path), before a model is loaded if `at_start`; or `taken`,
+    where that is right too. undo: what makes it writable again, for what happens in the middle of a
+    run.
     """
 
     name: str
@@ -93,13 +80,13 @@ class Unwritable:
         try:
             yield
         finally:
-            for folder in (place.work, place.output):  # or nobody could take it away
+            for folder in (place.work, place.output):  # or it could not be taken away
                 if os.path.isdir(folder) and not folder.is_symlink():
                     folder.chmod(0o755)
 
     def in_child(self, place: Place) -> None:
         if not self.root:
-            as_nobody()
+            give_up_root()
         if self.before:
             self.before()
         if self.act:
@@ -124,7 +111,6 @@ def own(mode: int = 0o755) -> Callable[[Place], None]:
 
     def make(place: Place) -> None:
         place.output.mkdir()
-        place.give(place.output)
         place.output.chmod(mode)
 
     return make
@@ -176,7 +162,6 @@ def inside(name: str, what: str) -> Callable[[Place], None]:
     def make(place: Place) -> None:
         own()(place)
         plant(place, name, what)
-        place.give(place.output)
 
     return make
 
@@ -206,7 +191,6 @@ def to_go_on(name: str, what: str) -> Callable[[Place], None]:
         else:
             old.unlink(missing_ok=True)
         plant(place, name, what)
-        place.give(place.output)
 
     return make
 
@@ -256,7 +240,6 @@ def back(place: Place) -> None:
 
 def owned(place: Place) -> None:
     """The folder that all is in, so that the output may be moved."""
-    place.give(place.work)
 
 
 def mode(number: int, name: str = "") -> Callable[[Place], None]:

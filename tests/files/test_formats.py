@@ -155,7 +155,9 @@ def test_prefixes_are_the_familys(format: str, tmp_path: Path) -> None:
 @each_export
 def test_refusals(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(METHODS["lora"], "low_rank", False)
-    with pytest.raises(ValueError, match="`lora` is not a low-rank change.*or train one of .*delora"):
+    with pytest.raises(
+        ValueError, match="`lora` is not a low-rank change.*or train one of .*delora"
+    ):
         dreamtune.export(trained(tiny_unet()), tmp_path, format)
     assert not list(tmp_path.iterdir())
 

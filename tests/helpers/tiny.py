@@ -9,7 +9,10 @@ torch.set_num_threads(1)
 
 # Option sets beside each method's defaults; a method without an entry is tested with its defaults.
 VARIANTS: dict[str, list[dict[str, object]]] = {
-    "lora": [{"rank": 3, "alpha": 6}, {"rank": 4, "use_rslora": True, "start": "gaussian"}],
+    "lora": [
+        {"rank": 3, "alpha": 6},
+        {"rank": 4, "use_rslora": True, "init_lora_weights": "gaussian"},
+    ],
     "dora": [{"rank": 3, "alpha": 6}],
     "delora": [
         {"rank": 3},

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "eval" / "reliability"))
-from children import differences, run, signal_at, torn_at  # noqa: E402
+from children import differences, give_up_root, run, signal_at, torn_at  # noqa: E402
 from disk import litter  # noqa: E402
 from kills import EQUAL, Kind, not_saved, to_the_end  # noqa: E402
 
@@ -121,15 +121,8 @@ def test_a_run_that_nobody_may_write_to_is_refused_at_once(single: Kind, tmp_pat
     out = tmp_path / "out"
     out.mkdir()
     out.chmod(0o555)
-    tmp_path.chmod(0o755)
-
-    def before() -> None:
-        if os.geteuid() == 0:
-            os.setgroups([])
-            os.setgid(65534)
-            os.setuid(65534)
 
     place = str(out / "run")
-    ended = run(["train", f"--output_dir={place}"], tmp_path / "log.txt", before)
+    ended = run(["train", f"--output_dir={place}"], tmp_path / "log.txt", give_up_root)
     assert (ended.status, ended.text) == (1, f"dreamtune train: `{place}`: permission denied.\n")
     assert not any(damage(p) for p in checkpoints(single.folder))

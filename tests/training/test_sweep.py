@@ -57,7 +57,7 @@ def test_refusals(sweep: list[str], message: str) -> None:
 
 
 def test_options_of_another_method_are_refused() -> None:
-    with pytest.raises(ValueError, match="`start` must be one of kaiming or gaussian"):
+    with pytest.raises(ValueError, match="`start` is an option of delora, not of lora"):
         expand(Config(options={"start": "peft"}, sweep=["method=delora,lora"]))
 
 
