@@ -94,13 +94,22 @@ def check_writable(folder: str | Path) -> None:
     Raises OSError that names the folder if it, or what is there of the way to it, takes no file.
     """
     folder = Path(folder).absolute()
-    there = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
     try:
+        there = next(p for p in (folder, *folder.parents) if _is_there(p))
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         error.filename = str(folder)
         raise
+
+
+def _is_there(path: Path) -> bool:
+    """Raises OSError for what can never be there, as a name that is too long."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _named(error: BaseException, path: Path, partial: Path) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from tiny import disturb, tiny_unet
 
 import dreamtune
-from dreamtune.files.whole import remove_folder, whole, whole_folder
+from dreamtune.files.whole import check_writable, remove_folder, whole, whole_folder
 from dreamtune.training import run_folder
 
 CALLS = ("fsync", "chmod", "replace")  # of `os`, between the last byte and the name
@@ -195,3 +195,14 @@ def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path: Path) -> 
     assert tree(tmp_path) == {"y": None}
     remove_folder(tmp_path / "y")
     assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "n" * 300 + "/run", "/".join(["n" * 200] * 25)])
+def test_a_name_that_no_folder_can_have_is_refused_before_it_is_made(
+    name: str, tmp_path: Path
+) -> None:
+    """It is not there, and its parent can be written: nothing else would tell before the work."""
+    with pytest.raises(OSError, match="too long") as error:
+        check_writable(tmp_path / name)
+    assert error.value.filename == str(tmp_path / name) and not list(tmp_path.iterdir())
+    check_writable(tmp_path / "new" / "run")
