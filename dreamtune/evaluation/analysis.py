@@ -19,6 +19,7 @@ from dreamtune.files.export import adapter_of_layer, network_of_run, weights_of
 from dreamtune.files.find import adapter_file, run_of
 from dreamtune.files.fingerprint import check_base, fingerprint
 from dreamtune.files.formats import read_adapter
+from dreamtune.files.names import block_of
 from dreamtune.files.whole import check_writable, whole
 from dreamtune.injection.adapter_file import AdapterFile
 from dreamtune.models.load import load_network
@@ -69,12 +70,6 @@ def analyse_file(file: AdapterFile, weights: Mapping[str, Tensor]) -> dict[str, 
             "share": None if share is None else float(share[0]),
         }
     return found
-
-
-def block_of(path: str) -> str:
-    """`down_blocks.0.attentions...` -> `down_blocks.0`; without a number the first word."""
-    first, *rest = path.split(".")
-    return f"{first}.{rest[0]}" if rest and rest[0].isdigit() else first
 
 
 def means(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:

@@ -68,7 +68,7 @@ def export(
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
     if dtype not in DTYPES.values():
         raise ValueError(f"`dtype` must be float32, float16 or bfloat16, got {dtype}")
-    if name is not None and (name in ("", ".", "..") or set(name) & set("/\\\0")):
+    if name is not None and not one_part(name):
         raise ValueError(f"`name` must be one part of a path, got {name!r}")
     check_writable(out_dir)
     network: nn.Module | None
@@ -90,8 +90,6 @@ def export(
     about = {"exported_from": method, "fingerprint": prints, "metadata": about}
     if name is None:
         name = "adapter" if isinstance(source, InjectedAdapter) else name_of(path)
-    if not one_part(name):
-        raise ValueError(f"`name` must be the name of a file, not a path; got {name!r}")
     path = Path(out_dir) / target.file_name.format(name=name)
     target.write(
         path, Change(same_rank(small), dtype, about, prefixes_of(network), network), overwrite

@@ -27,6 +27,7 @@ class Following:
         self.attentions = list({id(p.attention): p.attention for p in places.values()}.values())
         self.seen: object = None  # what the layers' factors were computed from
         self.stacked: Stacked | None = None
+        self.strengths: dict[tuple[object, ...], torch.Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "stacked": None, "seen": None}  # a copy is plain
@@ -86,7 +87,13 @@ class Following:
                 f" `{type(self.model).__name__}` was called without `sample` and `timestep`"
             )
         t = torch.as_tensor(t, device=sample.device).reshape(-1).expand(len(sample))
-        return adapter.strength_at(t)
+        at = adapter.strength_at(t)
+        if torch.is_grad_enabled():
+            return at
+        # in one place: a recorded forward reads it there, and this runs before it, not in it
+        key = (at.shape, at.device, torch.is_inference_mode_enabled())
+        kept = self.strengths.setdefault(key, at)
+        return kept if kept is at else kept.copy_(at)
 
     def _follow(self) -> None:
         """The factors of all layers at once, where some would be others than those kept."""

@@ -19,10 +19,10 @@ from dreamtune.evaluation.analysis import (
     FILE,
     START,
     analyse,
-    block_of,
     hyperspherical_energy,
     put_into,
 )
+from dreamtune.files.names import block_of
 
 
 def test_energy_is_the_mean_over_all_pairs():

@@ -303,3 +303,20 @@ def test_a_name_is_one_part_of_a_path(name, tmp_path):
     with pytest.raises(ValueError, match="`name` must be one part of a path, got"):
         dreamtune.export(adapter, tmp_path / "out", "kohya", name=name)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_a_strength_that_follows_the_timestep_is_in_no_plain_lora(format, tmp_path):
+    """From the model, and from its native file; a constant one is."""
+    adapter = dreamtune.inject(unet := tiny_unet(), "delora", timestep_floor=0.5)
+    disturb(adapter)
+    file = adapter.save(tmp_path / "a.safetensors")
+    for source in (adapter, file):
+        with pytest.raises(
+            ValueError, match=r"`delora` changes with the timestep \(.*0.5\) and no"
+        ):
+            dreamtune.export(source, tmp_path / "out", format, base=tiny_unet())
+    assert not (tmp_path / "out").exists()
+    adapter.eject()
+    constant = dreamtune.inject(unet, "delora", timestep_floor=1.0)
+    assert dreamtune.export(constant, tmp_path / "out", format).is_file()

@@ -445,6 +445,19 @@ def test_strength_falls_with_the_timestep_of_each_row(method, options, fast):
         adapter.merge()
 
 
+def test_the_strength_of_rows_stays_where_a_recorded_forward_reads_it():
+    """It is computed before the forward, so that a replay finds it only in the same place."""
+    unet, (x, _, text) = tiny_unet(), unet_inputs(3)
+    adapter = dreamtune.inject(unet, "delora", timestep_floor=0.25, _fast=True)
+    places, values = set(), []
+    with torch.no_grad():
+        for step in (900, 100):
+            unet(x, step, text)
+            places.add(adapter._use.at.data_ptr())
+            values.append(adapter._use.at.tolist())
+    assert len(places) == 1 and values == [pytest.approx([0.325] * 3), pytest.approx([0.925] * 3)]
+
+
 @pytest.mark.parametrize("fast", [False, True])
 def test_slots_have_the_timesteps_of_their_rows(fast):
     x, t, text = unet_inputs(4, torch.float64)
