@@ -235,24 +235,6 @@ def tensors_of(adapter: nn.Module) -> Iterator[Tensor]:
         yield from (x for x in module._buffers.values() if x is not None)
 
 
-def sums(tensors: Sequence[Tensor]) -> list[float]:
-    """A number for each that tells its values from others: what is written through `.data`, as
-    PEFT's fusing and diffusers' EMA do, changes no version. Waits for the device, once.
-    """
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for x in tensors:
-        if x.device.type != "meta":
-            by_device.setdefault(x.device, []).append(x.detach())
-    found: list[float] = []
-    for device, some in by_device.items():
-        dtype = torch.float64  # a small change of one of many layers shows in the whole stack
-        if device.type == "mps":  # has no doubles
-            dtype, some = torch.float32, [part for x in some for part in x]
-        floats = [x if x.is_floating_point() else x.to(dtype) for x in some]
-        found += torch.stack(torch._foreach_norm(floats, 2, dtype)).tolist()
-    return found
-
-
 @contextmanager
 def constant() -> Iterator[None]:
     """What is kept carries no graph, and is no tensor of inference mode alone."""

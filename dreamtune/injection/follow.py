@@ -1,4 +1,4 @@
-"""What an adapter does before each forward of its model: it follows what was done to the model."""
+"""What an adapter does around each forward of its model: it follows what was done to the model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dreamtune.injection.change import Use, sums, tensors_of, trains
+from dreamtune.injection.change import Use, tensors_of, trains, version
 from dreamtune.injection.group import Group
 from dreamtune.injection.stacked import Stacked, offloaded_whole, why_not
 from dreamtune.injection.targets import Place, fused, fused_adapters
+from dreamtune.injection.values import Answer, Values
 
 
 class Following:
@@ -26,23 +27,27 @@ class Following:
         self.model, self.groups, self.places, self.use = model, groups, places, use
         self.attentions = list({id(p.attention): p.attention for p in places.values()}.values())
         self.seen: object = None  # what the layers' factors were computed from
+        self.values: Values | None = None  # and the values of that
+        self.asked: Answer | None = None  # whether they still are, for the forward that runs
         self.stacked: Stacked | None = None
         self.strengths: dict[tuple[object, ...], torch.Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "stacked": None, "seen": None}  # a copy is plain
+        nothing = {"stacked": None, "seen": None, "values": None, "asked": None}
+        return {**self.__dict__, **nothing}  # a copy is plain
 
     def refresh(self) -> None:
         """Computes all factors, whatever was seen."""
+        self.values = None
         if self.stacked is not None:
             self.stacked.refresh(anew=True)
-            return
-        self.seen = None
-        self._prepare()
+        else:
+            self._prepare()
+            self.seen = None if self._training() else self._state()
 
     def forget(self) -> None:
         """The next forward computes all factors."""
-        self.seen = None
+        self.seen = self.values = None
         if self.stacked is not None:
             self.stacked.fresh = None
 
@@ -67,11 +72,22 @@ class Following:
             warnings.warn(f"dreamtune: the adapter is slowed down, for {why}", stacklevel=2)
             self.slow_down()
         if self.stacked is not None:
-            self.stacked.before_forward()
-            return
-        self.check()
-        if not torch.compiler.is_compiling():  # what is compiled computes them itself
-            self._follow()
+            if self.stacked.before_forward():
+                self.values = None
+        else:
+            self.check()
+            if not torch.compiler.is_compiling():  # what is compiled computes them itself
+                self._follow()
+        self._compare()
+
+    def after_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The output, where it had to be computed again; else None."""
+        asked, self.asked = self.asked, None
+        if asked is None or asked.same():
+            return None
+        self.refresh()
+        self.values = Values(self._read())
+        return self.model.forward(*args, **kwargs)
 
     def _strength_of_rows(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -97,18 +113,44 @@ class Following:
 
     def _follow(self) -> None:
         """The factors of all layers at once, where some would be others than those kept."""
-        if any(trains(group.adapter) for group in self.groups):
-            self.seen = None
-            self._prepare()
+        if self.seen is None or self._training() or self.seen != self._state():
+            self.refresh()
+
+    def _training(self) -> bool:
+        return any(trains(group.adapter) for group in self.groups)
+
+    def _state(self) -> tuple[object, ...]:
+        return (self.use.state(), *((x.data_ptr(), version(x)) for x in self._read()))
+
+    def _compare(self) -> None:
+        """Whether values were written where no version shows it. Where that is known at once the
+        factors are computed anew; a GPU is asked, and answers while the forward runs: waiting
+        before it would cost more than the factors do.
+        """
+        self.asked = None
+        unasked = torch.compiler.is_compiling() or _capturing()
+        if unasked or (self.stacked is not None and not self.stacked.watched):
             return
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return  # which comparing would end
+        if self._training():
+            return  # they were computed just now
+        now = Values(self._read())
+        if self.values is not None:
+            answer = now.ask(self.values)
+            if answer.soon:
+                self.asked = answer
+                return
+            if answer.same():
+                return
+            self.refresh()
+            now = Values(self._read())  # there are factors below stacked weights
+        self.values = now
+
+    def _read(self) -> list[torch.Tensor]:
+        """What the factors are computed from."""
         own = [x for group in self.groups for x in tensors_of(group.adapter)]
-        weights = [layer.weight for group in self._bound() for layer in group.layers]
-        seen = (self.use.state(), sums([*own, *weights]))
-        if seen != self.seen:
-            self._prepare()
-        self.seen = seen
+        if self.stacked is not None:
+            return [*own, *self.stacked.bound()]
+        return [*own, *(layer.weight for group in self._bound() for layer in group.layers)]
 
     def _bound(self) -> list[Group]:
         """The groups whose change is another for other weights."""
@@ -140,6 +182,7 @@ class Following:
                 )
 
     def stack(self, watched: bool) -> None:
+        self.values = None
         self.stacked = Stacked(self.model, self.groups, self.places, self.use, watched)
         with torch.no_grad():
             self.stacked.refresh(anew=True)
@@ -157,7 +200,12 @@ class Following:
         """Harmless where the layers are plain."""
         if self.stacked is not None:
             self.stacked.release()
-        self.stacked, self.seen = None, None
+        self.stacked = self.seen = self.values = None
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is recorded, which comparing would end."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 CALLS = ("cross_attention_kwargs", "attention_kwargs", "joint_attention_kwargs")

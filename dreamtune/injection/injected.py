@@ -55,7 +55,10 @@ class InjectedAdapter:
                 layer.changes[self.name] = change
         places = {name: place for some, _ in made for name, place in some.items()}
         self._following = Following(model, self.groups, places, self._use)
-        self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._hooks = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, with_kwargs=True, prepend=True),
+        ]
         if fast:
             self._following.stack(watched=False)
 
@@ -144,6 +147,9 @@ class InjectedAdapter:
 
     def _before_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._following.before_forward(args, kwargs)
+
+    def _after_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
+        return self._following.after_forward(args, kwargs)
 
     def speed_up(self) -> None:
         """The same in fewer kernels: weights stacked, projections joint. Where somebody else
@@ -243,7 +249,8 @@ class InjectedAdapter:
         """
         self._must_be_in()
         self.slow_down()
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         for group in self.groups:
             group.forget()
         for layer in self._inside():

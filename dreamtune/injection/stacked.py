@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamtune.injection.attention import JointProjections, joint_layers, project_jointly
-from dreamtune.injection.change import Use, sums, tensors_of, trains, version
+from dreamtune.injection.change import Use, tensors_of, trains, version
 from dreamtune.injection.group import Group
 from dreamtune.injection.layer import AdaptedLinear, follow
 from dreamtune.injection.stack import Stack
@@ -24,8 +24,7 @@ from dreamtune.injection.targets import Place
 
 class Stacked:
     """Attributes:
-    watched: whether others may touch the model. Then there is room below the weights, and before
-        each forward values are compared, which waits for the device.
+    watched: whether others may touch the model. Then there is room below the weights.
     """
 
     def __init__(
@@ -74,7 +73,8 @@ class Stacked:
         # Factors that carry a graph belong to one step: the next forward computes them again.
         self.fresh = None if training else self._state()
 
-    def before_forward(self) -> None:
+    def before_forward(self) -> bool:
+        """Whether factors were computed anew."""
         for stack in self.stacks:
             first = stack.layers[0].weight
             moved = first.data_ptr() != stack.weight.data_ptr()
@@ -83,6 +83,8 @@ class Stacked:
                 self.fresh = None
         if self.fresh is None or self._training() or self.fresh != self._state():
             self.refresh(anew=self.watched)
+            return True
+        return False
 
     def touched(self) -> str | None:
         """What of the model is no longer as this stands for, or None."""
@@ -110,12 +112,10 @@ class Stacked:
         return any(trains(group.adapter) for group in self.groups)
 
     def _state(self) -> tuple[object, ...]:
-        own = tuple(x for group in self.groups for x in tensors_of(group.adapter))
-        values = tuple(sums([*own, *self._bound()])) if self.watched else ()
-        inference = torch.is_inference_mode_enabled()
-        return self.use.state(), inference, tuple(map(version, own)), values
+        own = (version(x) for group in self.groups for x in tensors_of(group.adapter))
+        return self.use.state(), torch.is_inference_mode_enabled(), *own
 
-    def _bound(self) -> list[Tensor]:
+    def bound(self) -> list[Tensor]:
         """The weights that the change is another for, with what is below them."""
         stacks = self.stacks
         return [s.stack for s in stacks if s.adapter.depends_on_weight or not s.adapter.low_rank]

@@ -26,6 +26,7 @@ from tiny import disturb, images, tiny_pipeline, tiny_unet, unet_inputs
 import dreamtune
 from dreamtune import METHODS
 from dreamtune.injection.attention import JointProjections
+from dreamtune.injection.values import Answer
 
 methods = pytest.mark.parametrize("method", list(METHODS))
 # Nothing that the fast way stands for is another after these, or it is followed.
@@ -158,23 +159,48 @@ def test_refused_where_it_would_pass_something_by():
         adapter.speed_up()
 
 
-def test_parameters_written_through_data_are_seen():
-    """As diffusers' EMA of an adapter writes them."""
-    for speed in (lambda unet: None, dreamtune.speed_up):
-        unet = base()
-        adapter = dreamtune.inject(unet, "delora")
-        speed(unet)
-        start = call(unet)
-        held = {k: v.clone() for k, v in state("delora").items()}
-        own = dreamtune.inject(base(), "delora")
-        own.load_state_dict(held)
-        for p, q in zip(adapter.parameters(), own.parameters(), strict=True):
-            p.data.copy_(q.data)
-        for group, other in zip(adapter.groups, own.groups):
-            group.adapter.A0.data.copy_(other.adapter.A0)
-            group.adapter.B0.data.copy_(other.adapter.B0)
-        assert (call(unet) - start).abs().max() > 1e-2
-        close(call(unet), "delora", "nothing")
+@pytest.mark.parametrize("speed", [lambda unet: None, dreamtune.speed_up], ids=["plain", "fast"])
+@pytest.mark.parametrize(
+    "device, late",
+    [("cpu", False), ("cpu", True), pytest.param("cuda", True, marks=pytest.mark.gpu)],
+)
+def test_values_written_through_data_are_seen(device, late, speed, monkeypatch):
+    """As diffusers' EMA writes them: of the adapter, then of the base. `late` as a GPU answers,
+    while the forward runs.
+    """
+    if device == "cpu":
+        monkeypatch.setattr(Answer, "soon", property(lambda answer: late))
+    ran = []
+
+    def call(unet):
+        x, t, text = (torch.as_tensor(x, device=unet.device) for x in unet_inputs(2, D))
+        with torch.no_grad():
+            return unet(x, t, text).sample.cpu()
+
+    unet = base().to(device)
+    unet.conv_out.register_forward_hook(lambda *given: ran.append(1))
+    adapter = dreamtune.inject(unet, "delora")
+    speed(unet)
+    start = call(unet)
+    own = dreamtune.inject(base(), "delora")
+    own.load_state_dict({k: v.clone() for k, v in state("delora").items()})
+    for p, q in zip(adapter.parameters(), own.parameters(), strict=True):
+        p.data.copy_(q.data)
+    for group, other in zip(adapter.groups, own.groups):
+        group.adapter.A0.data.copy_(other.adapter.A0)
+        group.adapter.B0.data.copy_(other.adapter.B0)
+    ran.clear()
+    got = call(unet)
+    assert len(ran) == 1 + late and (got - start).abs().max() > 1e-2
+    close(got, "delora", "nothing")
+    for p, q in zip(unet.parameters(), base(1).parameters(), strict=True):
+        p.data.copy_(q.data)
+    other = base(1)
+    dreamtune.inject(other, "delora").load_state_dict(own.state_dict())
+    for expected in (1 + late, 1):  # once it is known, once more is enough
+        ran.clear()
+        torch.testing.assert_close(call(unet), call(other), rtol=0, atol=1e-10)
+        assert len(ran) == expected
 
 
 @methods
