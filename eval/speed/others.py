@@ -1,11 +1,13 @@
-"""What the step is compared with: PEFT's adapters, and the dense forms of the released code.
+"""What the step is compared with: PEFT's adapters, LyCORIS' with its own kernels, and the dense
+forms of the released code.
 
-Written so as to favour them: PEFT's adapters in the UNet's dtype, as PEFT makes them, no clipping,
-nothing drawn at random, torch's fused AdamW.
+Written so as to favour them: PEFT's and LyCORIS' adapters in the UNet's dtype, no clipping, nothing
+drawn at random, torch's fused AdamW.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dreamtune.fast import unet as fast_unet
+from dreamtune.fast.graphs import CapturedStep
 from dreamtune.injection.targets import TARGET_MODULES, find_targets
 
+LYCORIS: dict[str, dict[str, Any]] = {
+    "lora": {
+        "algo": "lora",
+        "bypass_mode": True,
+    },  # the change beside the weight, as ours and PEFT's
+    "rebuilt": {"algo": "lora"},  # LyCORIS' default: W' is made at each forward
+    "dora": {"algo": "lora", "dora_wd": True},
+    "loha": {"algo": "loha"},
+    "lokr": {"algo": "lokr"},
+    "oft": {"algo": "diag-oft"},
+}
 PEFT = ("lora", "dora", "delora", "oft", "hra")
 DENSE = ("ether", "ether+", "delora")
 
@@ -34,6 +49,63 @@ def add_peft(unet: nn.Module, name: str, rank: int, block: int) -> list[nn.Param
     }
     peft.inject_adapter_in_model(configs[name](), unet)
     return [p for p in unet.parameters() if p.requires_grad]
+
+
+def add_lycoris(unet: nn.Module, name: str, rank: int, block: int) -> list[nn.Parameter]:
+    """Puts a LyCORIS network into the UNet; returns its trainable parameters. Its kernels are used
+    where it finds that they can be, which is its default.
+    """
+    from lycoris import create_lycoris
+    from lycoris.wrapper import PRESET
+
+    PRESET["attention"] = {
+        **PRESET["attn-only"], "target_module": ["Attention"], "target_name": [],
+    }  # fmt: skip
+    weight = next(unet.parameters())
+    unet.requires_grad_(False)
+    logging.getLogger("LyCORIS").setLevel(logging.ERROR)
+    layers = len(find_targets(unet))
+    dim = block if name == "oft" else rank
+    net = create_lycoris(
+        unet, 1.0, linear_dim=dim, linear_alpha=dim, preset="attention", **LYCORIS[name]
+    )
+    net.apply_to()
+    net.to(weight.device, weight.dtype)
+    unet.lycoris = net  # kept alive with it
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    if len(net.loras) != layers:
+        raise ValueError(f"LyCORIS adapts {len(net.loras)} layers, not {layers}")
+    return parameters
+
+
+class FrozenStep:
+    """Forward and backward of the frozen UNet as our trainer runs it: fused kernels, the gradient
+    of the input alone. For `CapturedStep`.
+    """
+
+    generators = ()
+
+    def __init__(self, unet: Any, batch: int) -> None:
+        fast_unet.fuse(unet)
+        self.run, self.unet = plain_step(unet, [], batch, keep=True), unet
+        unet.eval()
+
+    def prepare(self, k: int, multiplier: float) -> None:
+        pass
+
+    def body(self) -> None:
+        self.run()
+
+    def reads(self) -> list[Tensor]:
+        return list(self.unet.parameters())
+
+    def changes(self) -> list[Tensor]:
+        return [next(self.unet.parameters())]  # none, but the graph asks where it is
+
+
+def captured_frozen(unet: Any, batch: int) -> Callable[[], None]:
+    run = CapturedStep(FrozenStep(unet, batch))
+    return lambda: run(0, 1.0)
 
 
 def unit(x: Tensor, dim: int) -> Tensor:
@@ -102,8 +174,12 @@ def add_dense(unet: nn.Module, name: str, rank: int) -> list[nn.Parameter]:
     return parameters
 
 
-def plain_step(unet: Any, parameters: list[nn.Parameter], batch: int) -> Callable[[], None]:
-    """Forward, backward and AdamW on fixed inputs. Without parameters: gradient to the input."""
+def plain_step(
+    unet: Any, parameters: list[nn.Parameter], batch: int, keep: bool = False
+) -> Callable[[], None]:
+    """Forward, backward and AdamW on fixed inputs. Without parameters: gradient to the input, which
+    is kept for a graph that writes to it.
+    """
     weight = next(unet.parameters())
     device, dtype = weight.device, weight.dtype
     side, channels = unet.config.sample_size, unet.config.in_channels
@@ -121,7 +197,7 @@ def plain_step(unet: Any, parameters: list[nn.Parameter], batch: int) -> Callabl
         said = unet(x, t, text, return_dict=False)[0]
         F.mse_loss(said.float(), goal.float()).backward()
         if optimizer is None:
-            x.grad = None
+            x.grad = x.grad if keep else None
         else:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

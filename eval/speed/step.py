@@ -1,4 +1,5 @@
-"""A training step: ours, captured and eager, beside PEFT's adapters and the released dense forms.
+"""A training step: ours, captured and eager, beside PEFT's and LyCORIS' adapters and the released
+dense forms.
 
     python eval/speed/step.py --unet sd15 --batches 1,4,8,16        # on a GPU
     python eval/speed/step.py --unet embedded --batches 1,4         # on the CPU
@@ -22,7 +23,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from common import build_unet, count_kernels, frozen, make_step, median_ms  # noqa: E402
-from others import DENSE, PEFT, add_dense, add_peft, plain_step  # noqa: E402
+from others import (  # noqa: E402
+    DENSE,
+    LYCORIS,
+    PEFT,
+    add_dense,
+    add_lycoris,
+    add_peft,
+    captured_frozen,
+    plain_step,
+)
 
 from dreamtune.adapters import METHODS  # noqa: E402
 from dreamtune.adapters.base import options_of  # noqa: E402
@@ -45,7 +55,8 @@ EQUAL: dict[str, Callable[[int], dict[str, int]]] = {
 EVERY = [
     *(f"ours-{m}" for m in OURS), *(f"equal-{m}" for m in OURS), *(f"compiled-{m}" for m in OURS),
     *(f"unfused-{m}" for m in OURS), *(f"eager-{m}" for m in OURS), "frozen",
-    *(f"peft-{m}" for m in PEFT), *(f"dense-{m}" for m in DENSE),
+    "frozen-captured", *(f"peft-{m}" for m in PEFT), *(f"lycoris-{m}" for m in LYCORIS),
+    *(f"dense-{m}" for m in DENSE),
 ]  # fmt: skip
 QUICK = [
     "ours-lora", "ours-delora", "ours-ether+", "unfused-delora", "eager-delora", "peft-lora",
@@ -69,9 +80,13 @@ def make_call(case: str, unet: Any, batch: int, args: argparse.Namespace) -> Cal
         return lambda: run(next(counter), 1.0)
     if kind == "frozen":
         frozen(unet)
+        if method:
+            return captured_frozen(unet, batch)
         return plain_step(unet, [], batch)
     if kind == "peft":
         return plain_step(unet, add_peft(unet, method, args.rank, args.block), batch)
+    if kind == "lycoris":
+        return plain_step(unet, add_lycoris(unet, method, args.rank, args.block), batch)
     return plain_step(unet, add_dense(unet, method, args.rank), batch)
 
 
@@ -118,8 +133,8 @@ def main() -> int:
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(EVERY)}")
     if not cuda:
-        kinds = ("eager", "frozen", "peft", "dense")  # nothing is captured there, or fused
-        cases = [c for c in cases if c.split("-")[0] in kinds]
+        kinds = ("eager", "frozen", "peft", "lycoris", "dense")  # nothing is captured, or fused
+        cases = [c for c in cases if c.split("-")[0] in kinds and c != "frozen-captured"]
     print(torch.cuda.get_device_name() if cuda else "CPU", "torch", torch.__version__)
     print(
         "`ours`: the trainer's default step, captured and fused; `equal`: with factors of --rank;"
@@ -143,18 +158,22 @@ def main() -> int:
 
 
 def print_ratios(times: dict[tuple[str, int], float]) -> None:
-    """Each peer's time over that of our step of the same method and batch."""
+    """Each peer's time over that of our step of the same method and batch; and what ours adds to
+    its own frozen step, over what theirs adds to theirs.
+    """
     for (case, batch), ms in times.items():
         kind, _, method = case.partition("-")
-        if kind not in ("peft", "dense"):
+        if kind not in ("peft", "lycoris", "dense"):
             continue
-        for ours in ("ours", "eager", "compiled"):
-            mine = times.get((f"{ours}-{method}", batch))
+        theirs = times.get(("frozen", batch))
+        for ours, floor in (("ours", "frozen-captured"), ("eager", "frozen"), ("compiled", "")):
+            mine, own = times.get((f"{ours}-{method}", batch)), times.get((floor, batch))
             if mine:
                 print(f"{case} / {ours}-{method}, batch {batch}: {ms / mine:.2f}")
-            floor = times.get(("frozen", batch))
-            if mine and floor and ours == "eager":
-                print(f"  above the frozen step: {(mine - floor) / (ms - floor):.2f} of it")
+            if mine and own and theirs:
+                added = f"{mine - own:.2f} ms for {ms - theirs:.2f} ms"
+                share = (mine - own) / (ms - theirs)
+                print(f"  above the frozen step: {added}, {share:.3f} of it")
 
 
 if __name__ == "__main__":
