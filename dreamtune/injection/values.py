@@ -21,7 +21,7 @@ class Values:
         for x in tensors:
             if x.device.type != "meta":
                 by_device.setdefault(x.device, []).append(x.detach())
-        self.numbers = {device: _norms(device, some) for device, some in by_device.items()}
+        self.numbers = {device: _numbers(device, some) for device, some in by_device.items()}
 
     def ask(self, before: Values) -> Answer:
         return Answer(self, before)
@@ -61,11 +61,18 @@ class Answer:
         return self.known and not any(bool(x) for x in self.said)
 
 
-def _norms(device: torch.device, tensors: list[Tensor]) -> Tensor:
-    """Their bits: a NaN is the same as itself."""
+def _numbers(device: torch.device, tensors: list[Tensor]) -> Tensor:
+    """Norm and sum of each, which a change of signs alone does not both leave; as bits, so that a
+    NaN is the same as itself.
+    """
     dtype, bits = torch.float64, torch.int64  # one small change shows in the norm of a whole stack
     if device.type == "mps":  # has no doubles
         dtype, bits = torch.float32, torch.int32
         tensors = [part for x in tensors for part in x]
-    floats = [x if x.is_floating_point() else x.to(dtype) for x in tensors]
-    return torch.stack(torch._foreach_norm(floats, 2, dtype)).view(bits)
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}  # those of one dtype are few kernels
+    for x in tensors:
+        x = x if x.is_floating_point() else x.to(dtype)
+        by_dtype.setdefault(x.dtype, []).append(x)
+    numbers = [x for some in by_dtype.values() for x in torch._foreach_norm(some, 2, dtype)]
+    numbers += [x.sum(dtype=dtype) for some in by_dtype.values() for x in some]
+    return torch.stack(numbers).view(bits)
