@@ -27,18 +27,18 @@ class Following:
         self.model, self.groups, self.places, self.use = model, groups, places, use
         self.attentions = list({id(p.attention): p.attention for p in places.values()}.values())
         self.seen: object = None  # what the layers' factors were computed from
-        self.values: Values | None = None  # and the values of that
+        self.values = Values()  # and the values of that
         self.asked: Answer | None = None  # whether they still are, for the forward that runs
         self.stacked: Stacked | None = None
         self.strengths: dict[tuple[object, ...], torch.Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        nothing = {"stacked": None, "seen": None, "values": None, "asked": None}
+        nothing = {"stacked": None, "seen": None, "values": Values(), "asked": None}
         return {**self.__dict__, **nothing}  # a copy is plain
 
     def refresh(self) -> None:
         """Computes all factors, whatever was seen."""
-        self.values = None
+        self.values.forget()
         if self.stacked is not None:
             self.stacked.refresh(anew=True)
         else:
@@ -47,7 +47,8 @@ class Following:
 
     def forget(self) -> None:
         """The next forward computes all factors."""
-        self.seen = self.values = None
+        self.seen = None
+        self.values.forget()
         if self.stacked is not None:
             self.stacked.fresh = None
 
@@ -73,7 +74,7 @@ class Following:
             self.slow_down()
         if self.stacked is not None:
             if self.stacked.before_forward():
-                self.values = None
+                self.values.forget()
         else:
             self.check()
             if not torch.compiler.is_compiling():  # what is compiled computes them itself
@@ -85,8 +86,7 @@ class Following:
         asked, self.asked = self.asked, None
         if asked is None or asked.same():
             return None
-        self.refresh()
-        self.values = Values(self._read())
+        self._renew()
         return self.model.forward(*args, **kwargs)
 
     def _strength_of_rows(
@@ -133,17 +133,15 @@ class Following:
             return
         if self._training():
             return  # they were computed just now
-        now = Values(self._read())
-        if self.values is not None:
-            answer = now.ask(self.values)
-            if answer.soon:
-                self.asked = answer
-                return
-            if answer.same():
-                return
-            self.refresh()
-            now = Values(self._read())  # there are factors below stacked weights
-        self.values = now
+        answer = self.values.ask(self._read(), often=self.stacked is not None)
+        if answer.late:
+            self.asked = answer
+        elif not answer.same():
+            self._renew()
+
+    def _renew(self) -> None:
+        self.refresh()
+        self.values.ask(self._read())  # there are factors below stacked weights
 
     def _read(self) -> list[torch.Tensor]:
         """What the factors are computed from."""
@@ -182,7 +180,7 @@ class Following:
                 )
 
     def stack(self, watched: bool) -> None:
-        self.values = None
+        self.values = Values()
         self.stacked = Stacked(self.model, self.groups, self.places, self.use, watched)
         with torch.no_grad():
             self.stacked.refresh(anew=True)
@@ -200,7 +198,8 @@ class Following:
         """Harmless where the layers are plain."""
         if self.stacked is not None:
             self.stacked.release()
-        self.stacked = self.seen = self.values = None
+        self.stacked = self.seen = None
+        self.values = Values()
 
 
 def _capturing() -> bool:

@@ -4,69 +4,146 @@ diffusers' EMA do, changes no version.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+ASKED_BEFORE = 3  # times of the same tensors, and the question is recorded
+
 
 class Values:
-    """A number for each of some tensors that tells its values from others, where the tensors are.
+    """The values of some tensors, as a few numbers of each that tell them from others."""
 
-    `ask` compares two without waiting for a GPU; the answer is there when the GPU has come to it.
-    """
+    def __init__(self) -> None:
+        self.known = False
+        self.parts: dict[torch.device, _Part] = {}
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def forget(self) -> None:
+        self.known = False
+
+    def ask(self, tensors: Sequence[Tensor], often: bool = False) -> Answer:
+        """Whether they are the same as when they were last not, or were forgotten. A GPU answers
+        when it has come to it; nothing waits for that.
+
+        often: the same tensors will be asked for again and again, so that a GPU's work is recorded
+            once: to launch it piece by piece costs more than to do it.
+        """
         by_device: dict[torch.device, list[Tensor]] = {}
         for x in tensors:
-            if x.device.type != "meta":
+            if x.device.type != "meta" and x.numel():
                 by_device.setdefault(x.device, []).append(x.detach())
-        self.numbers = {device: _numbers(device, some) for device, some in by_device.items()}
+        same = self.known and by_device.keys() == self.parts.keys()
+        same = same and all(self.parts[d].is_of(some) for d, some in by_device.items())
+        if same:
+            return Answer([part.ask(often) for part in self.parts.values()])
+        answer = Answer([], same=not self.known)
+        kept = {d: part for d, part in self.parts.items() if part.is_of(by_device.get(d, []))}
+        self.parts = {d: kept.get(d) or _Part(some) for d, some in by_device.items()}
+        self.remember()
+        return answer
 
-    def ask(self, before: Values) -> Answer:
-        return Answer(self, before)
+    def remember(self) -> None:
+        """What they are now is what they were."""
+        for part in self.parts.values():
+            part.remember()
+        self.known = True
 
 
 class Answer:
-    """Whether `values` are those of before; to be awaited once there is nothing better to do."""
-
-    def __init__(self, values: Values, before: Values) -> None:
-        self.known = values.numbers.keys() == before.numbers.keys()
-        self.said: list[Tensor] = []
-        self.events: list[torch.cuda.Event] = []
-        for device, numbers in values.numbers.items() if self.known else ():
-            old = before.numbers[device]
-            if old.shape != numbers.shape:
-                self.known = False
-                return
-            self._tell(numbers.ne(old).any())
-
-    def _tell(self, differs: Tensor) -> None:
-        if differs.device.type != "cuda":
-            self.said.append(differs)
-            return
-        place = torch.empty((), dtype=torch.bool, pin_memory=True)
-        self.said.append(place.copy_(differs, non_blocking=True))
-        self.events.append(torch.cuda.Event())
-        self.events[-1].record(torch.cuda.current_stream(differs.device))
+    def __init__(
+        self, differs: list[tuple[Tensor, torch.cuda.Event | None]], same: bool = True
+    ) -> None:
+        self.differs, self._same = differs, same
 
     @property
-    def soon(self) -> bool:
+    def late(self) -> bool:
         """Whether there is something to wait for."""
-        return bool(self.events)
+        return any(event is not None for _, event in self.differs)
 
     def same(self) -> bool:
-        for event in self.events:
-            event.synchronize()
-        return self.known and not any(bool(x) for x in self.said)
+        for _, event in self.differs:
+            if event is not None:
+                event.synchronize()
+        return self._same and not any(bool(x) for x, _ in self.differs)
 
 
-def _numbers(device: torch.device, tensors: list[Tensor]) -> Tensor:
+class _Part:
+    """Tensors of one device."""
+
+    @torch.inference_mode(False)
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors, self.places = tensors, [_place(x) for x in tensors]
+        self.device = tensors[0].device
+        self.on_gpu = self.device.type == "cuda"
+        self.before: Tensor | None = None
+        self.differs = torch.empty((), dtype=torch.bool, pin_memory=self.on_gpu)
+        self.asked = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def is_of(self, tensors: list[Tensor]) -> bool:
+        return [_place(x) for x in tensors] == self.places
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def remember(self) -> None:
+        now = _numbers(self.tensors)
+        self.before = now if self.before is None else self.before.copy_(now)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def ask(self, often: bool) -> tuple[Tensor, torch.cuda.Event | None]:
+        """A place, and when the answer is in it."""
+        if not self.on_gpu:
+            self._compare()
+            return self.differs, None
+        self.asked += 1
+        with torch.cuda.device(self.device):
+            if self.graph is None and often and self.asked > ASKED_BEFORE:
+                self.graph = self._recorded()
+            if self.graph is None:
+                self._compare()
+            else:
+                self.graph.replay()
+            event = torch.cuda.Event()
+            event.record()
+        return self.differs, event
+
+    def _compare(self) -> None:
+        assert self.before is not None
+        self.differs.copy_(_numbers(self.tensors).ne(self.before).any(), non_blocking=True)
+
+    def _recorded(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        stream, here = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(here)
+        collecting = gc.isenabled()
+        gc.disable()  # what a collection would free now could end the recording
+        try:
+            with torch.cuda.stream(stream):
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self._compare()
+                finally:
+                    graph.capture_end()
+        finally:
+            if collecting:
+                gc.enable()
+        here.wait_stream(stream)
+        return graph
+
+
+def _place(x: Tensor) -> tuple[object, ...]:
+    return x.data_ptr(), x.shape, x.dtype
+
+
+def _numbers(tensors: Sequence[Tensor]) -> Tensor:
     """Norm and sum of each, which a change of signs alone does not both leave; as bits, so that a
     NaN is the same as itself.
     """
     dtype, bits = torch.float64, torch.int64  # one small change shows in the norm of a whole stack
-    if device.type == "mps":  # has no doubles
+    if tensors[0].device.type == "mps":  # has no doubles
         dtype, bits = torch.float32, torch.int32
         tensors = [part for x in tensors for part in x]
     by_dtype: dict[torch.dtype, list[Tensor]] = {}  # those of one dtype are few kernels
