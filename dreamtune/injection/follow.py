@@ -11,8 +11,8 @@ from torch import nn
 
 from dreamtune.injection.change import Use, sums, tensors_of, trains
 from dreamtune.injection.group import Group
+from dreamtune.injection.places import Place, attentions_of, fused, fused_adapters
 from dreamtune.injection.stacked import Stacked, offloaded_whole, why_not
-from dreamtune.injection.targets import Place, fused, fused_adapters
 
 
 class Following:
@@ -24,7 +24,7 @@ class Following:
         self, model: nn.Module, groups: Sequence[Group], places: Mapping[str, Place], use: Use
     ) -> None:
         self.model, self.groups, self.places, self.use = model, groups, places, use
-        self.attentions = list({id(p.attention): p.attention for p in places.values()}.values())
+        self.attentions = attentions_of(places.values())
         self.seen: object = None  # what the layers' factors were computed from
         self.stacked: Stacked | None = None
         self.strengths: dict[tuple[object, ...], torch.Tensor] = {}

@@ -17,7 +17,7 @@ from dreamtune.data.photos import KEPT_SIDE, changed, read_folder, statement
 from dreamtune.data.words import SubjectWords
 from dreamtune.evaluation.selection import Choice, choose_best
 from dreamtune.evaluation.validation import Evaluator, load_scorers
-from dreamtune.files.export import export
+from dreamtune.files.export import export, other_layers
 from dreamtune.files.whole import whole, whole_folder
 from dreamtune.metrics.table import scores_of, scores_text
 from dreamtune.models.base import Base
@@ -260,10 +260,12 @@ class Run:
     def best_step(self) -> int:
         return self.choice.step
 
-    @property
-    def has_lora(self) -> bool:
+    def has_lora(self, slot: Slot) -> bool:
         """Whether a plain LoRA holds what is trained."""
-        return not self.method.no_plain_lora(self.config.options)
+        groups = slot.adapter.groups
+        if any(self.method.no_plain_lora(group.adapter.options) for group in groups):
+            return False
+        return not other_layers(name for group in groups for name in group.names)
 
     def save_files(self, slot: Slot, folder: Path, record: dict[str, Any]) -> None:
         """adapter.safetensors and the LoRA file, whole or not at all."""
@@ -276,7 +278,7 @@ class Run:
         }
         with whole_folder(folder) as place:
             slot.save(place / run_folder.ADAPTER, metadata)
-            if self.has_lora:
+            if self.has_lora(slot):
                 export(slot.adapter, place, slot=slot.index, overwrite=True)
 
     def check_folder(self) -> None:
@@ -304,7 +306,7 @@ class Run:
         if self.evaluator.scorers is not None:
             self.write_report()
         best = self.dir / run_folder.BEST
-        lora = best / run_folder.LORA if self.has_lora else None
+        lora = best / run_folder.LORA if self.has_lora(slot) else None
         say(f"{self.choice.reason}\nBest: {lora or best / run_folder.ADAPTER}")
         if skipped := slot.skipped:
             say(f"{skipped} steps were skipped: their loss or gradient was not finite.")

@@ -336,9 +336,9 @@ def test_seeds():
 
 def test_refusals():
     unet = tiny_unet()
-    with pytest.raises(ValueError, match="no `to_x` found in the 8 attention modules"):
+    with pytest.raises(ValueError, match=r"no layer matches `to_x`\. .* has `to_q` \(8 Linear\)"):
         dreamtune.inject(unet, target_modules=("to_q", "to_x"))
-    with pytest.raises(ValueError, match="in the 0 attention modules .* of `Sequential`"):
+    with pytest.raises(ValueError, match=r"`to_q`, .*`Sequential` has `0` \(1 Linear\)"):
         dreamtune.inject(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="unknown method `dora2`"):
         dreamtune.inject(unet, "dora2")
