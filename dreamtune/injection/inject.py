@@ -18,6 +18,7 @@ from dreamtune.injection.targets import (
     Targets,
     choose,
     entries_of,
+    options_at,
     unwrapped,
     weight_of,
 )
@@ -99,11 +100,12 @@ def adapt(
         raise ValueError(f"the layers must be of one dtype, got {sorted(map(str, dtypes))}")
     common = resolve_options(cls, options)
     alike: dict[tuple[tuple[int, ...], str], list[str]] = {}
-    suffixes: dict[str, dict[str, Any]] = {}
+    suffixes: dict[str, Mapping[str, Any]] = {}
     for name, choice in chosen.items():
-        full = _options_at(cls, common, choice)
-        own = ",".join(f"{k}={v}" for k, v in sorted(full.items()) if v != common[k])
-        suffix = f":{own}" if own else ""
+        own = choice.options
+        full = options_at(cls, common, choice.entry, own) if own else common
+        differ = ",".join(f"{k}={v}" for k, v in sorted(full.items()) if v != common[k])
+        suffix = f":{differ}" if differ else ""
         suffixes[suffix] = full
         alike.setdefault((tuple(weights[name].shape), suffix), []).append(name)
     made = []
@@ -117,15 +119,6 @@ def adapt(
         del like
     _one_strength(made, chosen)
     return InjectedAdapter(model, method, made, target_modules, common, fast)
-
-
-def _options_at(cls: type[Adapter], common: Mapping[str, Any], choice: Choice) -> dict[str, Any]:
-    if not choice.options:
-        return dict(common)
-    try:
-        return resolve_options(cls, {**common, **choice.options})
-    except ValueError as error:
-        raise ValueError(f"`target_modules`, `{choice.entry}`: {error}") from None
 
 
 def _made(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from dreamtune.adapters import Adapter, resolve_options
 from dreamtune.injection.places import Place, Spot, adaptable, walk
 from dreamtune.injection.places import layer_at as layer_at
 from dreamtune.injection.places import unwrapped as unwrapped
@@ -46,6 +47,24 @@ def entries_of(target_modules: Targets) -> dict[str, Mapping[str, Any]]:
             )
         matcher(entry)
     return dict(target_modules)
+
+
+def check_entries(
+    method: type[Adapter], target_modules: Targets, options: Mapping[str, Any]
+) -> None:
+    """Raises ValueError for what can be refused without a model."""
+    for entry, own in entries_of(target_modules).items():
+        options_at(method, options, entry, own)
+
+
+def options_at(
+    method: type[Adapter], common: Mapping[str, Any], entry: str, own: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The options of an entry's layers, defaults filled in."""
+    try:
+        return resolve_options(method, {**common, **own})
+    except ValueError as error:
+        raise ValueError(f"`target_modules`, `{entry}`: {error}") from None
 
 
 def is_name(entry: str) -> bool:

@@ -68,12 +68,14 @@ class Run:
     def prepare(self, config: Config, read: Sequence[str]) -> None:
         """All that can be refused without a model; the folder is this run's from here on."""
         from dreamtune.adapters import find_method, resolve_options
+        from dreamtune.injection.targets import check_entries
 
         config = absolute(config)
         if config.resume_from_checkpoint is not None:
             config = self.go_on(config, config.resume_from_checkpoint)
         self.method = find_method(config.method)
         resolve_options(self.method, config.options)
+        check_entries(self.method, config.target_modules, config.options)
         self.given, photo_dir = with_subject(config)
         folder = read_folder(photo_dir, side=max(KEPT_SIDE, config.resolution or 0))
         self.subject = subject_of(self.given, folder.photos)
