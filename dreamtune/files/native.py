@@ -28,14 +28,17 @@ FORMAT_VERSION = 3  # 1: without hashes; 3: convolutions, options of layers, tar
 HASHED_FROM, PATTERNS_FROM = 2, 3
 
 
-def _matrix_or_kernel(shape: list[int]) -> list[int]:
+def _of_layer(shape: list[int]) -> list[int]:
     if len(shape) not in (2, 4):
         raise ValueError("a layer is (out, in) or (out, in, kh, kw)")
+    if math.prod(shape) > MOST:
+        raise ValueError("no layer is so large")
     return shape
 
 
-_Matrix = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
-_Shape = Annotated[list[PositiveInt], AfterValidator(_matrix_or_kernel)]
+MOST = 1 << 40  # values of a weight: the product of larger sides is none of torch's integers
+_Shape = Annotated[list[PositiveInt], AfterValidator(_of_layer)]
+_Matrix = Annotated[_Shape, Field(min_length=2, max_length=2)]
 _FIELDS: dict[str, Any] = {
     "method": str,
     "options": dict[str, Any],
@@ -132,7 +135,7 @@ def _made(file: AdapterFile, path: str, shape: tuple[int, int]) -> Mapping[str, 
         options = resolve_options(method, file.options_at(path))
         weight = torch.empty(shape, device="meta")
         return method(weight, **options).state_dict()  # type: ignore[arg-type]
-    except (ValueError, RuntimeError, OverflowError) as error:  # sizes beyond torch's integers
+    except (ValueError, RuntimeError) as error:  # torch's: sizes beyond its integers
         raise UnreadableFile(f"`{file.source}`: {error}") from error
 
 

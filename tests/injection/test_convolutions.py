@@ -128,3 +128,15 @@ def test_the_fast_way_trains_and_lets_go():
     for layer, old in zip(model, net()):
         assert torch.equal(layer.weight, old.weight)
         assert layer.weight.untyped_storage().nbytes() == layer.weight.nbytes
+
+
+def test_factors_stay_where_a_recorded_forward_reads_them():
+    model, adapter = adapted("lora", {}, _fast=True)
+    seen = []
+    with torch.no_grad():
+        for _ in range(2):
+            model(picture())
+            (part, *_) = adapter.groups[0].stack.parts
+            seen.append((part.factors.up.data_ptr(), part.factors.up.clone()))
+            disturb(adapter)
+    assert seen[0][0] == seen[1][0] and not torch.equal(seen[0][1], seen[1][1])
