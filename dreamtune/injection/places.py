@@ -142,6 +142,12 @@ def _adaptable(spot: Spot) -> nn.Linear | nn.Conv2d:
     assert isinstance(layer, nn.Linear | nn.Conv2d)
     if isinstance(layer, nn.Conv2d) and layer.groups > 1:
         raise ValueError(f"`{name}` is a `Conv2d` of {layer.groups} groups: only 1 is supported")
+    kind, dtype = type(layer.weight.data), layer.weight.dtype
+    if kind is not Tensor or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(
+            f"the weight of `{name}` is a `{kind.__name__}` of {dtype}: quantized and sharded ones"
+            " are not supported"
+        )
     if has_own_forward(layer):
         raise ValueError(
             f"`{name}` has a forward of its own, which would not see the change: load the adapter"

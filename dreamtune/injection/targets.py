@@ -93,7 +93,7 @@ def choose(model: nn.Module, target_modules: Targets) -> dict[str, Choice]:
     spots = walk(model)
     chosen: dict[str, tuple[tuple[int, int], Spot, str]] = {}
     nothing: list[str] = []
-    for number, (entry, options) in enumerate(entries.items()):
+    for number, entry in enumerate(entries):
         match = matcher(entry)
         matched = [spot for spot in spots if match(spot.path)]
         layers = [spot for spot in matched if adaptable(spot.module)]
@@ -107,7 +107,7 @@ def choose(model: nn.Module, target_modules: Targets) -> dict[str, Choice]:
         if is_name(entry):  # a name means all that has it, a pattern what can be adapted
             layers += [s for s in matched if _holds(s.module) and not adaptable(s.module)]
         new = [spot for spot in layers if spot.path not in chosen]
-        if layers and not new and options:
+        if layers and not new and any(entries.values()):
             raise ValueError(
                 f"`target_modules`: `{entry}` matches only layers of the entries before it: put it"
                 " before them"

@@ -1,5 +1,6 @@
 """Convolutions: what a forward gives is what the merged weight and the loaded file give."""
 
+import copy
 import json
 
 import pytest
@@ -99,6 +100,16 @@ def test_a_change_is_not_lost_in_channels_last_or_autocast():
         narrow = model(picture().float())
     assert narrow.dtype == torch.bfloat16
     assert float((narrow.double() - y).norm() / y.norm()) < 0.03
+
+
+def test_a_copy_has_the_change():
+    model, adapter = adapted("dora", {"rank": 2}, slots=2)
+    x = picture()
+    y = model(x)
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(twin(x), y)
+    adapter.eject()
+    torch.testing.assert_close(twin(x), y)
 
 
 def test_the_fast_way_trains_and_lets_go():

@@ -416,7 +416,14 @@ def test_what_a_method_takes_of_the_weight_stays_where_a_recorded_step_reads_it(
 
 
 @pytest.mark.parametrize("fast", [False, True])
-@pytest.mark.parametrize("method,options", [("delora", {}), ("delora", {"multiplicative": True})])
+@pytest.mark.parametrize(
+    "method,options",
+    [
+        ("delora", {}),
+        ("delora", {"multiplicative": True}),
+        ("delora", {"target_modules": ["conv1", "ff.net.2"]}),
+    ],
+)
 def test_strength_falls_with_the_timestep_of_each_row(method, options, fast):
     """Each row as if its strength had been set by hand; under gradients too, and by keyword."""
 

@@ -62,7 +62,7 @@ def test_names_globs_and_expressions(entries, paths):
         ([], "lora", {}, "`target_modules` is empty"),
         (["re:("], "lora", {}, r"`re:\(` is no expression: missing \)"),
         ({"query": 3}, "lora", {}, "names with options of the method, got 'query': 3"),
-        ({"*": {}, "query": {"rank": 2}}, "lora", {}, "`query` matches only layers of the entries"),
+        ({"*": {"rank": 2}, "query": {}}, "lora", {}, "`query` matches only layers of the entries"),
         ({"query": {"rnk": 2}}, "lora", {}, "_modules`, `query`: `lora` has no option `rnk`"),
         ({"query": {"rank": 0}}, "lora", {}, "_modules`, `query`: `rank` must be at least 1"),
         (["query", "a.value"], "ether", {"blocks": 4}, r"`a.query` \(6x6\), chosen by `query`: `b"),
@@ -93,6 +93,9 @@ def test_layers_of_other_kinds_are_refused_by_name():
     with pytest.raises(ValueError, match="`a.value` must be a torch .* got `Conv1d`"):
         dreamtune.inject(net, "lora", target_modules=["value"])
     assert list(find_targets(net, ["*.value"])) == ["b.value", "ab.0.value"]
+    net["b"].query.weight = nn.Parameter(torch.ones(6, 6, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="weight of `b.query` is a `Tensor` of torch.int8: quant"):
+        dreamtune.inject(net, "lora", target_modules=["b.query"])
     encoder = nn.TransformerEncoderLayer(8, 2)
     with pytest.raises(ValueError, match=r"`linear1` is of torch's .*set_fastpath_enabled"):
         dreamtune.inject(encoder, "lora", target_modules=["linear1"])
@@ -140,6 +143,18 @@ def test_options_by_entry(fast, tmp_path):
     )  # fmt: skip
     adapter.merge()
     torch.testing.assert_close(unet(*inputs).sample, y, rtol=0, atol=1e-9)
+
+
+def test_ranks_by_entry_are_exported(tmp_path):
+    unet, inputs = tiny_unet(torch.float64), unet_inputs(2, torch.float64)
+    entries = {"attn1.to_q": {"rank": 1}, "to_v": {"rank": 3}}
+    adapter = dreamtune.inject(unet, "delora", target_modules=entries)
+    disturb(adapter)
+    y = unet(*inputs).sample
+    for source in (adapter, adapter.save(tmp_path)):
+        path = dreamtune.export(source, tmp_path / "out", base=unet)
+        dreamtune.load(other := tiny_unet(torch.float64), path)
+        torch.testing.assert_close(other(*inputs).sample, y, rtol=0, atol=1e-5)
 
 
 def test_rates_are_those_of_each_entry():
