@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,25 +15,33 @@ from dreamtune.injection.places import Place, weight_of
 from dreamtune.injection.stack import Stack
 
 
+class Made(NamedTuple):
+    """An adapter and the layers that it is for. suffix: of the group's key, from options that are
+    not the common ones.
+    """
+
+    places: Mapping[str, Place]
+    adapter: Adapter
+    suffix: str
+
+
 class Group:
     """Layers of one kind, shape and set of options, and their adapter.
 
     Attributes:
         adapter: parameters (L, S, ...).
-        key: shape, and `own`: "320x320", "64x32x3x3:rank=8".
+        key: shape and suffix: "320x320", "64x32x3x3:rank=8".
         names: module paths, in the order of the parameters.
         layers: in the same order.
         stack: of the fast way, which the weights are rows of; None where the layers are plain.
     """
 
-    def __init__(
-        self, adapter: Adapter, places: Mapping[str, Place], use: Use, own: str = ""
-    ) -> None:
-        self.adapter, self.use = adapter, use
-        self.names = list(places)
-        self.layers = [Adapted.of(place.layer) for place in places.values()]
-        self.key = "x".join(map(str, self.layers[0].weight.shape)) + own
-        self.changes = [Change(adapter, index, use) for index in range(len(self.layers))]
+    def __init__(self, made: Made, use: Use) -> None:
+        self.adapter, self.use = made.adapter, use
+        self.names = list(made.places)
+        self.layers = [Adapted.of(place.layer) for place in made.places.values()]
+        self.key = "x".join(map(str, self.layers[0].weight.shape)) + made.suffix
+        self.changes = [Change(made.adapter, i, use) for i in range(len(self.layers))]
         self.stack: Stack | None = None
 
     def __getstate__(self) -> dict[str, object]:
@@ -46,6 +55,11 @@ class Group:
     def weights(self) -> list[Tensor]:
         """(out, in) each; of a convolution (out, in * kh * kw)."""
         return [weight_of(layer).flatten(1) for layer in self.layers]
+
+    def own_options(self, common: Mapping[str, Any], slot: int) -> dict[str, Any]:
+        """Those of a slot that are not the common ones."""
+        found = self.adapter.options_of(slot)
+        return {name: value for name, value in found.items() if value != common[name]}
 
     def together(self) -> bool:
         """Whether all the weights are here, alike: then one computation is enough for the group."""

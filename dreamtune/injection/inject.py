@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dreamtune.adapters import Adapter, find_method, resolve_options
+from dreamtune.injection.group import Made
 from dreamtune.injection.injected import InjectedAdapter as InjectedAdapter
-from dreamtune.injection.injected import Made
 from dreamtune.injection.targets import (
     TARGET_MODULES,
     Choice,

@@ -4,28 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dreamtune.adapters import Adapter, find_method
+from dreamtune.adapters import find_method
 from dreamtune.injection.adapter_file import AdapterFile
 from dreamtune.injection.change import Use, merged
 from dreamtune.injection.follow import Following
-from dreamtune.injection.group import Group
+from dreamtune.injection.group import Group, Made
 from dreamtune.injection.layer import AdaptedLayer
-from dreamtune.injection.places import Place, unwrapped, weight_of
-
-
-class Made(NamedTuple):
-    """An adapter and the layers that it is for. suffix: of the group's key, from options that are
-    not the common ones.
-    """
-
-    places: Mapping[str, Place]
-    adapter: Adapter
-    suffix: str
+from dreamtune.injection.places import holders, unwrapped, weight_of
 
 
 class InjectedAdapter:
@@ -62,7 +52,7 @@ class InjectedAdapter:
         self._out: str | None = None  # how it left the model
         self._trained = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
-        self.groups = [Group(part.adapter, part.places, self._use, part.suffix) for part in made]
+        self.groups = [Group(part, self._use) for part in made]
         for group in self.groups:
             for layer, change in zip(group.layers, group.changes):
                 layer.changes[self.name] = change
@@ -232,21 +222,17 @@ class InjectedAdapter:
         if self._out == "merged":
             raise ValueError("the adapter was merged: its base is gone, save it before `merge()`")
         options = find_method(self.method).one_slot(self.options, slot)
-        layer_options: dict[str, dict[str, Any]] = {}
-        for group in self.groups:
-            found = group.adapter.options_of(slot)
-            own = {k: v for k, v in found.items() if v != options[k]}
-            layer_options |= {name: own for name in group.names if own}
-        layers = {n: layer for g in self.groups for n, layer in zip(g.names, g.layers)}
+        layers = [(g, n, layer) for g in self.groups for n, layer in zip(g.names, g.layers)]
+        own = {n: g.own_options(options, slot) for g, n, _ in layers}
         return AdapterFile(
             method=self.method,
             options=options,
             target_modules=self.target_modules,
             tensors=self.state_dict(slot),
             metadata=dict(metadata or {}),
-            shapes={name: tuple(layer.weight.shape) for name, layer in layers.items()},
+            shapes={name: tuple(layer.weight.shape) for _, name, layer in layers},
             weights=self.weights(),
-            layer_options=layer_options,
+            layer_options={name: found for name, found in own.items() if found},
         )
 
     def save(
@@ -294,7 +280,7 @@ class InjectedAdapter:
             )
         self._following.check()
         self.slow_down()
-        names = [(name, id(p)) for name, p in self.model.named_parameters(remove_duplicate=False)]
+        held = holders(self.model)
         changed: list[tuple[Tensor, Tensor]] = []
         for group in self.groups:
             for name, layer, change in zip(group.names, group.layers, group.changes):
@@ -303,11 +289,11 @@ class InjectedAdapter:
                     raise ValueError(
                         f"the weight of `{name}` is offloaded to where none is written"
                     )
-                shared = [other for other, which in names if which == id(layer.weight)]
-                if len(shared) > 1:
+                if len(tied := held.get(id(layer.weight), [])) > 1:
                     raise ValueError(
-                        f"the weight of `{name}` is also `{shared[0]}`: a merge would change both."
-                        " Untie them first, `layer.weight = nn.Parameter(layer.weight.clone())`"
+                        f"{' and '.join(f'`{m}`' for m in tied)} have one weight, which a merge"
+                        " would change for both: untie them first,"
+                        " `layer.weight = nn.Parameter(layer.weight.clone())`"
                     )
                 new = merged(change.alone(weight.device), weight, self._use)
                 if not torch.isfinite(new).all():

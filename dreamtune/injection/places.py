@@ -177,6 +177,16 @@ def layer_at(model: nn.Module, path: str) -> nn.Module:
     return module
 
 
+def holders(model: nn.Module) -> dict[int, list[str]]:
+    """id of a parameter -> the modules that hold it; several where it is tied."""
+    found: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append(name)
+    return found
+
+
 def weight_of(layer: nn.Module) -> Tensor:
     """A layer's weight, also where accelerate's offload keeps it elsewhere between forwards."""
     weight = layer.weight
