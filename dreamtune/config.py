@@ -113,8 +113,11 @@ class Config:
 
     method: str = opt("delora", "adapter: a name of `dreamtune methods`", "method", swept=True)
     options: dict[str, Any] = opt({}, "options of the method (each is a flag of its own)", "method")
-    target_modules: list[str] = opt(
-        ["to_q", "to_k", "to_v", "to_out.0"], "projections to adapt", "method"
+    target_modules: list[str] | dict[str, dict[str, Any]] = opt(
+        ["to_q", "to_k", "to_v", "to_out.0"],
+        "layers to adapt: ends of module paths, globs of whole paths ('*attn2.to_*'), expressions "
+        "after re:; in YAML also a mapping of these to options of the method",
+        "method",
     )
 
     seed: Seed = opt(
@@ -275,7 +278,7 @@ class Config:
             raise ValueError("`crops` above 1 needs random crops: add --no_center_crop.")
         if not self.target_modules:
             raise ValueError(
-                "`target_modules` is empty: name at least one projection, for instance to_q."
+                "`target_modules` is empty: name at least one layer, for instance to_q."
             )
         if self.class_prompt and not self.with_prior_preservation and self.class_data_dir:
             raise ValueError(

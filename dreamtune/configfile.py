@@ -298,7 +298,9 @@ def continued(config: Config, saved_file: Path) -> Config:
         merged[key] = old if now == default[key] and key != "resume_from_checkpoint" else now
         if key == "options":
             merged[key] = {**old, **now}
-        if merged[key] != old and key in bound:
+        # of a mapping the first that fits a layer decides, so that its order counts too
+        ordered = key != "target_modules" or list(merged[key]) == list(old)
+        if (merged[key] != old or not ordered) and key in bound:
             clashes.append(f"`{key}` was {old!r}, is {now!r}")
     if clashes:
         raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any
 
 from dreamtune.config import FIELDS, HINTS, Config, plain_default, rules
 from dreamtune.configfile import from_mapping, parse_yaml, read_yaml, signatures
-from dreamtune.fields import choices, nearest, validated
+from dreamtune.fields import choices, nearest, parts, validated
 
 # Flags of diffusers' train_dreambooth_lora.py that have no counterpart here, and what to do
 # instead.
@@ -122,7 +122,7 @@ def train_parser() -> Parser:
             group.add_argument(f"--{name}", action="store_true", help=text)
             off, hidden = f"--no_{name}", argparse.SUPPRESS
             group.add_argument(off, dest=name, action="store_false", help=hidden)
-        elif typing.get_origin(hint) is list:
+        elif any(typing.get_origin(part) is list for part in parts(hint)):
             group.add_argument(f"--{name}", nargs="+", action="extend", metavar="X", help=text)
         else:
             words = choices(hint)

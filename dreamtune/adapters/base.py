@@ -98,9 +98,14 @@ class Adapter(nn.Module):
 
     def options_of(self, slot: int) -> dict[str, Any]:
         """The options that the slot would have alone."""
+        return self.one_slot(self.options, slot)
+
+    @classmethod
+    def one_slot(cls, options: Mapping[str, Any], slot: int) -> dict[str, Any]:
+        """Of the options of several slots those of one."""
         return {
-            name: value[slot] if name in self.per_slot and isinstance(value, list) else value
-            for name, value in self.options.items()
+            name: value[slot] if name in cls.per_slot and isinstance(value, list) else value
+            for name, value in options.items()
         }
 
     def constants(self, weight: Tensor) -> tuple[Tensor, ...]:

@@ -56,7 +56,8 @@ def fuse(unet: nn.Module) -> Fused:
     for name, module in unet.named_modules():
         if type(module) is ResnetBlock2D:
             known = knows_resnet(module)
-            forward = partial(resnet, module, shared, time_bias(module) if known else None)
+            bias = time_bias(module) if known else None
+            forward = partial(resnet, module, module.forward, shared, bias)
         elif type(module) is Transformer2DModel:
             known = knows_transformer(module)
             forward = partial(transformer, module, module.forward)
@@ -142,8 +143,19 @@ def time_bias(m: Any) -> Tensor:
     return (m.time_emb_proj.bias + m.conv1.bias).detach()
 
 
-def resnet(m: Any, silu: _SiLU, bias: Any, x: Tensor, temb: Tensor) -> Tensor:
+def plain(*layers: Any) -> bool:
+    """Whether their weights are all that they compute with: an adapted layer is of another class,
+    and a block that takes its weight would leave the change out.
+    """
+    return all(type(layer) in (nn.Linear, nn.Conv2d) for layer in layers if layer is not None)
+
+
+def resnet(
+    m: Any, original: Callable[..., Tensor], silu: _SiLU, bias: Any, x: Tensor, temb: Tensor
+) -> Tensor:
     """`ResnetBlock2D.forward`."""
+    if not plain(m.conv1, m.conv2, m.conv_shortcut, m.time_emb_proj):
+        return original(x, temb)
     h, x = apply_norm(m.norm1, x, silu=True)
     h = F.conv2d(h, m.conv1.weight, None, m.conv1.stride, m.conv1.padding)
     time = F.linear(silu(temb), m.time_emb_proj.weight, bias)
@@ -184,7 +196,8 @@ def transformer(
     **options: Any,
 ) -> Any:
     """`Transformer2DModel.forward`, of pictures."""
-    if return_dict or m.gradient_checkpointing or unknown(rest, options):
+    other = unknown(rest, options) or not plain(m.proj_in, m.proj_out)
+    if return_dict or m.gradient_checkpointing or other:
         return original(
             hidden_states, encoder_hidden_states, *rest, return_dict=return_dict, **options
         )
@@ -225,7 +238,8 @@ def block(
     **options: Any,
 ) -> Tensor:
     """`BasicTransformerBlock.forward`, with each sum in the norm that follows it."""
-    if attention_mask is not None or unknown(rest, options):
+    other = unknown(rest, options) or not plain(m.ff.net[0].proj)
+    if attention_mask is not None or other:
         return original(hidden_states, attention_mask, encoder_hidden_states, *rest, **options)
     y, x = apply_layer_norm(m.norm1, hidden_states)
     y, x = apply_layer_norm(m.norm2, m.attn1(y), x)

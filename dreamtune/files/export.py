@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from dreamtune.files.tensors import naming
 from dreamtune.files.whole import check_writable
 from dreamtune.injection.adapter_file import AdapterFile, Fingerprint
 from dreamtune.injection.inject import InjectedAdapter
-from dreamtune.injection.targets import layer_at, weight_of
+from dreamtune.injection.targets import TARGET_MODULES, layer_at, weight_of
 from dreamtune.models.load import load_network, prefixes_of
 
 DTYPES = {
@@ -74,14 +74,18 @@ def export(
     network: nn.Module | None
     if isinstance(source, InjectedAdapter):
         method, about, network = source.method, dict(metadata or {}), source.model
-        target.check(find_method(method), source.options, network)
+        for group in source.groups:
+            target.check(find_method(method), group.adapter.options, network)
+        _refuse_others(name for group in source.groups for name in group.names)
         factors, prints = factors_of_adapter(source, slot), fingerprint(source.weights())
     else:
         path = adapter_file(source)
         network = None if base is None else load_network(base)
         file = read_adapter(path, network)
         method, about = file.exported_from or file.method, file.metadata
-        target.check(find_method(file.method), file.options, network)
+        for layer in file.shapes if file.layer_options else list(file.shapes)[:1]:
+            target.check(find_method(file.method), file.options_at(layer), network)
+        _refuse_others(file.shapes)
         if network is None and find_method(file.method).depends_on_weight:
             network = network_of_run(path, f"`{method}` contains the base weights")
         with naming(path.name):
@@ -95,6 +99,19 @@ def export(
         path, Change(same_rank(small), dtype, about, prefixes_of(network), network), overwrite
     )
     return path
+
+
+def other_layers(paths: Iterable[str]) -> list[str]:
+    """Those that are no attention projections: no format but the native one has names for them."""
+    return [p for p in paths if not f".{p}".endswith(tuple(f".{t}" for t in TARGET_MODULES))]
+
+
+def _refuse_others(paths: Iterable[str]) -> None:
+    if others := other_layers(paths):
+        raise ValueError(
+            f"`{others[0]}` is no attention projection, {len(others)} layers are none: use the"
+            " native file with `dreamtune.load`, or `adapter.merge()` and save the model"
+        )
 
 
 def network_of_run(path: Path, why: str) -> nn.Module:
@@ -143,7 +160,7 @@ def factors_of_file(
         check_base(file, prints, force)
         weight_of = weights.__getitem__
     else:
-        weight_of = lambda path: torch.zeros(file.shapes[path])  # noqa: E731
+        weight_of = lambda path: torch.zeros(file.shapes[path]).flatten(1)  # noqa: E731
     found = {}
     for path in file.shapes:
         weight = weight_of(path)
@@ -154,7 +171,7 @@ def factors_of_file(
 
 def adapter_of_layer(file: AdapterFile, path: str, weight: Tensor) -> Adapter:
     """The method of a native file with its tensors of one layer, (1, ...) each."""
-    adapter = find_method(file.method)(weight, **file.options)  # type: ignore[arg-type]
+    adapter = find_method(file.method)(weight, **file.options_at(path))  # type: ignore[arg-type]
     start = f"{path}."
     own = {k.removeprefix(start): t for k, t in file.tensors.items() if k.startswith(start)}
     adapter.load_state_dict({k: t.unsqueeze(0) for k, t in own.items()})
@@ -162,7 +179,9 @@ def adapter_of_layer(file: AdapterFile, path: str, weight: Tensor) -> Adapter:
 
 
 def weights_of(file: AdapterFile, model: nn.Module) -> dict[str, Tensor]:
-    """Module path -> weight (out, in) of a base. Raises ValueError where one does not fit."""
+    """Module path -> weight (out, in) of a base, (out, in * kh * kw) of a convolution. Raises
+    ValueError where one does not fit.
+    """
     return {path: _weight(model, path, shape) for path, shape in file.shapes.items()}
 
 
@@ -172,7 +191,7 @@ def _finite(path: str, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return up, down
 
 
-def _weight(model: nn.Module, path: str, shape: tuple[int, int]) -> Tensor:
+def _weight(model: nn.Module, path: str, shape: tuple[int, ...]) -> Tensor:
     try:
         layer = layer_at(model, path)
     except AttributeError:
@@ -181,4 +200,4 @@ def _weight(model: nn.Module, path: str, shape: tuple[int, int]) -> Tensor:
     if not isinstance(weight, Tensor) or tuple(weight.shape) != tuple(shape):
         got = tuple(weight.shape) if isinstance(weight, Tensor) else None
         raise ValueError(f"`{path}` must be {tuple(shape)} in the base, got {got}")
-    return weight_of(layer)
+    return weight_of(layer).flatten(1)

@@ -30,9 +30,12 @@ TOLERANCE = 4e-3
 
 @torch.no_grad()
 def fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
-    """16 numbers a layer: `sᵀ W t` for fixed pairs of random sign vectors, float32."""
+    """16 numbers a layer: `sᵀ W t` for fixed pairs of random sign vectors, float32. W of a
+    convolution is (out, in * kh * kw).
+    """
     prints = {}
     for name, weight in weights.items():
+        weight = weight.flatten(1)
         if weight.device.type == "meta":
             raise ValueError("weights on the meta device have no fingerprint")
         left = signs("left", weight.shape[0], weight.device)

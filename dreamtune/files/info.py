@@ -135,7 +135,9 @@ def _of_adapter(
     factors: LayerFactors = {}
     if method.low_rank and (network is not None or not method.depends_on_weight):
         factors, _ = factors_of_file(adapter, network, force=True)
-    options = (f"{name} {value}" for name, value in adapter.options.items() if value is not None)
+    options = [f"{name} {value}" for name, value in adapter.options.items() if value is not None]
+    if adapter.layer_options:
+        options.append(f"other options in {len(adapter.layer_options)} layers")
     return (
         replace(
             info,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt
 from torch import Tensor, nn
 
-from dreamtune.adapters import find_method
+from dreamtune.adapters import find_method, resolve_options
 from dreamtune.fields import UnreadableFile, checker, from_file
 from dreamtune.files.find import adapter_file
 from dreamtune.files.fingerprint import PRINTS, fingerprint, uncovered
@@ -18,25 +20,41 @@ from dreamtune.files.formats import Format, Prefixes
 from dreamtune.files.tensors import FLOATS, TensorFile, read_tensors, write_tensors
 from dreamtune.injection.adapter_file import AdapterFile
 from dreamtune.injection.inject import InjectedAdapter
+from dreamtune.injection.targets import is_name
 from dreamtune.models.load import prefixes_of
 from dreamtune.version import __version__
 
-FORMAT_VERSION = 2  # 1: without hashes
-HASHED_FROM = 2
+FORMAT_VERSION = 3  # 1: without hashes; 3: convolutions, options of layers, targets by pattern
+HASHED_FROM, PATTERNS_FROM = 2, 3
 
-_FIELDS = {
+
+def _of_layer(shape: list[int]) -> list[int]:
+    if len(shape) not in (2, 4):
+        raise ValueError("a layer is (out, in) or (out, in, kh, kw)")
+    if math.prod(shape) > MOST:
+        raise ValueError("no layer is so large")
+    return shape
+
+
+MOST = 1 << 40  # values of a weight: the product of larger sides is none of torch's integers
+_Shape = Annotated[list[PositiveInt], AfterValidator(_of_layer)]
+_Matrix = Annotated[_Shape, Field(min_length=2, max_length=2)]
+_FIELDS: dict[str, Any] = {
     "method": str,
     "options": dict[str, Any],
     "target_modules": Annotated[list[str], Field(min_length=1)],
-    "shapes": Annotated[
-        dict[str, Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]],
-        Field(min_length=1),
-    ],
+    "shapes": Annotated[dict[str, _Matrix], Field(min_length=1)],
     "fingerprint": PRINTS,
     "metadata": dict[str, Any],
 }
+_MORE: dict[str, Any] = {
+    **_FIELDS,
+    "shapes": Annotated[dict[str, _Shape], Field(min_length=1)],
+    "layer_options": dict[str, dict[str, Any]],
+}
 _VERSION = checker({"format_version": PositiveInt}, needed=("format_version",), others=True)
 _HEADER = checker(_FIELDS, needed=_FIELDS, others=True)
+_HEADER_3 = checker(_MORE, needed=_MORE, others=True)
 
 
 class Native(Format):
@@ -59,7 +77,8 @@ class Native(Format):
                 f"`{file.name}` is not what was written: {what} changed since. Take another copy of"
                 " it"
             )
-        header = from_file(_HEADER, file.about, place)
+        rules = _HEADER_3 if version >= PATTERNS_FROM else _HEADER
+        header = from_file(rules, file.about, place)
         found = AdapterFile(
             method=header["method"],
             options=header["options"],
@@ -67,8 +86,9 @@ class Native(Format):
             tensors=dict(file.tensors),
             metadata=header["metadata"],
             fingerprint=header["fingerprint"],
-            shapes={name: (shape[0], shape[1]) for name, shape in header["shapes"].items()},
+            shapes={name: tuple(shape) for name, shape in header["shapes"].items()},
             source=file.name,
+            layer_options=header["layer_options"] if version >= PATTERNS_FROM else {},
         )
         _check(found)
         return found
@@ -81,6 +101,8 @@ def _check(file: AdapterFile) -> None:
             f"`{file.source}`: the fingerprint of the base covers {len(file.shapes) - len(missing)}"
             f" of {len(file.shapes)} layers, `{missing[0]}` is not among them"
         )
+    if lost := [path for path in file.layer_options if path not in file.shapes]:
+        raise UnreadableFile(f"`{file.source}` has options, but no shape, of `{lost[0]}`")
     expected = _expected(file)
     wrong = [key for key in {**expected, **file.tensors} if expected.get(key) != _kind(file, key)]
     if wrong:
@@ -93,18 +115,28 @@ def _check(file: AdapterFile) -> None:
 
 def _expected(file: AdapterFile) -> dict[str, str]:
     """Key -> kind of each tensor, as the method would make it for such layers."""
-    by_shape: dict[tuple[int, int], Mapping[str, Tensor]] = {}
-    for shape in set(file.shapes.values()):
-        try:
-            weight = torch.empty(shape, device="meta")
-            by_shape[shape] = find_method(file.method)(weight, **file.options).state_dict()  # type: ignore[arg-type]
-        except (ValueError, RuntimeError) as error:  # torch's: sizes beyond its integers
-            raise UnreadableFile(f"`{file.source}`: {error}") from error
-    return {
-        f"{path}.{name}": _words(tuple(tensor.shape[1:]), tensor.dtype in FLOATS)
-        for path, shape in file.shapes.items()
-        for name, tensor in by_shape[shape].items()
-    }
+    known: dict[tuple[int, int, str], Mapping[str, Tensor]] = {}
+    expected = {}
+    for path, (out, *inner) in file.shapes.items():
+        own = file.layer_options.get(path, {})
+        key = out, math.prod(inner), json.dumps(own, sort_keys=True)
+        if key not in known:
+            known[key] = _made(file, path, key[:2])
+        for name, tensor in known[key].items():
+            kind = _words(tuple(tensor.shape[1:]), tensor.dtype in FLOATS)
+            expected[f"{path}.{name}"] = kind
+    return expected
+
+
+def _made(file: AdapterFile, path: str, shape: tuple[int, int]) -> Mapping[str, Tensor]:
+    """The tensors of a layer, without values."""
+    method = find_method(file.method)
+    try:
+        options = resolve_options(method, file.options_at(path))
+        weight = torch.empty(shape, device="meta")
+        return method(weight, **options).state_dict()  # type: ignore[arg-type]
+    except (ValueError, RuntimeError) as error:  # torch's: sizes beyond its integers
+        raise UnreadableFile(f"`{file.source}`: {error}") from error
 
 
 def _kind(file: AdapterFile, key: str) -> str | None:
@@ -127,8 +159,9 @@ def save_adapter(file: AdapterFile, path: str | Path) -> Path:
     path = Path(path)
     if path.suffix != ".safetensors":
         path = path / FORMAT.file_name
-    about = {
-        "format_version": FORMAT_VERSION,
+    more = _needs_patterns(file)
+    about: dict[str, Any] = {
+        "format_version": PATTERNS_FROM if more else HASHED_FROM,
         "dreamtune_version": __version__,
         "method": file.method,
         "options": file.options,
@@ -137,11 +170,21 @@ def save_adapter(file: AdapterFile, path: str | Path) -> Path:
         "fingerprint": file.fingerprint or fingerprint(file.weights),
         "metadata": file.metadata,
     }
+    if more:
+        about["layer_options"] = file.layer_options
     for key, tensor in file.tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"the adapter holds values that are not finite in `{key}`: not saved")
     write_tensors(path, file.tensors, about)
     return path
+
+
+def _needs_patterns(file: AdapterFile) -> bool:
+    """Whether it holds what version 2 could not, which others are written as: older versions of
+    dreamtune read them.
+    """
+    kernels = any(len(shape) > 2 for shape in file.shapes.values())
+    return kernels or bool(file.layer_options) or not all(map(is_name, file.target_modules))
 
 
 InjectedAdapter.write = staticmethod(save_adapter)

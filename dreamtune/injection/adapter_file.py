@@ -18,12 +18,14 @@ class AdapterFile:
     Attributes:
         tensors: `<module path>.<name>` -> parameters, and constants to be saved, of one slot.
         metadata: JSON values to keep: prompt, scores, base model id. No paths, no user names.
-        shapes: module path -> (out, in) of each adapted layer.
+        shapes: module path -> (out, in) of each adapted layer, (out, in, kh, kw) of a convolution.
         fingerprint: of the base's weights, as it was read from a file; empty where `weights` are
             here.
-        weights: module path -> frozen weight (out, in). Not written: their fingerprint is.
+        weights: module path -> frozen weight (out, in), or (out, in * kh * kw). Not written: their
+            fingerprint is.
         exported_from: the method whose change it is, where a file holds only the factors of it;
             `method` is then LoRA.
+        layer_options: module path -> the options of that layer that are not `options`.
         some_layers: only `shapes` are changed, whatever other layers `target_modules` mean.
         source: name of the file that it was read from, for messages.
     """
@@ -33,9 +35,14 @@ class AdapterFile:
     target_modules: tuple[str, ...]
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
-    shapes: dict[str, tuple[int, int]]
+    shapes: Mapping[str, tuple[int, ...]]
     fingerprint: Fingerprint = field(default_factory=dict)
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     exported_from: str | None = None
     source: str = "the adapter"
     some_layers: bool = False
+    layer_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def options_at(self, path: str) -> dict[str, Any]:
+        """The options of one layer."""
+        return {**self.options, **self.layer_options.get(path, {})}

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamtune.injection.layer import AdaptedLinear
+from dreamtune.injection.places import Place
 from dreamtune.injection.projection import Projection
-from dreamtune.injection.targets import Place
 
 
 class JointProjections:

@@ -180,16 +180,17 @@ def in_blocks(x: Tensor, blocks: int, batch: int, use: Use) -> Tensor:
 
 @torch.no_grad()
 def merged(adapter: Adapter, weight: Tensor, use: Use) -> Tensor:
-    """The weight (out, in) with the change of an adapter of one slot in it, at the strength that is
-    set; computed in float32 at least, and cast. adapter: of this layer alone, as `row` gives it.
+    """The weight (out, in) or (out, in, kh, kw) with the change of an adapter of one slot in it, at
+    the strength that is set; computed in float32 at least, and cast. adapter: of this layer alone,
+    as `row` gives it.
     """
-    base = weight.detach()[None]
+    base = weight.detach().flatten(1)[None]
     with torch.autocast(weight.device.type, enabled=False):
         changed = adapter.merged(base)
         if not use.whole():
             wide = base.unsqueeze(1).to(changed.dtype)
             changed = wide + use.scaled(changed - wide)
-    return changed[0, 0].to(weight.dtype)
+    return changed[0, 0].to(weight.dtype).view(weight.shape)
 
 
 def blocks_of(batch: int, blocks: int, routed: bool) -> int:
@@ -278,7 +279,8 @@ class Change:
 
     def _compute(self, weight: Tensor) -> Factors:
         with torch.autocast(weight.device.type, enabled=False):
-            (factors,) = factors_of(self.alone(weight.device), weight[None], self.use).unbind()
+            matrix = weight.flatten(1)[None]
+            (factors,) = factors_of(self.alone(weight.device), matrix, self.use).unbind()
         return factors
 
     def _state(self, weight: Tensor) -> tuple[object, ...]:

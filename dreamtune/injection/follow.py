@@ -11,8 +11,8 @@ from torch import nn
 
 from dreamtune.injection.change import Use, tensors_of, trains, version
 from dreamtune.injection.group import Group
+from dreamtune.injection.places import Place, attentions_of, fused, fused_adapters
 from dreamtune.injection.stacked import Stacked, offloaded_whole, why_not
-from dreamtune.injection.targets import Place, fused, fused_adapters
 from dreamtune.injection.values import Answer, Values
 
 
@@ -25,7 +25,7 @@ class Following:
         self, model: nn.Module, groups: Sequence[Group], places: Mapping[str, Place], use: Use
     ) -> None:
         self.model, self.groups, self.places, self.use = model, groups, places, use
-        self.attentions = list({id(p.attention): p.attention for p in places.values()}.values())
+        self.attentions = attentions_of(places.values())
         self.seen: object = None  # what the layers' factors were computed from
         self.values = Values()  # and the values of that
         self.asked: Answer | None = None  # whether they still are, for the forward that runs

@@ -1,42 +1,51 @@
-"""The layers of one shape: one tensor of parameters for all, a change for each."""
+"""The layers of one shape and set of options: their parameters in one tensor, a change for each."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dreamtune.adapters import Adapter
 from dreamtune.injection.change import Change, Factors, Use, constant, factors_of, trains
-from dreamtune.injection.layer import AdaptedLinear
+from dreamtune.injection.layer import Adapted
+from dreamtune.injection.places import Place, weight_of
 from dreamtune.injection.stack import Stack
-from dreamtune.injection.targets import Place, weight_of
+
+
+class Made(NamedTuple):
+    """An adapter and the layers that it is for. suffix: of the group's key, from options that are
+    not the common ones.
+    """
+
+    places: Mapping[str, Place]
+    adapter: Adapter
+    suffix: str
 
 
 class Group:
-    """Same-shape layers and their adapter.
+    """Layers of one kind, shape and set of options, and their adapter.
 
     Attributes:
         adapter: parameters (L, S, ...).
+        key: shape and suffix: "320x320", "64x32x3x3:rank=8".
         names: module paths, in the order of the parameters.
         layers: in the same order.
         stack: of the fast way, which the weights are rows of; None where the layers are plain.
     """
 
-    def __init__(self, adapter: Adapter, places: Mapping[str, Place], use: Use) -> None:
-        self.adapter, self.use = adapter, use
-        self.names = list(places)
-        self.layers = [AdaptedLinear.of(place.layer) for place in places.values()]
-        self.changes = [Change(adapter, index, use) for index in range(len(self.layers))]
+    def __init__(self, made: Made, use: Use) -> None:
+        self.adapter, self.use = made.adapter, use
+        self.names = list(made.places)
+        self.layers = [Adapted.of(place.layer) for place in made.places.values()]
+        self.key = "x".join(map(str, self.layers[0].weight.shape)) + made.suffix
+        self.changes = [Change(made.adapter, i, use) for i in range(len(self.layers))]
         self.stack: Stack | None = None
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "stack": None}  # a copy is plain
-
-    @property
-    def key(self) -> str:
-        return f"{self.layers[0].out_features}x{self.layers[0].in_features}"
 
     @property
     def weight(self) -> Tensor:
@@ -44,7 +53,13 @@ class Group:
         return self.stack.weight if self.stack is not None else torch.stack(self.weights())
 
     def weights(self) -> list[Tensor]:
-        return [weight_of(layer) for layer in self.layers]
+        """(out, in) each; of a convolution (out, in * kh * kw)."""
+        return [weight_of(layer).flatten(1) for layer in self.layers]
+
+    def own_options(self, common: Mapping[str, Any], slot: int) -> dict[str, Any]:
+        """Those of a slot that are not the common ones."""
+        found = self.adapter.options_of(slot)
+        return {name: value for name, value in found.items() if value != common[name]}
 
     def together(self) -> bool:
         """Whether all the weights are here, alike: then one computation is enough for the group."""
@@ -73,9 +88,9 @@ class Group:
 
     def _factors(self, weights: list[Tensor]) -> Factors:
         needs = self.adapter.depends_on_weight
-        like = weights[0].detach()
+        like = weights[0].detach().flatten(1)
         stacked = (
-            torch.stack([w.detach() for w in weights])
+            torch.stack([w.detach().flatten(1) for w in weights])
             if needs
             else like.expand(len(weights), -1, -1)
         )

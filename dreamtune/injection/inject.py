@@ -1,72 +1,158 @@
-"""The way in: an adapter for the projections of a model's attention modules."""
+"""The way in: an adapter for layers of a model."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dreamtune.adapters import find_method, resolve_options
+from dreamtune.adapters import Adapter, find_method, resolve_options
+from dreamtune.injection.group import Made
 from dreamtune.injection.injected import InjectedAdapter as InjectedAdapter
-from dreamtune.injection.targets import TARGET_MODULES, find_places, unwrapped, weight_of
+from dreamtune.injection.targets import (
+    TARGET_MODULES,
+    Choice,
+    Targets,
+    choose,
+    entries_of,
+    options_at,
+    unwrapped,
+    weight_of,
+)
 
 
 def inject(
-    unet: nn.Module,
+    model: nn.Module,
     method: str = "delora",
     *,
     slots: int = 1,
-    target_modules: Sequence[str] = TARGET_MODULES,
+    target_modules: Targets = TARGET_MODULES,
     seed: int | Sequence[int] = 0,
     _fast: bool = False,
     **options: Any,
 ) -> InjectedAdapter:
-    """Freezes the model and adapts the projections of its attention modules.
+    """Freezes the model and adapts layers of it: torch's own `Linear`, and `Conv2d` of one group.
 
     The layers stay what and where they are, and add the change: whatever torch, accelerate,
     diffusers and PEFT do to the model, before or after, they follow, or a ValueError says what
     cannot be.
 
     Args:
-        unet: a diffusers UNet, or any module with attention modules that have `to_q`, `to_k`,
-            `to_v`. A compiled or otherwise wrapped one stands for the model in it.
-        method: a name in `METHODS`.
+        model: any module. A compiled or otherwise wrapped one stands for the model in it.
+        method: a name in `METHODS`. It sees a convolution's weight as (out, in * kh * kw).
         slots: number of independent adapters; the batch is that many equal blocks, in order, or
             rows that `route` gives to slots. Without gradients several slots need a route.
-        target_modules: paths of the layers below each attention module.
+        target_modules: which layers, by their module paths; by default the attention projections of
+            a diffusers model. An entry is a name, the whole path or its end after a dot ("query",
+            "to_out.0"); a glob of the whole path, where it has `*`, `?` or `[` ("*.attn1.*"); or an
+            expression that matches the whole path, after `re:`. One entry, several, or a mapping
+            entry -> options of the method for its layers, in place of `options`: the first entry
+            that matches a layer decides. Of what a glob or an expression matches, layers of other
+            kinds are passed over.
         seed: of the adapter's start; one for all slots, or one a slot. A slot starts as it would
             alone.
         options: of the method; unknown ones are a ValueError that names the nearest.
+
+    Raises:
+        ValueError: an entry that matches no layer, with what there is; a layer of another kind that
+        is named; options that do not fit a layer.
     """
     # _fast: for who owns the model, the trainer: weights restacked, projections joint, and nobody
     # else to follow.
+    find_method(method)
+    model = unwrapped(model)
+    entries = entries_of(target_modules)
+    common = resolve_options(find_method(method), options)  # before the layers are looked for
+    return adapt(
+        model,
+        method,
+        choose(model, entries),
+        tuple(entries),
+        common,
+        slots=slots,
+        seed=seed,
+        fast=_fast,
+    )
+
+
+def adapt(
+    model: nn.Module,
+    method: str,
+    chosen: Mapping[str, Choice],
+    target_modules: tuple[str, ...],
+    options: Mapping[str, Any],
+    *,
+    slots: int = 1,
+    seed: int | Sequence[int] = 0,
+    fast: bool = False,
+) -> InjectedAdapter:
+    """`inject` for layers that are chosen. target_modules: what chose them, for the file."""
     cls = find_method(method)
-    options = resolve_options(cls, options)
     seeds = [seed] * slots if isinstance(seed, int) else list(seed)
     if len(seeds) != slots:
         raise ValueError(f"`seed` must be one number or one a slot, got {len(seeds)} for {slots}")
-    model = unwrapped(unet)
-    places = find_places(model, target_modules)
-    weights = {name: weight_of(place.layer) for name, place in places.items()}
+    weights = {name: weight_of(choice.place.layer) for name, choice in chosen.items()}
     dtypes = {weight.dtype for weight in weights.values()}
     if len(dtypes) > 1:
         raise ValueError(f"the layers must be of one dtype, got {sorted(map(str, dtypes))}")
-    by_shape: dict[tuple[int, ...], list[str]] = {}
-    for name, weight in weights.items():
-        by_shape.setdefault(tuple(weight.shape), []).append(name)
+    common = resolve_options(cls, options)
+    alike: dict[tuple[tuple[int, ...], str], list[str]] = {}
+    suffixes: dict[str, Mapping[str, Any]] = {}
+    for name, choice in chosen.items():
+        own = choice.options
+        full = options_at(cls, common, choice.entry, own) if own else common
+        differ = ",".join(f"{k}={v}" for k, v in sorted(full.items()) if v != common[k])
+        suffix = f":{differ}" if differ else ""
+        suffixes[suffix] = full
+        alike.setdefault((tuple(weights[name].shape), suffix), []).append(name)
     made = []
-    for shape, names in by_shape.items():  # every adapter is made before the model is touched
-        like = torch.stack([weights[name] for name in names])
-        generators = [_generator(s, shape) for s in seeds]
-        adapter = cls(like, slots=slots, generator=generators, **options)
-        made.append(({name: places[name] for name in names}, adapter))
+    for (shape, suffix), names in alike.items():  # all are made before the model is touched
+        device = weights[names[0]].device
+        like = torch.stack([weights[name].flatten(1).to(device) for name in names])
+        generators = [_generator(s, f"{shape}{suffix}") for s in seeds]
+        first = chosen[names[0]]
+        adapter = _made(cls, like, slots, generators, suffixes[suffix], names[0], first.entry)
+        made.append(Made({name: chosen[name].place for name in names}, adapter, suffix))
         del like
-    return InjectedAdapter(model, method, made, tuple(target_modules), _fast)
+    _one_strength(made, chosen)
+    return InjectedAdapter(model, method, made, target_modules, common, fast)
 
 
-def _generator(seed: int, shape: tuple[int, ...]) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed} {shape}".encode()).digest()
+def _made(
+    cls: type[Adapter],
+    like: Tensor,
+    slots: int,
+    generators: Sequence[torch.Generator],
+    options: Mapping[str, Any],
+    name: str,
+    entry: str,
+) -> Adapter:
+    """For the layers like that one. Raises ValueError that names it where its shape does not fit
+    the options.
+    """
+    try:
+        return cls(like, slots=slots, generator=generators, **options)  # type: ignore[arg-type]
+    except ValueError as error:
+        size = "x".join(map(str, like.shape[1:]))
+        raise ValueError(f"`{name}` ({size}), chosen by `{entry}`: {error}") from None
+
+
+def _one_strength(made: Sequence[Made], chosen: Mapping[str, Choice]) -> None:
+    """Raises ValueError where the strength falls otherwise in some layers: a forward has one."""
+    times = torch.linspace(0, 999, 4)
+    first = made[0].adapter.strength_at(times)
+    for part in made[1:]:
+        if not torch.equal(part.adapter.strength_at(times), first):
+            name = next(iter(part.places))
+            raise ValueError(
+                f"`target_modules`, `{chosen[name].entry}`: the strength must depend on the"
+                f" timestep alike in all layers, in `{name}` it is another"
+            )
+
+
+def _generator(seed: int, kind: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed} {kind}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dreamtune.adapters import Adapter, find_method
+from dreamtune.adapters import find_method
 from dreamtune.injection.adapter_file import AdapterFile
 from dreamtune.injection.change import Use, merged
 from dreamtune.injection.follow import Following
-from dreamtune.injection.group import Group
-from dreamtune.injection.layer import AdaptedLinear
-from dreamtune.injection.targets import Place, unwrapped, weight_of
+from dreamtune.injection.group import Group, Made
+from dreamtune.injection.layer import AdaptedLayer
+from dreamtune.injection.places import holders, unwrapped, weight_of
 
 
 class InjectedAdapter:
@@ -24,10 +24,11 @@ class InjectedAdapter:
     A copy of the model, by `deepcopy` or pickle, has a copy of the adapter in it: `of(copy)`.
 
     Attributes:
-        model: the adapted model; frozen, its keys unchanged, an adapted layer an `AdaptedLinear`,
-            which is a torch `Linear`.
+        model: the adapted model; frozen, its keys unchanged, an adapted layer an `AdaptedLinear` or
+            `AdaptedConv2d`, which is a torch `Linear` or `Conv2d`.
         method, options, slots: as injected, options with defaults filled in.
-        groups: the same-shape layers with their parameters.
+        target_modules: the entries that chose the layers.
+        groups: the layers of one shape, and of one set of options, with their parameters.
     """
 
     # How a file is written; set by the native format, which builds on this module.
@@ -37,23 +38,25 @@ class InjectedAdapter:
         self,
         model: nn.Module,
         method: str,
-        made: Sequence[tuple[Mapping[str, Place], Adapter]],
+        made: Sequence[Made],
         target_modules: tuple[str, ...],
+        options: Mapping[str, Any],
         fast: bool = False,
     ) -> None:
         self.model, self.method, self.target_modules = model, method, target_modules
-        self.options = dict(made[0][1].options)
-        self.slots = made[0][1].slots
+        common = (part.adapter.options for part in made if not part.suffix)
+        self.options = dict(next(common, options))
+        self.slots = made[0].adapter.slots
         self._name = "default"
         self._use = Use(self.slots)
         self._out: str | None = None  # how it left the model
         self._trained = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)
-        self.groups = [Group(adapter, places, self._use) for places, adapter in made]
+        self.groups = [Group(part, self._use) for part in made]
         for group in self.groups:
             for layer, change in zip(group.layers, group.changes):
                 layer.changes[self.name] = change
-        places = {name: place for some, _ in made for name, place in some.items()}
+        places = {name: place for part in made for name, place in part.places.items()}
         self._following = Following(model, self.groups, places, self._use)
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
@@ -80,7 +83,7 @@ class InjectedAdapter:
             layer.changes[value] = layer.changes.pop(self._name)
         self._name = value
 
-    def _inside(self) -> list[AdaptedLinear]:
+    def _inside(self) -> list[AdaptedLayer]:
         """The layers, for as long as the adapter is in them."""
         return [layer for group in self.groups for layer in group.layers if self._out is None]
 
@@ -121,15 +124,16 @@ class InjectedAdapter:
     ) -> list[dict[str, Any]]:
         """Groups for a torch optimizer, with the method's own rates and exemptions from decay."""
         cls = find_method(self.method)
-        adapter = self.groups[0].adapter
         rate = cls.learning_rate if learning_rate is None else learning_rate
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for full, parameter in self.named_parameters():
-            name = full.rpartition(".")[2]
-            decay = 0.0 if name in cls.no_decay else weight_decay
-            usual = rate * adapter.rate_factors.get(name, 1.0)
-            key = (adapter.own_learning_rates.get(name, usual), decay)
-            groups.setdefault(key, []).append(parameter)
+        for adapter in (group.adapter for group in self.groups):
+            for full, parameter in adapter.named_parameters():
+                name = full.rpartition(".")[2]
+                decay = 0.0 if name in cls.no_decay else weight_decay
+                usual = rate * adapter.rate_factors.get(name, 1.0)
+                key = (adapter.own_learning_rates.get(name, usual), decay)
+                if parameter.requires_grad:
+                    groups.setdefault(key, []).append(parameter)
         return [
             {"params": params, "lr": lr, "weight_decay": decay}
             for (lr, decay), params in groups.items()
@@ -214,22 +218,27 @@ class InjectedAdapter:
         self._following.forget()
 
     def weights(self) -> dict[str, Tensor]:
-        """Module path -> frozen weight (out, in) of every adapted layer."""
+        """Module path -> frozen weight (out, in) of every adapted layer; of a convolution
+        (out, in * kh * kw).
+        """
         return {name: w for group in self.groups for name, w in zip(group.names, group.weights())}
 
     def file(self, slot: int = 0, metadata: Mapping[str, Any] | None = None) -> AdapterFile:
         """One slot as data. metadata: JSON values to keep, no paths and no user names."""
         if self._out == "merged":
             raise ValueError("the adapter was merged: its base is gone, save it before `merge()`")
-        weights = self.weights()
+        options = find_method(self.method).one_slot(self.options, slot)
+        layers = [(g, n, layer) for g in self.groups for n, layer in zip(g.names, g.layers)]
+        own = {n: g.own_options(options, slot) for g, n, _ in layers}
         return AdapterFile(
             method=self.method,
-            options=self.groups[0].adapter.options_of(slot),
+            options=options,
             target_modules=self.target_modules,
             tensors=self.state_dict(slot),
             metadata=dict(metadata or {}),
-            shapes={name: (w.shape[0], w.shape[1]) for name, w in weights.items()},
-            weights=weights,
+            shapes={name: tuple(layer.weight.shape) for _, name, layer in layers},
+            weights=self.weights(),
+            layer_options={name: found for name, found in own.items() if found},
         )
 
     def save(
@@ -278,6 +287,7 @@ class InjectedAdapter:
             )
         self._following.check()
         self.slow_down()
+        held = holders(self.model)
         changed: list[tuple[Tensor, Tensor]] = []
         for group in self.groups:
             for name, layer, change in zip(group.names, group.layers, group.changes):
@@ -285,6 +295,12 @@ class InjectedAdapter:
                 if weight.data_ptr() != weight_of(layer).data_ptr() or weight.device.type == "meta":
                     raise ValueError(
                         f"the weight of `{name}` is offloaded to where none is written"
+                    )
+                if len(tied := held.get(id(layer.weight), [])) > 1:
+                    raise ValueError(
+                        f"{' and '.join(f'`{m}`' for m in tied)} have one weight, which a merge"
+                        " would change for both: untie them first,"
+                        " `layer.weight = nn.Parameter(layer.weight.clone())`"
                     )
                 new = merged(change.alone(weight.device), weight, self._use)
                 if not torch.isfinite(new).all():

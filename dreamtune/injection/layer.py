@@ -1,13 +1,15 @@
-"""The adapted layer: a linear layer that adds the changes in it."""
+"""The adapted layer: a linear layer, or a convolution, that adds the changes in it."""
 
 from __future__ import annotations
 
 import types
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from dreamtune.injection.change import Change, linear
+from dreamtune.injection.convolution import convolution
 
 
 class Faster(Protocol):
@@ -16,8 +18,8 @@ class Faster(Protocol):
     def one(self, layer: Any, input: Tensor) -> Tensor: ...
 
 
-class AdaptedLinear(nn.Linear):
-    """`y = W x + b + up (down x)`, with the layer's own weight and bias, where they are.
+class Adapted:
+    """What adapted layers share.
 
     It is the layer that was there, of another class: whatever holds it, its hooks, a LoRA around
     it, an offload, holds the adapted one, and holds the layer again when the change is out.
@@ -31,36 +33,59 @@ class AdaptedLinear(nn.Linear):
     changes: dict[str, Change]
     projection: Faster | None
     index: int
+    weight: Any
 
     @staticmethod
-    def of(layer: nn.Linear) -> AdaptedLinear:
+    def of(layer: nn.Module) -> AdaptedLayer:
         """The layer itself, adapted, without a change yet."""
-        layer.__class__ = AdaptedLinear
-        assert isinstance(layer, AdaptedLinear)
+        layer.__class__ = KINDS[type(layer)]
+        assert isinstance(layer, AdaptedLinear | AdaptedConv2d)
         layer.changes, layer.projection, layer.index = {}, None, 0
         follow(layer)
         return layer
 
-    def release(self) -> nn.Linear:
+    def release(self) -> nn.Module:
         """The layer as it was."""
         for name in ("changes", "projection", "index"):
             self.__dict__.pop(name, None)
-        self.__class__ = nn.Linear  # type: ignore[assignment]
+        self.__class__ = PLAIN[type(self)]  # type: ignore[assignment]
+        assert isinstance(self, nn.Module)
         follow(self)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "projection": None, "index": 0}  # a copy is plain
 
+
+# Who took a `forward` while the layer was adapted may call it when the layer is released.
+
+
+class AdaptedLinear(Adapted, nn.Linear):
+    """`y = W x + b + up (down x)`, with the layer's own weight and bias, where they are."""
+
     def forward(self, input: Tensor) -> Tensor:
-        # Who took this method while the layer was adapted may call it when the layer is released.
         projection, changes = getattr(self, "projection", None), getattr(self, "changes", {})
         if projection is not None:
             return projection.one(self, input)
         return linear(input, self.weight, self.bias, list(changes.values()))
 
 
-def follow(layer: nn.Linear) -> None:
+class AdaptedConv2d(Adapted, nn.Conv2d):
+    """The same with convolutions: by `down`, as the layer's own, then by `up`, 1x1."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        projection, changes = getattr(self, "projection", None), getattr(self, "changes", {})
+        if projection is not None:
+            return projection.one(self, input)
+        return convolution(self, input, list(changes.values()))
+
+
+AdaptedLayer = AdaptedLinear | AdaptedConv2d
+KINDS: Mapping[type[nn.Module], Any] = {nn.Linear: AdaptedLinear, nn.Conv2d: AdaptedConv2d}
+PLAIN = {adapted: kind for kind, adapted in KINDS.items()}
+
+
+def follow(layer: nn.Module) -> None:
     """An offload has taken the method of the class that the layer had, and leaves it as the layer's
     own when it goes: both are that of the class that it has now.
     """
@@ -71,12 +96,15 @@ def follow(layer: nn.Linear) -> None:
         own["_old_forward"] = types.MethodType(type(layer).forward, layer)
 
 
-def has_own_forward(layer: nn.Linear) -> bool:
+def has_own_forward(layer: nn.Module) -> bool:
     """Whether the instance has a forward that is none of its class, nor accelerate's around it."""
     own = layer.__dict__
     given = own.get("_old_forward", own.get("forward"))
     return given is not None and not _of_class(given)
 
 
+FORWARDS = [kind.forward for pair in KINDS.items() for kind in pair]
+
+
 def _of_class(method: Any) -> bool:
-    return getattr(method, "__func__", None) in (nn.Linear.forward, AdaptedLinear.forward)
+    return getattr(method, "__func__", None) in FORWARDS

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dreamtune.injection.change import Factors, Use, blocks_of, combined
-from dreamtune.injection.layer import AdaptedLinear
+from dreamtune.injection.convolution import convolved
+from dreamtune.injection.layer import AdaptedLayer
 
 ALIGN = 8  # values: rows of fewer are no rows for a GPU's fast kernels
 
@@ -33,7 +34,7 @@ class Projection:
         use: of the adapter.
     """
 
-    def __init__(self, layers: Sequence[AdaptedLinear], use: Use) -> None:
+    def __init__(self, layers: Sequence[AdaptedLayer], use: Use) -> None:
         self.layers, self.single = list(layers), len(layers) == 1
         self.use = use
         self.weight: Tensor  # (P, out, in), frozen
@@ -89,7 +90,7 @@ class Projection:
         blocks = blocks_of(len(input), self.factors.down.shape[1], self.use.rows is not None)
         return input.reshape(blocks, -1, input.shape[-1])
 
-    def one(self, layer: AdaptedLinear, input: Tensor) -> Tensor:
+    def one(self, layer: Any, input: Tensor) -> Tensor:
         """What `layer` gives alone."""
         if self.single and self.together(input.device.type):
             if self.wide is not None and not torch.is_grad_enabled():
@@ -105,6 +106,14 @@ class Projection:
             up, h = up.to(y.dtype), h.to(y.dtype)
         y = y.addmm_(h, up.mT) if x.dim() == 2 else y.baddbmm_(h, up.mT)
         return y.view(*input.shape[:-1], layer.out_features)
+
+
+class Convolution(Projection):
+    """A convolution alone: it computes as a plain one does, with the factors of the group."""
+
+    def one(self, layer: Any, input: Tensor) -> Tensor:
+        own = Factors(*(None if x is None else x[layer.index] for x in self.factors))
+        return convolved(layer, input, [(own, self.use)])
 
 
 class Wide:

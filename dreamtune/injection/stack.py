@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dreamtune.adapters import Adapter
 from dreamtune.injection.change import Factors, Use, factors_of, version
-from dreamtune.injection.layer import AdaptedLinear
-from dreamtune.injection.projection import Projection, Wide, wide_rank
+from dreamtune.injection.layer import AdaptedConv2d, AdaptedLayer
+from dreamtune.injection.projection import Convolution, Projection, Wide, wide_rank
 
 
 class Stack:
@@ -20,17 +20,19 @@ class Stack:
     Attributes:
         adapter: parameters (L, S, ...).
         parts: the projections, in the order of the stack.
-        weight: (L, out, in).
+        weight: (L, out, in); of convolutions (L, out, in * kh * kw).
         roomy: whether there is room below each weight for the `down` of one slot: then a forward
             without gradients has a product less (`Wide`), and a joint projection with gradients
             copies its weights.
     """
 
     def __init__(
-        self, adapter: Adapter, parts: Sequence[Sequence[AdaptedLinear]], use: Use, roomy: bool
+        self, adapter: Adapter, parts: Sequence[Sequence[AdaptedLayer]], use: Use, roomy: bool
     ) -> None:
-        self.adapter, self.use, self.roomy = adapter, use, roomy
-        self.parts = [Projection(part, use) for part in parts]
+        self.adapter, self.use = adapter, use
+        kind = Convolution if isinstance(parts[0][0], AdaptedConv2d) else Projection
+        self.roomy = roomy and kind is Projection
+        self.parts = [kind(part, use) for part in parts]
         self.layers = [layer for part in parts for layer in part]
         self.sizes = [len(part) for part in parts]
         self.restack()
@@ -48,14 +50,14 @@ class Stack:
         first = self.layers[0].weight
         self.adapter.to(first.device)
         room = self._room()
-        out, width = first.shape
+        out, width = first.flatten(1).shape
         shape = (len(self.layers), out + room, width)
         self.stack = torch.zeros(shape, dtype=first.dtype, device=first.device)
         # .data: writing below the weights must not count as a change of them
         self.weight = self.stack.data[:, :out]
         for layer, row in zip(self.layers, self.weight):
-            row.copy_(layer.weight.data)
-            layer.weight.data = row
+            row.copy_(layer.weight.data.flatten(1))
+            layer.weight.data = row.view(layer.weight.shape)
         self.kept: tuple[Tensor, ...] = ()
         self.kept_of: object = None  # the weights that `kept` was computed from
         self.places: dict[tuple[object, ...], Tensor] = {}

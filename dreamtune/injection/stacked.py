@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from dreamtune.injection.attention import JointProjections, joint_layers, project_jointly
 from dreamtune.injection.change import Use, tensors_of, trains, version
 from dreamtune.injection.group import Group
-from dreamtune.injection.layer import AdaptedLinear, follow
+from dreamtune.injection.layer import Adapted, follow
+from dreamtune.injection.places import Place, attentions_of
 from dreamtune.injection.stack import Stack
 from dreamtune.injection.streams import beside
-from dreamtune.injection.targets import Place
 
 
 class Stacked:
@@ -44,8 +44,7 @@ class Stacked:
             parts = [[self.places[name].layer for name in part] for part in joint]
             group.stack = Stack(group.adapter, parts, use, roomy=watched)  # type: ignore[arg-type]
             self.stacks.append(group.stack)
-        attentions = {id(p.attention): p.attention for p in places.values()}
-        self.attentions = project_jointly(attentions.values())
+        self.attentions = project_jointly(attentions_of(places.values()))
         self.where = [_where(place) for place in places.values()]
 
     def release(self) -> None:
@@ -155,9 +154,9 @@ def why_not(model: nn.Module, groups: Sequence[Group], places: Mapping[str, Plac
         follow(place.layer)
         if hooked(place.layer):
             return f"`{name}` has hooks: a joint projection would not call them"
-        if isinstance(place.layer, AdaptedLinear) and len(place.layer.changes) > 1:
+        if isinstance(place.layer, Adapted) and len(place.layer.changes) > 1:
             return f"`{name}` holds several adapters"
         kind = type(getattr(place.attention, "processor", None)).__name__
-        if kind != "AttnProcessor2_0":
+        if place.attention is not None and kind != "AttnProcessor2_0":
             return f"the processor of `{name}` is `{kind}`, not `AttnProcessor2_0`"
     return None

@@ -1,158 +1,181 @@
-"""Which layers are adapted, and what others have put around them."""
+"""Which layers are adapted, and with which options: names, globs and regular expressions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
-from dreamtune.injection.layer import AdaptedLinear, has_own_forward
+from dreamtune.adapters import Adapter, resolve_options
+from dreamtune.injection.places import Place, Spot, adaptable, walk
+from dreamtune.injection.places import layer_at as layer_at
+from dreamtune.injection.places import unwrapped as unwrapped
+from dreamtune.injection.places import weight_of as weight_of
 
 TARGET_MODULES = ("to_q", "to_k", "to_v", "to_out.0")
-AROUND = ("_orig_mod", "base_layer")  # what a compiled module and one of PEFT hold
+REGEX = "re:"
+LISTED = 12  # kinds of layers in a message
+
+Targets = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
 
 
-class Place(NamedTuple):
-    """A layer and where it is: `parent`'s child `name` is the layer, or what is around it."""
+class Choice(NamedTuple):
+    """A layer to adapt. entry: what chose it; options: that differ from the common ones."""
 
-    layer: nn.Linear
-    parent: nn.Module
-    name: str
-    attention: nn.Module
-
-    def around(self) -> list[nn.Module] | None:
-        """What is put around the layer, outermost first; None where it is no longer there."""
-        module, found = self.parent._modules.get(self.name), []
-        while module is not None and module is not self.layer:
-            found.append(module)
-            module = _inside(module)
-        return None if module is None else found
+    place: Place
+    entry: str
+    options: Mapping[str, Any]
 
 
-def _inside(module: nn.Module) -> nn.Module | None:
-    """What a wrapper is around."""
-    for name in AROUND:
-        if name in module._modules:
-            return module._modules[name]
-    return None
+def entries_of(target_modules: Targets) -> dict[str, Mapping[str, Any]]:
+    """Entry -> its options. Raises ValueError for what is none."""
+    if isinstance(target_modules, str):
+        target_modules = (target_modules,)
+    if not isinstance(target_modules, Mapping):
+        target_modules = {entry: {} for entry in target_modules}
+    if not target_modules:
+        raise ValueError("`target_modules` is empty: name at least one layer, for instance `to_q`")
+    for entry, options in target_modules.items():
+        if not isinstance(entry, str) or not isinstance(options, Mapping):
+            raise ValueError(
+                "`target_modules` must be names of layers, or names with options of the method,"
+                f" got {entry!r}: {options!r}"
+            )
+        matcher(entry)
+    return dict(target_modules)
 
 
-def innermost(module: nn.Module) -> nn.Module:
-    """The layer that compiled modules and layers of PEFT are around."""
-    while (inside := _inside(module)) is not None:
-        module = inside
-    return module
+def check_entries(
+    method: type[Adapter], target_modules: Targets, options: Mapping[str, Any]
+) -> None:
+    """Raises ValueError for what can be refused without a model."""
+    for entry, own in entries_of(target_modules).items():
+        options_at(method, options, entry, own)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself where it was given compiled, in parallel, or as an average."""
-    while True:
-        if "_orig_mod" in model._modules:
-            name = "_orig_mod"
-        elif list(model._modules) == ["module"]:
-            name = "module"
-        else:
-            return model
-        inside = model._modules[name]
-        assert inside is not None
-        model = inside
+def options_at(
+    method: type[Adapter], common: Mapping[str, Any], entry: str, own: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The options of an entry's layers, defaults filled in."""
+    try:
+        return resolve_options(method, {**common, **own})
+    except ValueError as error:
+        raise ValueError(f"`target_modules`, `{entry}`: {error}") from None
 
 
-def fused(attention: Any) -> bool:
-    """Whether it computes with a projection in place of those that it has."""
-    if not getattr(attention, "fused_projections", False):
-        return False
-    # diffusers' older attentions keep the mark, and go by the processor
-    processor = type(getattr(attention, "processor", None)).__name__
-    return hasattr(attention, "unfuse_projections") or "Fused" in processor
+def is_name(entry: str) -> bool:
+    return not entry.startswith(REGEX) and not set(entry) & set("*?[")
 
 
-def fused_adapters(place: Place) -> list[str]:
-    """Names of the adapters that PEFT has written into the layer's weight."""
-    return [name for m in place.around() or () for name in getattr(m, "merged_adapters", ())]
+def matcher(entry: str) -> Callable[[str], object]:
+    """Whether a module path is meant. Raises ValueError for a broken regular expression."""
+    if entry.startswith(REGEX):
+        try:
+            return re.compile(entry.removeprefix(REGEX)).fullmatch
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"`target_modules`: `{entry}` is no expression: {error}") from None
+    if is_name(entry):
+        return lambda path: path == entry or path.endswith(f".{entry}")
+    return lambda path: fnmatchcase(path, entry)
 
 
-def find_places(
-    model: nn.Module, target_modules: Sequence[str] = TARGET_MODULES
-) -> dict[str, Place]:
-    """Module path -> place, for the named projections of every attention module of the model. The
-    paths are those of the model as it would be without wrappers.
+def choose(model: nn.Module, target_modules: Targets) -> dict[str, Choice]:
+    """Module path -> choice, by the first entry that matches; paths are those of the model as it
+    would be without wrappers.
+
+    Raises ValueError for an entry that matches no layer, or layers that cannot be adapted.
     """
-    found: dict[str, Place] = {}
-    missing = set(target_modules)
-    attentions = 0
-    for path, module in _attentions(unwrapped(model)):
-        attentions += 1
-        if fused(module):
-            raise ValueError(f"`{path}` is fused: call `unfuse_qkv_projections()` first")
-        for target in target_modules:
-            above, _, child = target.rpartition(".")
-            try:
-                parent = module.get_submodule(above)
-                layer = innermost(parent.get_submodule(child))
-            except AttributeError:
-                continue
-            name = f"{path}.{target}" if path else target
-            found[name] = Place(_adaptable(layer, name), parent, child, module)
-            missing.discard(target)
-    if missing or not found:
-        looked = ", ".join(f"`{name}`" for name in target_modules if name in missing) or "nothing"
-        raise ValueError(
-            f"no {looked} found in the {attentions} attention modules (those with `to_q`, `to_k`"
-            f" and `to_v`) of `{type(unwrapped(model)).__name__}`"
-        )
-    return found
+    entries, model = entries_of(target_modules), unwrapped(model)
+    spots = walk(model)
+    chosen: dict[str, tuple[tuple[int, int], Spot, str]] = {}
+    nothing: list[str] = []
+    for number, entry in enumerate(entries):
+        match = matcher(entry)
+        matched = [spot for spot in spots if match(spot.path)]
+        layers = [spot for spot in matched if adaptable(spot.module)]
+        if not matched:
+            nothing.append(entry)
+        elif not layers:
+            raise ValueError(
+                f"`target_modules`: `{entry}` matches only {_kinds(matched)}; adapted are torch's"
+                " `Linear` and `Conv2d`"
+            )
+        if is_name(entry):  # a name means all that has it, a pattern what can be adapted
+            layers += [s for s in matched if _holds(s.module) and not adaptable(s.module)]
+        new = [spot for spot in layers if spot.path not in chosen]
+        if layers and not new and any(entries.values()):
+            raise ValueError(
+                f"`target_modules`: `{entry}` matches only layers of the entries before it: put it"
+                " before them"
+            )
+        chosen |= {spot.path: (_order(spot, entry, number), spot, entry) for spot in new}
+    if nothing:
+        raise ValueError(_no_layer(model, spots, nothing))
+    ordered = sorted(chosen.values(), key=lambda found: found[0])
+    return {spot.path: Choice(spot.place(), entry, entries[entry]) for _, spot, entry in ordered}
 
 
-def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for path, module in model.named_modules():
-        if "_orig_mod" in module._modules:  # answers for the one in it
-            continue
-        if all(hasattr(module, name) for name in ("to_q", "to_k", "to_v")):
-            yield ".".join(part for part in path.split(".") if part != "_orig_mod"), module
-
-
-def _adaptable(layer: nn.Module, name: str) -> nn.Linear:
-    if type(layer) is AdaptedLinear:
-        raise ValueError(f"`{name}` is adapted already: call `eject()` or `merge()` first")
-    if type(layer) is not nn.Linear:
-        raise ValueError(f"`{name}` must be a torch `Linear`, got `{type(layer).__name__}`")
-    if has_own_forward(layer):
-        raise ValueError(
-            f"`{name}` has a forward of its own, which would not see the change: load the adapter"
-            " first, and then what hooks into the layers"
-        )
-    return layer
+def choose_paths(
+    model: nn.Module, paths: Collection[str], options: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Choice]:
+    """The layers of these very paths; those that are not there are left out. options: of layers."""
+    found = [spot for spot in walk(unwrapped(model)) if spot.path in paths]
+    return {
+        spot.path: Choice(spot.place(), spot.path, options.get(spot.path, {}))
+        for spot in found
+        if adaptable(spot.module)
+    }
 
 
 def find_targets(
-    model: nn.Module, target_modules: Sequence[str] = TARGET_MODULES
-) -> dict[str, nn.Linear]:
-    """Module path -> layer, for the named projections of every attention module of the model."""
-    return {name: place.layer for name, place in find_places(model, target_modules).items()}
+    model: nn.Module, target_modules: Targets = TARGET_MODULES
+) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Module path -> layer, for all that are meant."""
+    return {path: choice.place.layer for path, choice in choose(model, target_modules).items()}
 
 
-def layer_at(model: nn.Module, path: str) -> nn.Module:
-    """The layer of that path, inside whatever is around it and the modules above. AttributeError
-    where there is none.
+def _order(spot: Spot, entry: str, number: int) -> tuple[int, int]:
+    """The model's; what is named below an attention in the order of the names: runs and files of
+    projections have always had their layers so.
     """
-    module = unwrapped(model)
-    for part in path.split("."):
-        module = innermost(module.get_submodule(part))
-    return module
+    above = spot.attention
+    if above is not None and spot.path == (f"{above.path}.{entry}" if above.path else entry):
+        return above.order, number
+    return spot.order, -1
 
 
-def weight_of(layer: nn.Module) -> Tensor:
-    """A layer's weight, also where accelerate's offload keeps it elsewhere between forwards."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    if weight.device.type != "meta":
-        return weight.detach()
-    hook = getattr(layer, "_hf_hook", None)
-    for each in getattr(hook, "hooks", (hook,)):
-        kept = getattr(each, "weights_map", None)
-        if kept is not None:
-            found: Tensor = kept["weight"]
-            return found.detach()
-    return weight.detach()
+def _holds(module: nn.Module) -> bool:
+    """Whether it has weights of its own."""
+    return any(p is not None for p in module._parameters.values())
+
+
+def _kinds(spots: Iterable[Spot]) -> str:
+    kinds = Counter(type(spot.module).__name__ for spot in spots)
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+
+
+def _no_layer(model: nn.Module, spots: Iterable[Spot], nothing: Iterable[str]) -> str:
+    counts = Counter(
+        (_last(spot.path), "Conv2d" if isinstance(spot.module, nn.Conv2d) else "Linear")
+        for spot in spots
+        if adaptable(spot.module)
+    )
+    there = [f"`{name}` ({count} {kind})" for (name, kind), count in counts.most_common(LISTED)]
+    if len(counts) > LISTED:
+        there.append(f"{len(counts) - LISTED} more")
+    listed = ", ".join(there) or "no `Linear` and no `Conv2d`"
+    missing = ", ".join(f"`{entry}`" for entry in nothing)
+    return (
+        f"`target_modules`: no layer matches {missing}. `{type(model).__name__}` has {listed}. A"
+        " name is a whole path or its end, `*` makes it a glob, `re:` before it an expression"
+    )
+
+
+def _last(path: str) -> str:
+    """The end of a path that tells a layer from its siblings' kinds: a number takes its list."""
+    *above, last = path.split(".")
+    return f"{above[-1]}.{last}" if last.isdigit() and above else last

@@ -14,18 +14,19 @@ from dreamtune.files.fingerprint import check_base, fingerprint
 from dreamtune.files.formats import read_adapter
 from dreamtune.files.tensors import naming
 from dreamtune.injection.adapter_file import AdapterFile
-from dreamtune.injection.inject import InjectedAdapter, inject
-from dreamtune.injection.targets import find_targets, weight_of
+from dreamtune.injection.inject import InjectedAdapter, adapt
+from dreamtune.injection.targets import REGEX, Choice, choose, choose_paths, weight_of
 from dreamtune.models.load import load_network
 
 
 def load(
     pipe: Any, path: str | Path, name: str = "default", scale: float = 1.0, force: bool = False
 ) -> InjectedAdapter:
-    """Puts an adapter on the pipeline's UNet, at `scale`; `eject()` on the result takes it out.
+    """Puts an adapter on the pipeline's UNet, or on a model, at `scale`; `eject()` on the result
+    takes it out.
 
     Args:
-        pipe: a diffusers pipeline with a UNet, or a UNet.
+        pipe: a diffusers pipeline with a UNet, or the model itself, whatever module it is.
         path: a native file, an exported one, another trainer's LoRA, LoHa or LoKr of the attention
             projections, or a folder: of a run (its best/), a checkpoint-N (its own step), one that
             PEFT saved, or one with such a file.
@@ -37,19 +38,19 @@ def load(
         ValueError: keys that match no layer, layers without keys, values that are not finite,
         another base.
     """
-    unet = load_network(pipe)
-    file = read_adapter(adapter_file(path), unet)
+    model = load_network(pipe)
+    file = read_adapter(adapter_file(path), model)
     with naming(file.source):
-        adapter = _inject(unet, file, force)
+        adapter = _inject(model, file, force)
     for parameter in list(adapter.parameters()):
         parameter.requires_grad_(False)
     adapter.scale, adapter.name = scale, name
     return adapter
 
 
-def _inject(unet: nn.Module, file: AdapterFile, force: bool) -> InjectedAdapter:
-    targets = find_targets(unet, file.target_modules)
-    shapes = {path: tuple(layer.weight.shape) for path, layer in targets.items()}
+def _inject(model: nn.Module, file: AdapterFile, force: bool) -> InjectedAdapter:
+    chosen = _chosen(model, file)
+    shapes = {path: tuple(choice.place.layer.weight.shape) for path, choice in chosen.items()}
     asked = file.shapes if file.some_layers else {**shapes, **file.shapes}
     wrong = [p for p in asked if shapes.get(p) != file.shapes.get(p)]
     if wrong:
@@ -58,9 +59,9 @@ def _inject(unet: nn.Module, file: AdapterFile, force: bool) -> InjectedAdapter:
             f"the adapter is of another architecture: {len(wrong)} layers do not fit, `{p}` is"
             f" {shapes.get(p)} here and {file.shapes.get(p)} in the file"
         )
-    here = fingerprint({path: weight_of(targets[path]) for path in file.shapes})
+    here = fingerprint({path: weight_of(chosen[path].place.layer) for path in file.shapes})
     warning = check_base(file, here, force)
-    adapter = inject(unet, file.method, target_modules=file.target_modules, **file.options)
+    adapter = adapt(model, file.method, chosen, file.target_modules, file.options)
     try:
         tensors = dict(file.tensors)
         if file.some_layers:  # the others' parameters are zero, and so is their change
@@ -76,3 +77,14 @@ def _inject(unet: nn.Module, file: AdapterFile, force: bool) -> InjectedAdapter:
     if warning:
         warnings.warn(warning, stacklevel=3)
     return adapter
+
+
+def _chosen(model: nn.Module, file: AdapterFile) -> dict[str, Choice]:
+    """The layers that the file's entries mean here. A file's expressions are not run, they may take
+    ages: then the layers that the file has.
+    """
+    if any(entry.startswith(REGEX) for entry in file.target_modules):
+        return choose_paths(model, file.shapes, file.layer_options)
+    chosen = choose(model, file.target_modules)
+    own = file.layer_options
+    return {path: choice._replace(options=own.get(path, {})) for path, choice in chosen.items()}

@@ -17,7 +17,7 @@ from dreamtune.data.photos import KEPT_SIDE, changed, read_folder, statement
 from dreamtune.data.words import SubjectWords
 from dreamtune.evaluation.selection import Choice, choose_best
 from dreamtune.evaluation.validation import Evaluator, load_scorers
-from dreamtune.files.export import export
+from dreamtune.files.export import export, other_layers
 from dreamtune.files.whole import whole, whole_folder
 from dreamtune.metrics.table import scores_of, scores_text
 from dreamtune.models.base import Base
@@ -68,12 +68,14 @@ class Run:
     def prepare(self, config: Config, read: Sequence[str]) -> None:
         """All that can be refused without a model; the folder is this run's from here on."""
         from dreamtune.adapters import find_method, resolve_options
+        from dreamtune.injection.targets import check_entries
 
         config = absolute(config)
         if config.resume_from_checkpoint is not None:
             config = self.go_on(config, config.resume_from_checkpoint)
         self.method = find_method(config.method)
         resolve_options(self.method, config.options)
+        check_entries(self.method, config.target_modules, config.options)
         self.given, photo_dir = with_subject(config)
         folder = read_folder(photo_dir, side=max(KEPT_SIDE, config.resolution or 0))
         self.subject = subject_of(self.given, folder.photos)
@@ -260,10 +262,12 @@ class Run:
     def best_step(self) -> int:
         return self.choice.step
 
-    @property
-    def has_lora(self) -> bool:
+    def has_lora(self, slot: Slot) -> bool:
         """Whether a plain LoRA holds what is trained."""
-        return not self.method.no_plain_lora(self.config.options)
+        groups = slot.adapter.groups
+        if any(self.method.no_plain_lora(group.adapter.options) for group in groups):
+            return False
+        return not other_layers(name for group in groups for name in group.names)
 
     def save_files(self, slot: Slot, folder: Path, record: dict[str, Any]) -> None:
         """adapter.safetensors and the LoRA file, whole or not at all."""
@@ -276,7 +280,7 @@ class Run:
         }
         with whole_folder(folder) as place:
             slot.save(place / run_folder.ADAPTER, metadata)
-            if self.has_lora:
+            if self.has_lora(slot):
                 export(slot.adapter, place, slot=slot.index, overwrite=True)
 
     def check_folder(self) -> None:
@@ -304,7 +308,7 @@ class Run:
         if self.evaluator.scorers is not None:
             self.write_report()
         best = self.dir / run_folder.BEST
-        lora = best / run_folder.LORA if self.has_lora else None
+        lora = best / run_folder.LORA if self.has_lora(slot) else None
         say(f"{self.choice.reason}\nBest: {lora or best / run_folder.ADAPTER}")
         if skipped := slot.skipped:
             say(f"{skipped} steps were skipped: their loss or gradient was not finite.")

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from steps import make
-from tiny import tiny_unet
+from tiny import disturb, tiny_unet, unet_inputs
 
 from dreamtune.config import Config
 from dreamtune.fast import ops
@@ -147,6 +148,41 @@ def test_eject_gives_the_processors_back() -> None:
     before = [m.processor for m in unet.modules() if hasattr(m, "processor")]
     dreamtune.inject(unet, "delora").eject()
     assert [m.processor for m in unet.modules() if hasattr(m, "processor")] == before
+
+
+BYPASSED = ["conv1", "conv_shortcut", "time_emb_proj", "proj_in", "proj_out", "ff.net.0.proj"]
+
+
+@pytest.mark.parametrize("target", [*BYPASSED, "ff.net.2"])
+def test_a_fused_block_leaves_no_change_out(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused first, then adapted, as in a run: a block must not take a weight past its change. The
+    kernels are torch's own here.
+    """
+    import dreamtune
+
+    def group_norm(x: Any, w: Any, b: Any, groups: int, eps: float, silu: bool, add: Any) -> Any:
+        y = F.group_norm(x if add is None else x + add[:, :, None, None], groups, w, b, eps)
+        return F.silu(y) if silu else y, x
+
+    def layer_norm(x: Any, w: Any, b: Any, eps: float, more: Any) -> Any:
+        x = x if more is None else x + more
+        return F.layer_norm(x, w.shape, w, b, eps), x
+
+    monkeypatch.setattr(ops, "group_norm", group_norm)
+    monkeypatch.setattr(ops, "layer_norm", layer_norm)
+    monkeypatch.setattr(ops, "geglu", lambda x: F.gelu(x.chunk(2, -1)[1]) * x.chunk(2, -1)[0])
+    monkeypatch.setattr(ops, "add_bias", lambda x, y, b: x + y + b[:, None, None])
+    outputs = []
+    for fused in (False, True):
+        unet = tiny_unet(torch.float64).requires_grad_(False)
+        done = fast_unet.fuse(unet) if fused else None
+        assert done is None or not done.left
+        adapter = dreamtune.inject(unet, "lora", target_modules=[target], rank=2, _fast=True)
+        outputs.append(unet(*unet_inputs(2, torch.float64)).sample)
+        disturb(adapter)
+        outputs.append(unet(*unet_inputs(2, torch.float64)).sample)
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-2
+    torch.testing.assert_close(outputs[2:], outputs[:2], rtol=0, atol=1e-10)
 
 
 def test_compiled_blocks_are_the_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dreamtune import inject, load
 from dreamtune.config import Config
 from dreamtune.evaluation.selection import choose_best
 from dreamtune.evaluation.validation import Evaluator, read_grid
+from dreamtune.models.load import load_network
 from dreamtune.models.stable_diffusion import StableDiffusion
 from dreamtune.training import run as run_module
 from dreamtune.training import run_folder
@@ -227,6 +229,44 @@ def test_photos_and_prompts_are_encoded_once(
         monkeypatch.setattr(StableDiffusion, name, counted)
     train(Config(**settings))
     assert sorted(calls) == ["encode_images", "encode_prompts", "encode_prompts"]
+
+
+def test_layers_beyond_attention(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Linear layers and convolutions, with ranks of their own: trained, resumed, loaded."""
+    targets: dict[str, Any] = {"to_q": {}, "ff.net.2": {"rank": 1}, "*.conv1": {"rank": 3}}
+    settings |= {"target_modules": targets, "num_inference_steps": 1}
+    first = train(Config(**{**settings, "max_train_steps": 3}))
+    assert first.lora is None and not list(first.run_dir.rglob("pytorch_lora*"))
+    latest = {"resume_from_checkpoint": "latest", "output_dir": str(first.run_dir)}
+    with pytest.raises(ValueError, match="`target_modules` was"):  # another entry would decide
+        train(Config(**latest, target_modules=dict(reversed(targets.items()))))
+    resumed = train(Config(**latest, max_train_steps=6))
+    alone = train(Config(**{**settings, "output_dir": str(tmp_path / "alone")}))
+    name = "checkpoint-6/adapter.safetensors"
+    assert same(resumed.run_dir / name, alone.run_dir / name)
+    network = load_network(settings["pretrained_model_name_or_path"])
+    adapter = load(network, alone.run_dir / "checkpoint-6")
+    ranks = {n: g.adapter.A.shape[-2] for g in adapter.groups for n in g.names}
+    assert {(n.rpartition("_blocks.")[2][-5:], r) for n, r in ranks.items()} == {
+        (".to_q", 2), ("net.2", 1), ("conv1", 3),
+    }  # fmt: skip
+    start = inject(load_network(settings["pretrained_model_name_or_path"]), target_modules=targets)
+    saved = tensors(alone.run_dir / name)
+    assert start.state_dict().keys() == saved.keys()
+    moved = [n for n in ranks if not torch.equal(saved[f"{n}.B"], saved[f"{n}.B0"])]
+    assert len(moved) == len(ranks)
+    for key, tensor in adapter.state_dict().items():
+        assert torch.equal(tensor, saved[key])
+
+
+def test_refused_targets(settings: dict[str, Any]) -> None:
+    for targets, message in (
+        ({"to_q": {"rnk": 1}}, "`target_modules`, `to_q`: `delora` has no option `rnk`"),
+        (["re:("], "is no expression"),
+        (["to_x"], "no layer matches `to_x`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(Config(**{**settings, "target_modules": targets}))
 
 
 def test_resume_refusals(settings: dict[str, Any], photo_dir: Path, tmp_path: Path) -> None:
