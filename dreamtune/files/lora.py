@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamtune.adapters import METHODS, Adapter
+from dreamtune.adapters import METHODS, find_method
 from dreamtune.fields import UnreadableFile, checker, from_file
 from dreamtune.files.fingerprint import PRINTS
 from dreamtune.files.formats import Change, ExportFormat, Format, LayerFactors, Prefixes
+from dreamtune.files.header import modelspec
 from dreamtune.files.names import flat
 from dreamtune.files.parts import ENDINGS, Parts, by_layer, check_finite, factors_of
 from dreamtune.files.stated import Stated, from_header
@@ -49,6 +50,18 @@ def same_rank(factors: LayerFactors) -> LayerFactors:
         path: (F.pad(up, (0, rank - up.shape[-1])), F.pad(down, (0, 0, 0, rank - down.shape[-2])))
         for path, (up, down) in factors.items()
     }
+
+
+def cut(factors: LayerFactors, rank: int) -> tuple[LayerFactors, dict[str, tuple[float, float]]]:
+    """The best approximation of each change at a rank (Eckart and Young), of factors as
+    `recompress` gives them; and of each its squared Frobenius norm, kept and whole.
+    """
+    found, energies = {}, {}
+    for path, (up, down) in factors.items():
+        squares = up.square().sum(0).square()  # the column's norm is the root of a singular value
+        found[path] = (up[:, :rank], down[:rank])
+        energies[path] = (float(squares[:rank].sum()), float(squares.sum()))
+    return found, energies
 
 
 class LoraFormat(Format):
@@ -210,26 +223,43 @@ def _split(path: str) -> tuple[str, str]:
 class PlainLora(LoraFormat, ExportFormat):
     """One that is written as well."""
 
-    def check(
-        self, method: type[Adapter], options: Mapping[str, Any], network: nn.Module | None
-    ) -> None:
-        if why := method.no_plain_lora(options):
-            low = ", ".join(sorted(name for name, cls in METHODS.items() if cls.low_rank))
-            raise ValueError(
-                f"`{method.name}` {why} and no plain LoRA holds it: use the native file with"
-                " `dreamtune.load`, `adapter.merge()` and save the model where one weight holds it,"
-                f" or train one of {low}"
-            )
+    def check(self, change: Change) -> str:
+        check_low_rank(change)
+        return "a plain LoRA"
 
     @abstractmethod
-    def prefix(self, prefixes: Prefixes) -> str:
-        """Of every key."""
-
-    @abstractmethod
-    def tensors(self, factors: LayerFactors, prefix: str) -> dict[str, Tensor]:
+    def tensors(self, factors: LayerFactors, change: Change) -> dict[str, Tensor]:
         """Key -> tensor, of scale 1."""
 
+    def strings(self, change: Change) -> dict[str, str]:
+        """Of the header, for other programs."""
+        return modelspec(change)
+
     def write(self, path: Path, change: Change, overwrite: bool) -> None:
-        cast = {p: (u.to(change.dtype), d.to(change.dtype)) for p, (u, d) in change.factors.items()}
-        tensors = self.tensors(cast, self.prefix(change.prefixes))
-        write_new(path, tensors, change.about, overwrite)
+        tensors = self.tensors(cast(change), change)
+        write_new(path, tensors, change.about, overwrite, self.strings(change))
+
+
+def check_low_rank(change: Change) -> None:
+    """Raises ValueError for a method whose change no plain LoRA holds, and says what does."""
+    method = find_method(change.file.method)
+    if why := method.no_plain_lora(change.file.options):
+        low = ", ".join(sorted(name for name, cls in METHODS.items() if cls.low_rank))
+        also = "" if method.low_rank else ", export it as `merged`, or as `peft` if PEFT has it"
+        raise ValueError(
+            f"`{method.name}` {why} and no plain LoRA holds it: use the native file with"
+            f" `dreamtune.load`{also}, or train one of {low}"
+        )
+
+
+def cast(change: Change) -> LayerFactors:
+    return {p: (u.to(change.dtype), d.to(change.dtype)) for p, (u, d) in change.factors.items()}
+
+
+def in_peft_words(factors: LayerFactors, prefix: str) -> dict[str, Tensor]:
+    """Key -> tensor, as PEFT names the factors of a LoRA, and diffusers after it."""
+    found = {}
+    for path, (up, down) in factors.items():
+        found[f"{prefix}{path}.lora_A.weight"] = down
+        found[f"{prefix}{path}.lora_B.weight"] = up
+    return found

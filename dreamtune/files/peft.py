@@ -1,22 +1,75 @@
-"""LoRA as PEFT saves it: `base_model.model.<module path>.lora_A.weight`, its alpha beside it."""
+"""A folder of PEFT: `base_model.model.<module path>.lora_A.weight`, with its settings beside it; of
+a method that PEFT has its own tensors, of the others their exact low-rank change.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
 
 from dreamtune.fields import UnreadableFile, from_json
-from dreamtune.files.formats import Prefixes
-from dreamtune.files.lora import LoraFormat
+from dreamtune.files.formats import Change, LayerFactors, Prefixes
+from dreamtune.files.layers import own_tensors
+from dreamtune.files.lora import PlainLora, cast, check_low_rank, in_peft_words
 from dreamtune.files.names import PEFT
+from dreamtune.files.peft_forms import Form, form_of
 from dreamtune.files.stated import Stated, stated
-from dreamtune.files.tensors import TensorFile
+from dreamtune.files.tensors import TensorFile, holds, other_contents, write_new
+from dreamtune.files.whole import whole
+from dreamtune.injection.adapter_file import AdapterFile
 
 CONFIG = "adapter_config.json"
 LIMIT = 1 << 20  # bytes
+VERSION = "0.18.0"  # of PEFT: the first that reads all of what is written here
 
 
-class Peft(LoraFormat):
+class Peft(PlainLora):
+    """The tensors; `CONFIG` lies beside them."""
+
     file_name = "adapter_model.safetensors"
+
+    def check(self, change: Change) -> str:
+        if (form := form_of(change)) is not None:
+            return f"PEFT's own {form.name}"
+        check_low_rank(change)
+        return "a plain LoRA"
+
+    def needs_base(self, change: Change) -> str:
+        form = form_of(change)
+        if form is not None and not form.takes_weight:
+            return ""
+        return super().needs_base(change)
+
+    def usage(self, path: Path, base: str) -> str:
+        return (
+            "from peft import PeftModel\n\n"
+            f"model = PeftModel.from_pretrained(pipe.unet, {path.parent.name!r})"
+        )
+
+    def tensors(self, factors: LayerFactors, change: Change) -> dict[str, Tensor]:
+        return in_peft_words(factors, PEFT)
+
+    def write(self, path: Path, change: Change, overwrite: bool) -> None:
+        """Both files. At no time lie there new settings beside old tensors."""
+        form, settings = form_of(change), path.with_name(CONFIG)
+        tensors = self.tensors(cast(change), change) if form is None else _own(form, change)
+        text = json.dumps(_settings(form, change), indent=2, sort_keys=True) + "\n"
+        same = not settings.exists() or settings.read_bytes() == text.encode()
+        strings = self.strings(change)
+        if not overwrite:
+            if not same:
+                raise other_contents(settings)
+            if path.exists() and not holds(path, tensors, change.about, strings):
+                raise other_contents(path)
+        if not same:
+            path.unlink(missing_ok=True)
+        with whole(settings) as partial:
+            partial.write_text(text)
+        write_new(path, tensors, change.about, overwrite, strings)
 
     def name(self, key: str, prefixes: Prefixes) -> str | None:
         return key.removeprefix(PEFT) if key.startswith(PEFT) else None
@@ -46,6 +99,49 @@ def _config(path: Path) -> Stated | None:
     if not isinstance(values, dict):
         raise UnreadableFile(f"{place} must hold names with values, got {type(values).__name__}")
     return stated(values, place)
+
+
+def _own(form: Form, change: Change) -> dict[str, Tensor]:
+    """Key -> tensor of the method's own parameters."""
+    found = {}
+    for path in change.file.shapes:
+        weight = change.file.weights.get(path)
+        for end, tensor in form.tensors(own_tensors(change.file, path), weight).items():
+            found[f"{PEFT}{path}.{end}"] = tensor.to(change.dtype)
+    return found
+
+
+def _settings(form: Form | None, change: Change) -> dict[str, Any]:
+    paths = list(change.file.shapes)
+    if form is None:
+        rank = max(down.shape[0] for _, down in change.factors.values())
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank}
+    else:
+        config = form.config
+    base = change.about["metadata"].get("base")
+    return {
+        **config,
+        "base_model_name_or_path": base if isinstance(base, str) and "/" in base else None,
+        "bias": "none",
+        "inference_mode": True,
+        "peft_version": VERSION,
+        "target_modules": _targets(paths, change.file, change.network),
+        "task_type": None,
+    }
+
+
+def _targets(paths: Collection[str], file: AdapterFile, network: nn.Module | None) -> list[str]:
+    """The ends of names, where they mean these layers of the network and no other; else paths."""
+    ends = sorted(file.target_modules)
+    if network is not None:
+        meant = {
+            path
+            for path, _ in network.named_modules()
+            if any(path == end or path.endswith(f".{end}") for end in ends)
+        }
+        if meant == set(paths):
+            return ends
+    return sorted(paths)
 
 
 FORMAT = Peft()
