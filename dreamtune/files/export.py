@@ -14,7 +14,14 @@ from dreamtune.fields import one_part
 from dreamtune.files.card import write_card
 from dreamtune.files.find import adapter_file, name_of, run_settings
 from dreamtune.files.fingerprint import check_base, fingerprint
-from dreamtune.files.formats import Change, ExportFormat, LayerFactors, export_format, read_adapter
+from dreamtune.files.formats import (
+    UNNAMED,
+    Change,
+    ExportFormat,
+    LayerFactors,
+    export_format,
+    read_adapter,
+)
 from dreamtune.files.layers import adapter_of_layer as adapter_of_layer
 from dreamtune.files.layers import factors_of_adapter as factors_of_adapter
 from dreamtune.files.layers import factors_of_file as factors_of_file
@@ -97,7 +104,7 @@ def export(
         change = _of_file(path, base, target, dtype)
     change = replace(
         change,
-        title=name or (name_of(path) if path else "adapter"),
+        title=name or (name_of(path) if path else UNNAMED),
         max_rank=max_rank,
         shard_size=max_shard_size,
         resolution=run_settings(path).get("resolution") if path else None,
@@ -194,6 +201,7 @@ def _on_base(
     )
 
 
+@torch.no_grad()
 def _small(factors: LayerFactors) -> LayerFactors:
     return same_rank({path: recompress(up, down) for path, (up, down) in factors.items()})
 

@@ -35,6 +35,7 @@ EXPORTS = {
     "native": "dreamtune",  # what `InjectedAdapter.save` writes as well
 }
 NATIVE = "native"
+UNNAMED = "adapter"  # the name of one that has none
 READ = ("comfyui",)  # what is read only
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -64,7 +65,7 @@ class Change:
     dtype: torch.dtype
     about: Mapping[str, Any]
     prefixes: Prefixes
-    title: str = "adapter"
+    title: str = UNNAMED
     network: nn.Module | None = None
     pipeline: Any = None
     max_rank: int | None = None

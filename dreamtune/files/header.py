@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from dreamtune.files.formats import Change
+from dreamtune.files.formats import UNNAMED, Change
 from dreamtune.files.tensors import SPEC
 
 GIVEN = ("author", "date", "description", "license")  # taken from the metadata as they are
@@ -57,7 +57,8 @@ def is_xl(change: Change) -> bool:
 def modelspec(change: Change) -> dict[str, str]:
     metadata, known = change.about["metadata"], architecture(change)
     found = {SPEC: "1.0.0", "modelspec.implementation": "diffusers"}
-    found["modelspec.title"] = _text(metadata.get("title")) or change.title
+    named = change.title if change.title != UNNAMED else trigger(metadata) or UNNAMED
+    found["modelspec.title"] = _text(metadata.get("title")) or named
     found |= {f"modelspec.{name}": _text(metadata.get(name)) for name in GIVEN}
     if known is not None:
         found["modelspec.architecture"] = f"{known.spec}/lora"

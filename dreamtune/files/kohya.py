@@ -16,6 +16,8 @@ from dreamtune.files.lora import PlainLora
 from dreamtune.files.names import LYCORIS, checkpoint_names, flat
 from dreamtune.files.tensors import TensorFile
 
+SGM = "https://github.com/Stability-AI/generative-models"  # whose names those of SDXL are
+
 
 class Kohya(PlainLora):
     """With alpha = rank, a scale of 1."""
@@ -52,7 +54,8 @@ class Kohya(PlainLora):
         return found
 
     def strings(self, change: Change) -> dict[str, str]:
-        return super().strings(change) | kohya(change)
+        found = super().strings(change) | kohya(change)
+        return found | ({"modelspec.implementation": SGM} if is_xl(change) else {})
 
     def name(self, key: str, prefixes: Prefixes) -> str | None:
         start = next((s for s in (prefixes.kohya, LYCORIS) if key.startswith(s)), None)

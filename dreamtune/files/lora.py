@@ -90,6 +90,10 @@ class LoraFormat(Format):
         """What the file says of its layers' strength, beside the alphas among its tensors."""
         return from_header(file.header, prefixes.peft, file.name)
 
+    def is_lora(self, file: TensorFile) -> bool:
+        """Whether a file that it `reads` holds a low-rank change, and no method of its own."""
+        return True
+
     def doubt(self, file: TensorFile) -> str | None:
         """Why a file that states no strength may be meant to have another than 1."""
         return None
@@ -108,12 +112,7 @@ class LoraFormat(Format):
                 " command as --pretrained_model_name_or_path"
             )
         about = about_of(file)
-        if file.changed:
-            warnings.warn(
-                f"`{file.name}` is not what was written: {file.difference()} changed since. It is"
-                " loaded as it is now",
-                stacklevel=2,
-            )
+        warn_of_changes(file)
         layers = None
         if network is not None:
             targets = find_targets(network, TARGET_MODULES)
@@ -182,6 +181,16 @@ class LoraFormat(Format):
         if len(without) == len(by_path):
             return self.doubt(file)
         return f"{len(without)} of {len(by_path)} layers have no alpha, `{without[0]}` first"
+
+
+def warn_of_changes(file: TensorFile) -> None:
+    """Of what another tool has changed since we wrote it."""
+    if file.changed:
+        warnings.warn(
+            f"`{file.name}` is not what was written: {file.difference()} changed since. It is"
+            " loaded as it is now",
+            stacklevel=3,
+        )
 
 
 def about_of(file: TensorFile) -> dict[str, Any]:

@@ -110,11 +110,11 @@ class Native(ExportFormat):
             exported_from=header.get("exported_from"),
             source=file.name,
         )
-        _check(found)
+        check_tensors(found)
         return found
 
 
-def _check(file: AdapterFile) -> None:
+def check_tensors(file: AdapterFile) -> None:
     """Raises UnreadableFile unless tensors and fingerprint are those of the method's layers."""
     if missing := uncovered(file):
         raise UnreadableFile(

@@ -277,7 +277,7 @@ class Run:
         with whole_folder(folder) as place:
             slot.save(place / run_folder.ADAPTER, metadata)
             if self.has_lora:
-                export(slot.adapter, place, slot=slot.index, overwrite=True)
+                export(slot.adapter, place, slot=slot.index, metadata=metadata, overwrite=True)
 
     def check_folder(self) -> None:
         """Before each write. Raises ValueError where the folder is no longer there."""
