@@ -69,6 +69,15 @@ def adapter_of_layer(file: AdapterFile, path: str, weight: Tensor) -> Adapter:
     return adapter
 
 
+def on_meta(file: AdapterFile) -> Adapter:
+    """The method of a file on the first of its layers, without values: for what it says of itself,
+    its options with defaults filled in.
+    """
+    weight = torch.empty(next(iter(file.shapes.values())), device="meta")
+    adapter: Adapter = find_method(file.method)(weight, **file.options)  # type: ignore[arg-type]
+    return adapter
+
+
 def weights_of(file: AdapterFile, model: nn.Module) -> dict[str, Tensor]:
     """Module path -> weight (out, in) of a base. Raises ValueError where one does not fit."""
     return {path: _weight(model, path, shape) for path, shape in file.shapes.items()}

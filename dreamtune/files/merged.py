@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dreamtune.adapters import find_method
 from dreamtune.files.formats import Change, ExportFormat
-from dreamtune.files.layers import adapter_of_layer
+from dreamtune.files.layers import adapter_of_layer, on_meta
 from dreamtune.files.whole import whole_folder
 from dreamtune.models.clip_text import WRAPPED
 from dreamtune.models.load import FAMILIES, family_class
@@ -23,12 +22,8 @@ WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
 WEIGHTS_OF_TEXT = "model{suffix}.safetensors"
 # Left out: they judge pictures, and a folder without them loads.
 LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
-PLACES = (
-    "_name_or_path",
-    "name_or_path",
-    "is_local",
-    "local_files_only",
-)  # where a base lay on the machine that wrote it
+# Where a base lay on the machine that wrote it.
+PLACES = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 
 
 class Merged(ExportFormat):
@@ -38,17 +33,15 @@ class Merged(ExportFormat):
     whole_model = True
 
     def check(self, change: Change) -> str:
-        file = change.file
         if change.max_rank is not None:
             raise ValueError(
                 "`max_rank` cuts a low-rank change, and a merged model has no rank: export another"
                 " format"
             )
-        weight = torch.empty(next(iter(file.shapes.values())), device="meta")
-        if find_method(file.method)(weight, **file.options).asks_for_timestep:  # type: ignore[arg-type]
+        if on_meta(change.file).asks_for_timestep:
             raise ValueError(
-                f"the strength of `{file.method}` depends on the timestep here, and no weight holds"
-                " it: use the native file with `dreamtune.load`"
+                f"the strength of `{change.file.method}` depends on the timestep here, and no weight"
+                " holds it: use the native file with `dreamtune.load`"
             )
         return "merged weights"
 

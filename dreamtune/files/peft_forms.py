@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dreamtune.files.formats import Change
+from dreamtune.files.layers import on_meta
 
 Tensors = dict[str, Tensor]
 
@@ -100,7 +101,9 @@ def form_of(change: Change) -> Form | None:
     rank.
     """
     make = FORMS.get(change.file.method)
-    found = None if make is None or change.max_rank is not None else make(change.file.options)
+    if make is None or change.max_rank is not None:
+        return None
+    found = make(on_meta(change.file).options)  # the file may be older than an option
     if found is None or not (found.exact or change.dtype == torch.float32):
         return None
     return found
