@@ -40,8 +40,8 @@ class Merged(ExportFormat):
             )
         if on_meta(change.file).asks_for_timestep:
             raise ValueError(
-                f"the strength of `{change.file.method}` depends on the timestep here, and no weight"
-                " holds it: use the native file with `dreamtune.load`"
+                f"the strength of `{change.file.method}` depends on the timestep here, and no"
+                " weight holds it: use the native file with `dreamtune.load`"
             )
         return "merged weights"
 
