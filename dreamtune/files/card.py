@@ -65,14 +65,19 @@ def text_of(
         _cut(change.about.get("cut")),
         _scores(metadata),
         *(f"![{words}]({file})\n\n*{words}*" for words, file in pictures.items()),
-        f"## Use\n\n```python\n{_loaded(base)}{target.usage(place, str(base))}\n```",
+        f"## Use\n\n```python\n{_with_pipe(target.usage(place), base)}\n```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _loaded(base: Any) -> str:
-    name = base if isinstance(base, str) and base != "embedded" else "BASE"
-    return f"# pipe: a diffusers pipeline of the base, {name!r}\n"
+def _with_pipe(usage: str, base: Any) -> str:
+    """With the base's pipeline made before it, where it is used."""
+    if "pipe." not in usage and "(pipe" not in usage:
+        return usage
+    known = isinstance(base, str) and "/" in base
+    name, note = (base, "") if known else (base or "BASE", "  # the folder or hub id of the base")
+    made = f"pipe = DiffusionPipeline.from_pretrained({name!r}){note}"
+    return f"from diffusers import DiffusionPipeline\n\n{made}\n{usage}"
 
 
 def _digest(prints: Mapping[str, Any]) -> str:

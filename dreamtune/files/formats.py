@@ -133,8 +133,8 @@ class ExportFormat(Format):
         """
 
     @abstractmethod
-    def usage(self, path: Path, base: str) -> str:
-        """Lines of Python that use it; what stands before them in words is a comment."""
+    def usage(self, path: Path) -> str:
+        """Lines of Python that use it, from the folder above; `pipe` is the base's pipeline."""
 
     def place(self, folder: Path, name: str) -> Path:
         """What is written in a folder."""

@@ -30,7 +30,7 @@ class Kohya(PlainLora):
             return "a kohya file of SDXL counts the blocks of its first checkpoint"
         return super().needs_base(change)
 
-    def usage(self, path: Path, base: str) -> str:
+    def usage(self, path: Path) -> str:
         return (
             f"# {path.name} goes into ComfyUI's models/loras or A1111's models/Lora; in diffusers:"
             f"\npipe.load_lora_weights({str(path.parent.name)!r}, weight_name={path.name!r})"

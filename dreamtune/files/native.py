@@ -78,8 +78,8 @@ class Native(ExportFormat):
             file = _of_all_layers(file, change.network)
         write_new(path, file.tensors, about_of(file), overwrite)
 
-    def usage(self, path: Path, base: str) -> str:
-        return f"import dreamtune\n\ndreamtune.load(pipe, {path.name!r})"
+    def usage(self, path: Path) -> str:
+        return f"import dreamtune\n\ndreamtune.load(pipe, {f'{path.parent.name}/{path.name}'!r})"
 
     def reads(self, file: TensorFile, prefixes: Prefixes) -> bool:
         return "method" in file.about

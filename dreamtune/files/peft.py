@@ -47,7 +47,7 @@ class Peft(PlainLora):
             return ""
         return super().needs_base(change)
 
-    def usage(self, path: Path, base: str) -> str:
+    def usage(self, path: Path) -> str:
         return (
             "from peft import PeftModel\n\n"
             f"model = PeftModel.from_pretrained(pipe.unet, {path.parent.name!r})"

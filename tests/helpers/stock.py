@@ -49,10 +49,7 @@ def kohya(unet, folder):
     (file,) = folder.glob("*_kohya.safetensors")
     merged = by_names(copy.deepcopy(unet), load_file(file))
     loaded = diffusers(unet, folder)
-    x = torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 5, 24)
-    with torch.no_grad():
-        difference = (merged(*x).sample - loaded(*x).sample).abs().max()
-    assert difference < TOLERANCE, difference
+    assert_alike(merged, loaded)
     return loaded
 
 
@@ -77,9 +74,41 @@ def by_names(unet, tensors):
 
 
 def peft(unet, folder):
+    """By PEFT; a plain LoRA also by what vLLM and vLLM-Omni do with such a folder."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(unet, str(folder))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if config["peft_type"] != "LORA" or config.get("use_dora"):  # which they refuse
+        return PeftModel.from_pretrained(unet, str(folder))
+    merged = by_paths(copy.deepcopy(unet), config, load_file(folder / "adapter_model.safetensors"))
+    loaded = PeftModel.from_pretrained(unet, str(folder))
+    assert_alike(merged, loaded)
+    return loaded
+
+
+def by_paths(unet, config, tensors):
+    """vLLM's `PEFTHelper` and `parse_fine_tuned_lora_name`: bias "none", names of modules whose
+    ends are among the targets, `base_model.model.`, then the module's path; W + B @ A * alpha / r.
+    """
+    assert config["bias"] == "none"
+    left = dict(tensors)
+    for name in sorted({k.rpartition(".lora_")[0] for k in tensors}):
+        start, path = name[: len("base_model.model.")], name[len("base_model.model.") :]
+        assert start == "base_model.model."
+        assert any(path == t or path.endswith(f".{t}") for t in config["target_modules"])
+        up, down = left.pop(f"{name}.lora_B.weight"), left.pop(f"{name}.lora_A.weight")
+        assert down.shape[0] == config["r"]
+        with torch.no_grad():
+            unet.get_submodule(path).weight += up @ down * (config["lora_alpha"] / config["r"])
+    assert not left, next(iter(left))
+    return unet
+
+
+def assert_alike(one, other):
+    x = torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 5, 24)
+    with torch.no_grad():
+        difference = (one(*x).sample - other(*x).sample).abs().max()
+    assert difference < TOLERANCE, difference
 
 
 def merged(unet, folder):
