@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from dreamtune.config import EMBEDDED
 from dreamtune.files.find import run_of
 from dreamtune.files.formats import Change, ExportFormat
 from dreamtune.files.header import trigger
@@ -75,9 +76,12 @@ def _with_pipe(usage: str, base: Any) -> str:
     if "pipe." not in usage and "(pipe" not in usage:
         return usage
     known = isinstance(base, str) and "/" in base
-    name, note = (base, "") if known else (base or "BASE", "  # the folder or hub id of the base")
-    made = f"pipe = DiffusionPipeline.from_pretrained({name!r}){note}"
-    return f"from diffusers import DiffusionPipeline\n\n{made}\n{usage}"
+    name = repr(base if known else base or "BASE")
+    more, note = "", "" if known else "  # the folder or hub id of the base"
+    if base == EMBEDDED:
+        more, name, note = "from dreamtune import embedded\n", "embedded.MODEL", ""
+    made = f"pipe = DiffusionPipeline.from_pretrained({name}){note}"
+    return f"from diffusers import DiffusionPipeline\n{more}\n{made}\n{usage}"
 
 
 def _digest(prints: Mapping[str, Any]) -> str:

@@ -24,6 +24,9 @@ from dreamtune.injection.targets import find_targets, weight_of
 from dreamtune.models.load import prefixes_of
 from dreamtune.version import __version__
 
+SHAPES: Any = Annotated[
+    dict[str, Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]], Field(min_length=1)
+]
 FORMAT_VERSION = 2  # 1: without hashes
 HASHED_FROM = 2
 
@@ -31,10 +34,7 @@ _FIELDS = {
     "method": str,
     "options": dict[str, Any],
     "target_modules": Annotated[list[str], Field(min_length=1)],
-    "shapes": Annotated[
-        dict[str, Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]],
-        Field(min_length=1),
-    ],
+    "shapes": SHAPES,
     "fingerprint": PRINTS,
     "metadata": dict[str, Any],
 }

@@ -63,6 +63,8 @@ class Peft(PlainLora):
         values = _settings(form, change)
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         about = {**change.about, SETTINGS: hash_of_json(values)}
+        if form is not None:
+            about["shapes"] = {layer: list(shape) for layer, shape in change.file.shapes.items()}
         same = not settings.exists() or settings.read_bytes() == text.encode()
         strings = self.strings(change)
         if not overwrite:

@@ -1,14 +1,14 @@
 """Folders of PEFT with a method that is more than a plain LoRA, as ours of the same function.
 
-Its tensors do not tell the shapes of all layers, and a folder of PEFT has no fingerprint: they are
-read onto a network.
+Its tensors do not tell the shapes of all layers, and it has no fingerprint of the base: one that we
+did not write is read onto a network.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from dreamtune.fields import EvenRank, Rank, Terms, UnreadableFile, checker, fro
 from dreamtune.files.fingerprint import fingerprint
 from dreamtune.files.lora import OTHERS, about_of, warn_of_changes
 from dreamtune.files.names import PEFT
-from dreamtune.files.native import check_tensors
+from dreamtune.files.native import SHAPES, check_tensors
 from dreamtune.files.tensors import TensorFile
 from dreamtune.injection.adapter_file import AdapterFile
 from dreamtune.injection.targets import TARGET_MODULES, find_targets, weight_of
@@ -34,6 +34,7 @@ MORE = (
     "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config",
     "kasa_config", "monteclora_config",
 )  # fmt: skip
+_ABOUT = checker({"shapes": SHAPES}, others=True)
 NORMS_APART = 1e-2  # relative, of a column; a cast to bf16 moves a norm by 4e-3 at most
 
 
@@ -112,7 +113,13 @@ def read(file: TensorFile, config: Config, place: str, network: nn.Module | None
     """
     method = method_of(config)
     assert method is not None
-    if network is None:
+    about = from_file(_ABOUT, about_of(file), f"the `dreamtune` header of `{file.name}`")
+    prints, shapes = about.get("fingerprint"), about.get("shapes", {})
+    targets: dict[str, nn.Linear] = {}
+    if network is not None:
+        targets = find_targets(network, TARGET_MODULES)
+        shapes = {path: tuple(layer.weight.shape) for path, layer in targets.items()}
+    elif prints is None or not shapes:
         raise ValueError(
             f"PEFT's tensors of `{method}` do not tell the shapes of the layers: pass the UNet as"
             " `base`, in the command as --pretrained_model_name_or_path"
@@ -124,12 +131,11 @@ def read(file: TensorFile, config: Config, place: str, network: nn.Module | None
         )
     needed = [name for name in rules if name in ("r", "lora_alpha")]
     checked = from_file(checker(rules, needed=needed, others=True), dict(config), place)
-    targets = find_targets(network, TARGET_MODULES)
-    layers, about = _by_layer(file, ends, targets), about_of(file)
-    weights = {path: weight_of(targets[path]) for path in layers}
+    layers = _by_layer(file, ends, shapes)
     norms = {path: own.pop("", None) for path, own in layers.items()}
-    prints = about.get("fingerprint")
     if prints is None:
+        weights = {path: weight_of(targets[path]) for path in layers}
+        prints = fingerprint(weights)
         _compare_norms(file.name, norms, weights)
         warnings.warn(
             f"`{file.name}` has no fingerprint of its base: this one is taken for it", stacklevel=4
@@ -142,8 +148,8 @@ def read(file: TensorFile, config: Config, place: str, network: nn.Module | None
         target_modules=tuple(t for t in TARGET_MODULES if any(p.endswith(f".{t}") for p in layers)),
         tensors={f"{p}.{n}": t.float() for p, own in layers.items() for n, t in own.items()},
         metadata=about.get("metadata", {}),
-        shapes={path: (w.shape[0], w.shape[1]) for path, w in weights.items()},
-        fingerprint=fingerprint(weights) if prints is None else prints,
+        shapes={path: (shapes[path][0], shapes[path][1]) for path in layers},
+        fingerprint=prints,
         source=file.name,
     )
     check_tensors(found)
@@ -151,7 +157,7 @@ def read(file: TensorFile, config: Config, place: str, network: nn.Module | None
 
 
 def _by_layer(
-    file: TensorFile, ends: Mapping[str, str], targets: Mapping[str, nn.Module]
+    file: TensorFile, ends: Mapping[str, str], targets: Collection[str]
 ) -> dict[str, Tensors]:
     """Module path -> our name -> tensor, of each layer all."""
     layers: dict[str, Tensors] = {}

@@ -109,6 +109,7 @@ def test_what_is_said_of_a_base(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dreamtune.load(tiny_unet(), ours)
+        assert describe(ours).method.startswith("oft, blocks 4")  # its header has the shapes
     with pytest.raises(ValueError, match="32 of 32 layers differ.*`oft` contains the base weights"):
         dreamtune.load(tiny_unet(seed=1), ours)
 
