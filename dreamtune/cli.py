@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train": "teach a base model one subject from a few photos",
     "generate": "make images with a trained adapter",
-    "export": "write an adapter as a LoRA file",
+    "export": "write an adapter for other programs",
     "analyse": "say how far an adapter moved the weights, and how much of its bound it used",
     "info": "say what an adapter or LoRA file is",
     "methods": "list the adapter methods and their options",
@@ -231,9 +231,9 @@ def export(argv: Sequence[str]) -> int:
 
     parser = parser_of("export")
     parser.add_argument(
-        "adapter", help="adapter.safetensors, or the folder of a run (its best is taken)"
+        "adapter", help="adapter or LoRA file, or the folder of a run (its best is taken)"
     )
-    parser.add_argument("output_dir", help="folder for the file")
+    parser.add_argument("output_dir", help="folder for what is written")
     parser.add_argument(
         "--format",
         default="diffusers",
@@ -242,10 +242,23 @@ def export(argv: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--pretrained_model_name_or_path",
-        help="the base, where the method contains its weights [default: the one of the run]",
+        help="the base, where it is needed: the method contains its weights, or the format does"
+        " [default: the one of the run]",
     )
+    parser.add_argument("--name", help="of the file [default: the run's, or the adapter's own]")
     parser.add_argument("--dtype", default="fp32", help="of the file's tensors: fp32, fp16 or bf16")
+    parser.add_argument(
+        "--max_rank",
+        type=int,
+        help="cut the change of each layer to this rank, and say how much of it is kept",
+    )
+    parser.add_argument(
+        "--max_shard_size", default="5GB", help="of a file of merged weights, such as 2GB"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a file of that name")
+    parser.add_argument(
+        "--no_card", action="store_true", help="write no README.md, which never replaces another"
+    )
     a = parser.parse_args(argv)
     quieten()
     from dreamtune.files.export import export as run
@@ -256,7 +269,12 @@ def export(argv: Sequence[str]) -> int:
         format=a.format,
         base=a.pretrained_model_name_or_path,
         dtype=a.dtype,
+        name=a.name,
+        max_rank=a.max_rank,
+        max_shard_size=a.max_shard_size,
         overwrite=a.overwrite,
+        card=not a.no_card,
+        tell=complain,  # beside the path, which a script reads
     )
     say(str(path))
     return 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from torch import Tensor, nn
 
-from dreamtune.files.formats import LayerFactors, Prefixes
-from dreamtune.files.lora import PlainLora
+from dreamtune.files.formats import Change, LayerFactors, Prefixes
+from dreamtune.files.lora import PlainLora, in_peft_words
 from dreamtune.files.names import of_module
 
 
@@ -15,9 +16,6 @@ class Diffusers(PlainLora):
     """Without alpha: diffusers then takes alpha = rank, a scale of 1."""
 
     file_name = "pytorch_lora_weights.safetensors"
-
-    def prefix(self, prefixes: Prefixes) -> str:
-        return prefixes.peft
 
     def name(self, key: str, prefixes: Prefixes) -> str | None:
         """With the network's name before it, or without, as in files of the network alone."""
@@ -30,12 +28,11 @@ class Diffusers(PlainLora):
     ) -> dict[str, str]:
         return {name: of_module(name) for name in names}
 
-    def tensors(self, factors: LayerFactors, prefix: str) -> dict[str, Tensor]:
-        found = {}
-        for path, (up, down) in factors.items():
-            found[f"{prefix}{path}.lora_A.weight"] = down
-            found[f"{prefix}{path}.lora_B.weight"] = up
-        return found
+    def usage(self, path: Path) -> str:
+        return f"pipe.load_lora_weights({path.parent.name!r}, weight_name={path.name!r})"
+
+    def tensors(self, factors: LayerFactors, change: Change) -> dict[str, Tensor]:
+        return in_peft_words(factors, change.prefixes.peft)
 
 
 FORMAT = Diffusers()

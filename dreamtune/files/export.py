@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dreamtune.adapters import Adapter, find_method
 from dreamtune.fields import one_part
+from dreamtune.files.card import write_card
 from dreamtune.files.find import adapter_file, name_of, run_settings
 from dreamtune.files.fingerprint import check_base, fingerprint
-from dreamtune.files.formats import Change, LayerFactors, export_format, read_adapter
-from dreamtune.files.lora import recompress, same_rank
+from dreamtune.files.formats import (
+    UNNAMED,
+    Change,
+    ExportFormat,
+    LayerFactors,
+    export_format,
+    read_adapter,
+)
+from dreamtune.files.layers import adapter_of_layer as adapter_of_layer
+from dreamtune.files.layers import factors_of_adapter as factors_of_adapter
+from dreamtune.files.layers import factors_of_file as factors_of_file
+from dreamtune.files.layers import low_rank_of
+from dreamtune.files.layers import weights_of as weights_of
+from dreamtune.files.lora import cut, recompress, same_rank
 from dreamtune.files.tensors import naming
 from dreamtune.files.whole import check_writable
-from dreamtune.injection.adapter_file import AdapterFile, Fingerprint
+from dreamtune.injection.adapter_file import Fingerprint
 from dreamtune.injection.inject import InjectedAdapter
-from dreamtune.injection.targets import TARGET_MODULES, layer_at, weight_of
-from dreamtune.models.load import load_network, prefixes_of
+from dreamtune.models.load import load_base, load_network, locate, prefixes_of
 
 DTYPES = {
     "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
@@ -38,10 +50,15 @@ def export(
     slot: int = 0,
     name: str | None = None,
     metadata: Mapping[str, Any] | None = None,
+    max_rank: int | None = None,
+    max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     force: bool = False,
+    card: bool = False,
+    tell: Callable[[str], object] = lambda sentence: None,
 ) -> Path:
-    """Writes the adapter at strength 1 in another format and returns the file's path.
+    """Writes the adapter at strength 1 in another format and returns the file's path, of "merged"
+    the folder's.
 
     Args:
         source: an injected adapter, a file of any format, or a folder: of a run (its best/) or a
@@ -49,155 +66,186 @@ def export(
         format: a name in `dreamtune.files.formats.EXPORTS`, which says what reads it.
         base: a UNet, a pipeline, or where to load the UNet from: a model's folder or a UNet's, a
             .safetensors file, a hub id, or "embedded". A file of a method that contains the base
-            weights needs it; left out, it is the base of the run that the file lies in.
+            weights needs it; left out, it is the base of the run that the file lies in. "merged"
+            writes all of a pipeline's, of a UNet's the UNet.
         dtype: of the file: torch.float32, float16 or bfloat16, or their names ("fp16", "float16").
         slot: of an injected adapter.
         name: of the file, where the format leaves it open; the diffusers name is fixed. By default
             that of the run, or of a file that has a name of its own; else "adapter".
         metadata: of an injected adapter, to keep in the header as in `InjectedAdapter.save`.
+            "prompt" becomes modelspec's trigger phrase; "title", "date", "author", "license" and
+            "description" go there as they are.
+        max_rank: the change of each layer is cut to its best approximation of that rank; how much
+            of the squared Frobenius norm is kept stands in the header, under `cut`.
+        max_shard_size: of "merged", bytes or such as "2GB".
         overwrite: replace a file of that name with other contents, otherwise an error.
         force: export on a base that is not the one of training.
+        card: write README.md beside it, where there is none, with samples of the run.
+        tell: gets each sentence on what was written.
 
     Raises:
-        ValueError: no adapter at `source`, an unknown format or dtype, a method that no plain LoRA
-        holds, a base that is missing, cannot be had or is another one, a file that would change.
+        ValueError: no adapter at `source`, an unknown format or dtype, a method that the format
+        does not hold, a base that is missing, cannot be had or is another one, a file that would
+        change.
     """
-    target = export_format(format)
+    target, dtype = export_format(format), _dtype(dtype)
+    if name is not None and not one_part(name):
+        raise ValueError(f"`name` must be one part of a path, got {name!r}")
+    if max_rank is not None and max_rank < 1:
+        raise ValueError(f"`max_rank` must be at least 1, got {max_rank}")
+    check_writable(out_dir)
+    path = None if isinstance(source, InjectedAdapter) else adapter_file(source)
+    if isinstance(source, InjectedAdapter):
+        change = _of_adapter(source, slot, metadata or {}, dtype)
+        if target.whole_model and base is not None:
+            change = replace(change, pipeline=_opened(base, whole=True)[1])
+    else:
+        assert path is not None
+        change = _of_file(path, base, target, dtype)
+    change = replace(
+        change,
+        title=name or (name_of(path) if path else UNNAMED),
+        max_rank=max_rank,
+        shard_size=max_shard_size,
+        resolution=run_settings(path).get("resolution") if path else None,
+    )
+    held = target.check(change)
+    if path is not None:
+        change = _on_base(change, target, path, force, tell)
+    if max_rank is not None:
+        change, words = _cut(change, max_rank)
+        tell(words)
+    place = target.place(Path(out_dir), change.title)
+    target.write(place, change, overwrite)
+    tell(f"`{change.about['exported_from']}` was written as {held}.")
+    if card:
+        tell(write_card(place, target, change, held, path))
+    return place
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
     if dtype not in DTYPES.values():
         raise ValueError(f"`dtype` must be float32, float16 or bfloat16, got {dtype}")
-    if name is not None and not one_part(name):
-        raise ValueError(f"`name` must be one part of a path, got {name!r}")
-    check_writable(out_dir)
-    network: nn.Module | None
-    if isinstance(source, InjectedAdapter):
-        method, about, network = source.method, dict(metadata or {}), source.model
-        for group in source.groups:
-            target.check(find_method(method), group.adapter.options, network)
-        _refuse_others(name for group in source.groups for name in group.names)
-        factors, prints = factors_of_adapter(source, slot), fingerprint(source.weights())
-    else:
-        path = adapter_file(source)
-        network = None if base is None else load_network(base)
-        file = read_adapter(path, network)
-        method, about = file.exported_from or file.method, file.metadata
-        for layer in file.shapes if file.layer_options else list(file.shapes)[:1]:
-            target.check(find_method(file.method), file.options_at(layer), network)
-        _refuse_others(file.shapes)
-        if network is None and find_method(file.method).depends_on_weight:
-            network = network_of_run(path, f"`{method}` contains the base weights")
-        with naming(path.name):
-            factors, prints = factors_of_file(file, network, force)
-    small = {path: recompress(up, down) for path, (up, down) in factors.items()}
-    about = {"exported_from": method, "fingerprint": prints, "metadata": about}
-    if name is None:
-        name = "adapter" if isinstance(source, InjectedAdapter) else name_of(path)
-    path = Path(out_dir) / target.file_name.format(name=name)
-    target.write(
-        path, Change(same_rank(small), dtype, about, prefixes_of(network), network), overwrite
+    return dtype
+
+
+def _of_adapter(
+    source: InjectedAdapter, slot: int, metadata: Mapping[str, Any], dtype: torch.dtype
+) -> Change:
+    file, prints = source.file(slot, metadata), fingerprint(source.weights())
+    return Change(
+        file=replace(file, fingerprint=prints),
+        low_rank=lambda: _small(factors_of_adapter(source, slot)),
+        dtype=dtype,
+        about=_about(source.method, prints, metadata),
+        prefixes=prefixes_of(source.model),
+        network=source.model,
     )
-    return path
 
 
-def other_layers(paths: Iterable[str]) -> list[str]:
-    """Those that are no attention projections: no format but the native one has names for them."""
-    return [p for p in paths if not f".{p}".endswith(tuple(f".{t}" for t in TARGET_MODULES))]
+def _of_file(path: Path, base: Any, target: ExportFormat, dtype: torch.dtype) -> Change:
+    """Before its base, if it has one, is compared."""
+    network, pipeline = (None, None) if base is None else _opened(base, target.whole_model)
+    file = read_adapter(path, network)
+    return Change(
+        file=file,
+        low_rank=lambda: {},
+        dtype=dtype,
+        about=_about(file.exported_from or file.method, file.fingerprint, file.metadata),
+        prefixes=prefixes_of(network),
+        network=network,
+        pipeline=pipeline,
+    )
 
 
-def _refuse_others(paths: Iterable[str]) -> None:
-    if others := other_layers(paths):
-        raise ValueError(
-            f"`{others[0]}` is no attention projection, {len(others)} layers are none: use the"
-            " native file with `dreamtune.load`, or `adapter.merge()` and save the model"
-        )
+def _about(method: str, prints: Fingerprint, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {"exported_from": method, "fingerprint": prints, "metadata": dict(metadata)}
 
 
-def network_of_run(path: Path, why: str) -> nn.Module:
-    """The trained network of the base of the run that a file lies in. Raises ValueError outside a
-    run; why: a base is needed, the start of the sentence.
+def _on_base(
+    change: Change,
+    target: ExportFormat,
+    path: Path,
+    force: bool,
+    tell: Callable[[str], object],
+) -> Change:
+    """With the base's weights, of the run's where it is needed and none was given."""
+    network, pipeline = change.network, change.pipeline
+    if network is None and (why := target.needs_base(change)):
+        settings = _settings_of_run(path, why)
+        network, pipeline = _opened(settings.pop("base"), target.whole_model, **settings)
+    file = change.file
+    if network is not None:
+        with naming(path.name):
+            file = replace(file, weights=weights_of(file, network))
+            prints = fingerprint(file.weights)
+            if warning := check_base(file, prints, force):
+                tell(warning)
+            file = replace(file, fingerprint=prints)
+
+    def low_rank() -> LayerFactors:
+        with naming(path.name):
+            return _small(low_rank_of(file))
+
+    return replace(
+        change,
+        file=file,
+        low_rank=low_rank,
+        about={**change.about, "fingerprint": file.fingerprint},
+        prefixes=prefixes_of(network),
+        network=network,
+        pipeline=pipeline,
+    )
+
+
+@torch.no_grad()
+def _small(factors: LayerFactors) -> LayerFactors:
+    return same_rank({path: recompress(up, down) for path, (up, down) in factors.items()})
+
+
+def _cut(change: Change, rank: int) -> tuple[Change, str]:
+    """The change at a smaller rank, and how much of it is kept, in words and in the header."""
+    before = max(down.shape[0] for _, down in change.factors.values())
+    factors, energies = cut(change.factors, rank)
+    kept, whole = (sum(column) for column in zip(*energies.values()))
+    shares = {path: own / all_ if all_ else 1.0 for path, (own, all_) in energies.items()}
+    worst = min(shares, key=shares.__getitem__)
+    energy = {"energy": kept / whole if whole else 1.0, "worst": [worst, shares[worst]]}
+    about = {**change.about, "cut": {"rank": rank, "from": before, **energy}}
+    words = (
+        f"Cut from rank {before} to {min(rank, before)}: {energy['energy']:.2%} of the change's"
+        f" squared norm is kept, of the worst layer, `{worst}`, {shares[worst]:.2%}."
+    )
+    return replace(change, low_rank=lambda: factors, about=about), words
+
+
+def _opened(base: Any, whole: bool, **revision: Any) -> tuple[nn.Module, Any]:
+    """The trained network of a base and, with `whole`, its pipeline; None where it has none."""
+    path = locate(base) if isinstance(base, (str, Path)) else None
+    alone = path is not None and path.is_dir() and not (path / "model_index.json").exists()
+    if whole and isinstance(base, (str, Path)) and not alone:
+        base = load_base(str(base), **revision).pipeline()
+    network = load_network(base, **revision)
+    return network, base if whole and hasattr(base, "components") else None
+
+
+def _settings_of_run(path: Path, why: str) -> dict[str, Any]:
+    """Base, revision and variant of the run that a file lies in. Raises ValueError outside a run;
+    why: a base is needed, the start of the sentence.
     """
     settings = run_settings(path)
     if "pretrained_model_name_or_path" not in settings:
         raise ValueError(
             f"{why}: pass the UNet as `base`, in the command as --pretrained_model_name_or_path"
         )
-    return load_network(
-        settings["pretrained_model_name_or_path"],
-        revision=settings.get("revision"),
-        variant=settings.get("variant"),
-    )
+    names = {n: settings.get(n) for n in ("revision", "variant")}
+    return {"base": settings["pretrained_model_name_or_path"], **names}
 
 
-@torch.no_grad()
-def factors_of_adapter(adapter: InjectedAdapter, slot: int = 0) -> LayerFactors:
-    """Module path -> (up, down) of one slot at strength 1."""
-    if not 0 <= slot < adapter.slots:
-        raise ValueError(f"`slot` must be 0 to {adapter.slots - 1}, got {slot}")
-    found = {}
-    for group in adapter.groups:
-        up, down = group.adapter.factors(group.weight)
-        for path, u, d in zip(group.names, up[:, slot], down[:, slot]):
-            found[path] = _finite(path, u, d)
-    return found
-
-
-@torch.no_grad()
-def factors_of_file(
-    file: AdapterFile, model: nn.Module | None, force: bool = False
-) -> tuple[LayerFactors, Fingerprint]:
-    """The same from a native file, with the fingerprint of the base that the factors belong to.
-    `model` is the base, None where the method does not need it.
-    """
-    method = find_method(file.method)
-    assert model is not None or not method.depends_on_weight
-    weight_of: Callable[[str], Tensor]
-    prints = file.fingerprint
-    if model is not None:
-        weights = weights_of(file, model)
-        prints = fingerprint(weights)
-        check_base(file, prints, force)
-        weight_of = weights.__getitem__
-    else:
-        weight_of = lambda path: torch.zeros(file.shapes[path]).flatten(1)  # noqa: E731
-    found = {}
-    for path in file.shapes:
-        weight = weight_of(path)
-        up, down = adapter_of_layer(file, path, weight).factors(weight)
-        found[path] = _finite(path, up[0], down[0])
-    return found, prints
-
-
-def adapter_of_layer(file: AdapterFile, path: str, weight: Tensor) -> Adapter:
-    """The method of a native file with its tensors of one layer, (1, ...) each."""
-    adapter = find_method(file.method)(weight, **file.options_at(path))  # type: ignore[arg-type]
-    start = f"{path}."
-    own = {k.removeprefix(start): t for k, t in file.tensors.items() if k.startswith(start)}
-    adapter.load_state_dict({k: t.unsqueeze(0) for k, t in own.items()})
-    return adapter
-
-
-def weights_of(file: AdapterFile, model: nn.Module) -> dict[str, Tensor]:
-    """Module path -> weight (out, in) of a base, (out, in * kh * kw) of a convolution. Raises
-    ValueError where one does not fit.
-    """
-    return {path: _weight(model, path, shape) for path, shape in file.shapes.items()}
-
-
-def _finite(path: str, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    if not (up.isfinite().all() and down.isfinite().all()):
-        raise ValueError(f"the change of `{path}` is not finite")
-    return up, down
-
-
-def _weight(model: nn.Module, path: str, shape: tuple[int, ...]) -> Tensor:
-    try:
-        layer = layer_at(model, path)
-    except AttributeError:
-        raise ValueError(f"the base has no layer `{path}`, which the adapter changes") from None
-    weight = layer.weight
-    if not isinstance(weight, Tensor) or tuple(weight.shape) != tuple(shape):
-        got = tuple(weight.shape) if isinstance(weight, Tensor) else None
-        raise ValueError(f"`{path}` must be {tuple(shape)} in the base, got {got}")
-    return weight_of(layer).flatten(1)
+def network_of_run(path: Path, why: str) -> nn.Module:
+    """The trained network of the base of the run that a file lies in; see `_settings_of_run`."""
+    settings = _settings_of_run(path, why)
+    return _opened(settings.pop("base"), whole=False, **settings)[0]

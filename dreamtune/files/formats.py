@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from dreamtune.adapters import Adapter
     from dreamtune.files.tensors import TensorFile
     from dreamtune.injection.adapter_file import AdapterFile
 
@@ -30,9 +30,13 @@ if TYPE_CHECKING:
 EXPORTS = {
     "diffusers": "`pipe.load_lora_weights`",
     "kohya": "ComfyUI, A1111",
+    "peft": "`PeftModel.from_pretrained`",
+    "merged": "diffusers' `from_pretrained`",
+    "native": "dreamtune",  # what `InjectedAdapter.save` writes as well
 }
-NATIVE = "native"  # what `InjectedAdapter.save` writes
-READ = ("peft", "comfyui")  # what is read only
+NATIVE = "native"
+UNNAMED = "adapter"  # the name of one that has none
+READ = ("comfyui",)  # what is read only
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 LayerFactors = dict[str, "tuple[Tensor, Tensor]"]  # module path -> up (out, r), down (r, in)
@@ -40,20 +44,37 @@ LayerFactors = dict[str, "tuple[Tensor, Tensor]"]  # module path -> up (out, r),
 
 @dataclass(frozen=True)
 class Change:
-    """What is written: a low-rank change of a network.
+    """What is written: the change of a network at strength 1.
 
     Attributes:
-        factors: in float64, recompressed, all of one rank.
+        file: the adapter, its method's own parameters; with `weights` where the network is known.
+        low_rank: computes the factors: in float64, recompressed, all of one rank, cut to
+            `max_rank`. Only for a method that is low rank.
         dtype: of the file's tensors.
         about: JSON values for its header: the method, the base's fingerprint, metadata.
+        title: a word for the header, the adapter's name.
         network: the base, None where it was not needed.
+        pipeline: the base's, where it was given with the network.
+        max_rank: None leaves the rank as it is.
+        shard_size: bytes, or "5GB": of one file, where a format cuts a model into several.
+        resolution: pixels a side, where the run says it.
     """
 
-    factors: LayerFactors
+    file: AdapterFile
+    low_rank: Callable[[], LayerFactors]
     dtype: torch.dtype
     about: Mapping[str, Any]
     prefixes: Prefixes
+    title: str = UNNAMED
     network: nn.Module | None = None
+    pipeline: Any = None
+    max_rank: int | None = None
+    shard_size: int | str = "5GB"
+    resolution: int | None = None
+
+    @cached_property
+    def factors(self) -> LayerFactors:
+        return self.low_rank()
 
 
 class Format(ABC):
@@ -81,13 +102,29 @@ class Format(ABC):
 
 
 class ExportFormat(Format):
-    """A format that `export` writes, and may read."""
+    """A format that `export` writes, and may read.
+
+    Attributes:
+        whole_model: whether the base's other parts are written too, where it has them.
+    """
+
+    whole_model: ClassVar[bool] = False
 
     @abstractmethod
-    def check(
-        self, method: type[Adapter], options: Mapping[str, Any], network: nn.Module | None
-    ) -> None:
-        """Raises ValueError for what such a file cannot hold, and says what can."""
+    def check(self, change: Change) -> str:
+        """How such a file holds the method, the end of "written as ...". Nothing is computed yet,
+        and there may be no network.
+
+        Raises ValueError for what it cannot hold, and says what can.
+        """
+
+    def needs_base(self, change: Change) -> str:
+        """Why the base is needed, as the start of a sentence; "" where it is not."""
+        from dreamtune.adapters import find_method
+
+        method = find_method(change.file.method)
+        name = change.file.exported_from or method.name
+        return f"`{name}` contains the base weights" if method.depends_on_weight else ""
 
     @abstractmethod
     def write(self, path: Path, change: Change, overwrite: bool) -> None:
@@ -95,11 +132,20 @@ class ExportFormat(Format):
         `overwrite`.
         """
 
+    @abstractmethod
+    def usage(self, path: Path) -> str:
+        """Lines of Python that use it, from the folder above; `pipe` is the base's pipeline."""
+
+    def place(self, folder: Path, name: str) -> Path:
+        """What is written in a folder."""
+        return folder / self.file_name.format(name=name)
+
 
 def export_format(name: str) -> ExportFormat:
     """Raises ValueError for an unknown name."""
     if name not in EXPORTS:
-        raise ValueError(f"`format` must be one of {', '.join(EXPORTS)}, got {name!r}")
+        listed = ", ".join(f"{name} ({reader})" for name, reader in EXPORTS.items())
+        raise ValueError(f"`format` must be one of {listed}, got {name!r}")
     found = _load(name)
     assert isinstance(found, ExportFormat)
     return found
@@ -107,7 +153,7 @@ def export_format(name: str) -> ExportFormat:
 
 def formats() -> dict[str, Format]:
     """All, in the order in which a file or a folder is asked for them."""
-    return {name: _load(name) for name in (NATIVE, *EXPORTS, *READ)}
+    return {name: _load(name) for name in dict.fromkeys((NATIVE, *EXPORTS, *READ))}
 
 
 def _load(name: str) -> Format:

@@ -84,7 +84,7 @@ def describe(path: str | Path, base: Any = None) -> Info:
     name, found, file = open_adapter(place, prefixes)
     info = Info(place, name, "", changed=file.difference() if file.changed else "")
     with naming(file.name):
-        if isinstance(found, LoraFormat):
+        if isinstance(found, LoraFormat) and found.is_lora(file):
             info, factors = _of_lora(info, found, file, network, prefixes)
         else:
             info, factors, network = _of_adapter(info, found, file, network, prefixes)

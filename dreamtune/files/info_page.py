@@ -16,7 +16,7 @@ from dreamtune.injection.targets import TARGET_MODULES
 
 BAR = 24  # characters of the longest bar
 SHOWN = 200  # of a value
-READERS = {**EXPORTS, "peft": "PEFT, `PeftModel.from_pretrained`", "comfyui": "ComfyUI"}
+READERS = {**EXPORTS, "comfyui": "ComfyUI"}
 
 
 def page(info: Info, encoding: str = "utf-8") -> str:
@@ -102,6 +102,9 @@ def _ways(info: Info) -> str:
         folder = json.dumps(str(info.path.parent), ensure_ascii=False)
         name = json.dumps(info.path.name, ensure_ascii=False)
         ways.append(f"pipe.load_lora_weights({folder}, weight_name={name})")
+    if info.format == "peft":
+        folder = json.dumps(str(info.path.parent), ensure_ascii=False)
+        ways.append(f"peft.PeftModel.from_pretrained(pipe.unet, {folder})")
     return "\n".join(ways)
 
 

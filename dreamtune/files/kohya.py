@@ -1,18 +1,22 @@
-"""LoRA as kohya's scripts name it: `lora_unet_<module path, _ for .>.lora_down.weight`."""
+"""LoRA as kohya's scripts name it: `lora_unet_<module path, _ for .>.lora_down.weight`; of SDXL the
+path is that of its first checkpoint.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from dreamtune.adapters import Adapter
-from dreamtune.files.formats import LayerFactors, Prefixes
+from dreamtune.files.formats import Change, LayerFactors, Prefixes
+from dreamtune.files.header import is_xl, kohya
 from dreamtune.files.lora import PlainLora
 from dreamtune.files.names import LYCORIS, checkpoint_names, flat
 from dreamtune.files.tensors import TensorFile
+
+SGM = "https://github.com/Stability-AI/generative-models"  # whose names those of SDXL are
 
 
 class Kohya(PlainLora):
@@ -21,26 +25,37 @@ class Kohya(PlainLora):
     file_name = "{name}_kohya.safetensors"
     shortens = "a kohya file shortens the names of its layers"
 
-    def check(
-        self, method: type[Adapter], options: Mapping[str, Any], network: nn.Module | None
-    ) -> None:
-        super().check(method, options, network)
-        if getattr(network, "config", {}).get("addition_embed_type") == "text_time":
+    def needs_base(self, change: Change) -> str:
+        if is_xl(change):
+            return "a kohya file of SDXL counts the blocks of its first checkpoint"
+        return super().needs_base(change)
+
+    def usage(self, path: Path) -> str:
+        return (
+            f"# {path.name} goes into ComfyUI's models/loras or A1111's models/Lora; in diffusers:"
+            f"\npipe.load_lora_weights({str(path.parent.name)!r}, weight_name={path.name!r})"
+        )
+
+    def tensors(self, factors: LayerFactors, change: Change) -> dict[str, Tensor]:
+        names = {path: path for path in factors}
+        if is_xl(change):
+            names = {path: name for name, path in checkpoint_names(factors, change.network).items()}
+        if missing := [path for path in factors if path not in names]:
             raise ValueError(
-                "kohya files of SDXL use other block names: export `diffusers` instead"
+                f"{len(missing)} layers have no name in SDXL's first checkpoint, `{missing[0]}`"
+                " first: export `diffusers` instead"
             )
-
-    def prefix(self, prefixes: Prefixes) -> str:
-        return prefixes.kohya
-
-    def tensors(self, factors: LayerFactors, prefix: str) -> dict[str, Tensor]:
         found = {}
         for path, (up, down) in factors.items():
-            key = prefix + flat(path)
+            key = change.prefixes.kohya + flat(names[path])
             found[f"{key}.lora_down.weight"] = down
             found[f"{key}.lora_up.weight"] = up
             found[f"{key}.alpha"] = torch.tensor(float(down.shape[0]))
         return found
+
+    def strings(self, change: Change) -> dict[str, str]:
+        found = super().strings(change) | kohya(change)
+        return found | ({"modelspec.implementation": SGM} if is_xl(change) else {})
 
     def name(self, key: str, prefixes: Prefixes) -> str | None:
         start = next((s for s in (prefixes.kohya, LYCORIS) if key.startswith(s)), None)

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamtune.adapters import METHODS, Adapter
+from dreamtune.adapters import METHODS, find_method
 from dreamtune.fields import UnreadableFile, checker, from_file
 from dreamtune.files.fingerprint import PRINTS
 from dreamtune.files.formats import Change, ExportFormat, Format, LayerFactors, Prefixes
-from dreamtune.files.names import flat
+from dreamtune.files.header import modelspec
+from dreamtune.files.names import flat, other_layers
 from dreamtune.files.parts import ENDINGS, Parts, by_layer, check_finite, factors_of
 from dreamtune.files.stated import Stated, from_header
 from dreamtune.files.tensors import TensorFile, write_new
@@ -51,6 +52,18 @@ def same_rank(factors: LayerFactors) -> LayerFactors:
     }
 
 
+def cut(factors: LayerFactors, rank: int) -> tuple[LayerFactors, dict[str, tuple[float, float]]]:
+    """The best approximation of each change at a rank (Eckart and Young), of factors as
+    `recompress` gives them; and of each its squared Frobenius norm, kept and whole.
+    """
+    found, energies = {}, {}
+    for path, (up, down) in factors.items():
+        squares = up.square().sum(0).square()  # the column's norm is the root of a singular value
+        found[path] = (up[:, :rank], down[:rank])
+        energies[path] = (float(squares[:rank].sum()), float(squares.sum()))
+    return found, energies
+
+
 class LoraFormat(Format):
     """What the formats of plain LoRA share in reading: a file has the factors of a layer, and its
     alpha if any, under keys that begin with the layer's name.
@@ -77,6 +90,10 @@ class LoraFormat(Format):
         """What the file says of its layers' strength, beside the alphas among its tensors."""
         return from_header(file.header, prefixes.peft, file.name)
 
+    def is_lora(self, file: TensorFile) -> bool:
+        """Whether a file that it `reads` holds a low-rank change, and no method of its own."""
+        return True
+
     def doubt(self, file: TensorFile) -> str | None:
         """Why a file that states no strength may be meant to have another than 1."""
         return None
@@ -95,12 +112,7 @@ class LoraFormat(Format):
                 " command as --pretrained_model_name_or_path"
             )
         about = about_of(file)
-        if file.changed:
-            warnings.warn(
-                f"`{file.name}` is not what was written: {file.difference()} changed since. It is"
-                " loaded as it is now",
-                stacklevel=2,
-            )
+        warn_of_changes(file)
         layers = None
         if network is not None:
             targets = find_targets(network, TARGET_MODULES)
@@ -171,6 +183,16 @@ class LoraFormat(Format):
         return f"{len(without)} of {len(by_path)} layers have no alpha, `{without[0]}` first"
 
 
+def warn_of_changes(file: TensorFile) -> None:
+    """Of what another tool has changed since we wrote it."""
+    if file.changed:
+        warnings.warn(
+            f"`{file.name}` is not what was written: {file.difference()} changed since. It is"
+            " loaded as it is now",
+            stacklevel=3,
+        )
+
+
 def about_of(file: TensorFile) -> dict[str, Any]:
     """What our header says of a file that we exported; {} for another's."""
     return from_file(_ABOUT, file.about, f"the `dreamtune` header of `{file.name}`")
@@ -210,26 +232,50 @@ def _split(path: str) -> tuple[str, str]:
 class PlainLora(LoraFormat, ExportFormat):
     """One that is written as well."""
 
-    def check(
-        self, method: type[Adapter], options: Mapping[str, Any], network: nn.Module | None
-    ) -> None:
-        if why := method.no_plain_lora(options):
-            low = ", ".join(sorted(name for name, cls in METHODS.items() if cls.low_rank))
-            raise ValueError(
-                f"`{method.name}` {why} and no plain LoRA holds it: use the native file with"
-                " `dreamtune.load`, `adapter.merge()` and save the model where one weight holds it,"
-                f" or train one of {low}"
-            )
+    def check(self, change: Change) -> str:
+        check_low_rank(change)
+        return "a plain LoRA"
 
     @abstractmethod
-    def prefix(self, prefixes: Prefixes) -> str:
-        """Of every key."""
-
-    @abstractmethod
-    def tensors(self, factors: LayerFactors, prefix: str) -> dict[str, Tensor]:
+    def tensors(self, factors: LayerFactors, change: Change) -> dict[str, Tensor]:
         """Key -> tensor, of scale 1."""
 
+    def strings(self, change: Change) -> dict[str, str]:
+        """Of the header, for other programs."""
+        return modelspec(change)
+
     def write(self, path: Path, change: Change, overwrite: bool) -> None:
-        cast = {p: (u.to(change.dtype), d.to(change.dtype)) for p, (u, d) in change.factors.items()}
-        tensors = self.tensors(cast, self.prefix(change.prefixes))
-        write_new(path, tensors, change.about, overwrite)
+        tensors = self.tensors(cast(change), change)
+        write_new(path, tensors, change.about, overwrite, self.strings(change))
+
+
+def check_low_rank(change: Change) -> None:
+    """Raises ValueError for a method whose change no plain LoRA holds, and says what does."""
+    method = find_method(change.file.method)
+    if others := other_layers(change.file.shapes):
+        raise ValueError(
+            f"`{others[0]}` is no attention projection, {len(others)} layers are none: use the"
+            " native file with `dreamtune.load`, or export it as `merged`"
+        )
+    layers = change.file.shapes if change.file.layer_options else list(change.file.shapes)[:1]
+    reasons = (method.no_plain_lora(change.file.options_at(path)) for path in layers)
+    if why := next(filter(None, reasons), ""):
+        low = ", ".join(sorted(name for name, cls in METHODS.items() if cls.low_rank))
+        also = "" if method.low_rank else ", export it as `merged`, or as `peft` if PEFT has it"
+        raise ValueError(
+            f"`{method.name}` {why} and no plain LoRA holds it: use the native file with"
+            f" `dreamtune.load`{also}, or train one of {low}"
+        )
+
+
+def cast(change: Change) -> LayerFactors:
+    return {p: (u.to(change.dtype), d.to(change.dtype)) for p, (u, d) in change.factors.items()}
+
+
+def in_peft_words(factors: LayerFactors, prefix: str) -> dict[str, Tensor]:
+    """Key -> tensor, as PEFT names the factors of a LoRA, and diffusers after it."""
+    found = {}
+    for path, (up, down) in factors.items():
+        found[f"{prefix}{path}.lora_A.weight"] = down
+        found[f"{prefix}{path}.lora_B.weight"] = up
+    return found

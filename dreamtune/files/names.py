@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from dreamtune.injection.targets import TARGET_MODULES
+
 PEFT = "base_model.model."  # of every key of a `PeftModel`
 COMFY = (
     "diffusion_model."  # of a key in ComfyUI, before the layer's name in the first SD checkpoint
@@ -18,6 +20,11 @@ _MIDDLE = re.compile(r"mid_block\.attentions\.0\.(.+)")
 
 def flat(path: str) -> str:
     return path.replace(".", "_")
+
+
+def other_layers(paths: Iterable[str]) -> list[str]:
+    """Those that are no attention projections."""
+    return [p for p in paths if not f".{p}".endswith(tuple(f".{t}" for t in TARGET_MODULES))]
 
 
 def of_module(name: str) -> str:

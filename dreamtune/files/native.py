@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,11 +17,12 @@ from dreamtune.adapters import find_method, resolve_options
 from dreamtune.fields import UnreadableFile, checker, from_file
 from dreamtune.files.find import adapter_file
 from dreamtune.files.fingerprint import PRINTS, fingerprint, uncovered
-from dreamtune.files.formats import Format, Prefixes
-from dreamtune.files.tensors import FLOATS, TensorFile, read_tensors, write_tensors
+from dreamtune.files.formats import Change, ExportFormat, Prefixes
+from dreamtune.files.lora import check_low_rank
+from dreamtune.files.tensors import FLOATS, TensorFile, read_tensors, write_new, write_tensors
 from dreamtune.injection.adapter_file import AdapterFile
 from dreamtune.injection.inject import InjectedAdapter
-from dreamtune.injection.targets import is_name
+from dreamtune.injection.targets import find_targets, is_name, weight_of
 from dreamtune.models.load import prefixes_of
 from dreamtune.version import __version__
 
@@ -39,11 +41,12 @@ def _of_layer(shape: list[int]) -> list[int]:
 MOST = 1 << 40  # values of a weight: the product of larger sides is none of torch's integers
 _Shape = Annotated[list[PositiveInt], AfterValidator(_of_layer)]
 _Matrix = Annotated[_Shape, Field(min_length=2, max_length=2)]
+SHAPES: Any = Annotated[dict[str, _Matrix], Field(min_length=1)]
 _FIELDS: dict[str, Any] = {
     "method": str,
     "options": dict[str, Any],
     "target_modules": Annotated[list[str], Field(min_length=1)],
-    "shapes": Annotated[dict[str, _Matrix], Field(min_length=1)],
+    "shapes": SHAPES,
     "fingerprint": PRINTS,
     "metadata": dict[str, Any],
 }
@@ -52,13 +55,49 @@ _MORE: dict[str, Any] = {
     "shapes": Annotated[dict[str, _Shape], Field(min_length=1)],
     "layer_options": dict[str, dict[str, Any]],
 }
+_FOREIGN = {"exported_from": str}
 _VERSION = checker({"format_version": PositiveInt}, needed=("format_version",), others=True)
-_HEADER = checker(_FIELDS, needed=_FIELDS, others=True)
-_HEADER_3 = checker(_MORE, needed=_MORE, others=True)
+_HEADER = checker(_FIELDS | _FOREIGN, needed=_FIELDS, others=True)
+_HEADER_3 = checker(_MORE | _FOREIGN, needed=_MORE, others=True)
 
 
-class Native(Format):
+class Native(ExportFormat):
+    """Exported are the parameters as they are, or the low-rank change as a LoRA."""
+
     file_name = "adapter.safetensors"
+
+    def check(self, change: Change) -> str:
+        if change.dtype != torch.float32:
+            raise ValueError(
+                f"a native file keeps float32, to train on, got {change.dtype}: export another"
+                " format"
+            )
+        if change.max_rank is not None:
+            check_low_rank(change)
+            return "a plain LoRA"
+        return "its own parameters"
+
+    def needs_base(self, change: Change) -> str:
+        if change.max_rank is not None and (why := super().needs_base(change)):
+            return why
+        file = change.file
+        bound = not file.some_layers and not uncovered(file)
+        return "" if bound else "a native file has the fingerprint of its base, this one has none"
+
+    def write(self, path: Path, change: Change, overwrite: bool) -> None:
+        file = replace(change.file, exported_from=_foreign(change), metadata=_kept(change))
+        if change.max_rank is not None:
+            rank = max(down.shape[0] for _, down in change.factors.values())
+            tensors = {}
+            for layer, (up, down) in change.factors.items():
+                tensors[f"{layer}.A"], tensors[f"{layer}.B"] = down.float(), up.float()
+            file = replace(file, method="lora", options={"rank": rank}, tensors=tensors)
+        if file.some_layers and change.network is not None:
+            file = _of_all_layers(file, change.network)
+        write_new(path, file.tensors, about_of(file), overwrite)
+
+    def usage(self, path: Path) -> str:
+        return f"import dreamtune\n\ndreamtune.load(pipe, {f'{path.parent.name}/{path.name}'!r})"
 
     def reads(self, file: TensorFile, prefixes: Prefixes) -> bool:
         return "method" in file.about
@@ -87,14 +126,15 @@ class Native(Format):
             metadata=header["metadata"],
             fingerprint=header["fingerprint"],
             shapes={name: tuple(shape) for name, shape in header["shapes"].items()},
+            exported_from=header.get("exported_from"),
             source=file.name,
             layer_options=header["layer_options"] if version >= PATTERNS_FROM else {},
         )
-        _check(found)
+        check_tensors(found)
         return found
 
 
-def _check(file: AdapterFile) -> None:
+def check_tensors(file: AdapterFile) -> None:
     """Raises UnreadableFile unless tensors and fingerprint are those of the method's layers."""
     if missing := uncovered(file):
         raise UnreadableFile(
@@ -148,6 +188,35 @@ def _words(shape: tuple[int, ...], floats: bool) -> str:
     return f"{shape} {'floats' if floats else 'other values'}"
 
 
+def _foreign(change: Change) -> str | None:
+    """The method that the factors in it are of, where it is another one."""
+    method = str(change.about["exported_from"])
+    keeps = change.max_rank is None and method == change.file.method
+    return None if keeps or method == "lora" else method
+
+
+def _kept(change: Change) -> dict[str, Any]:
+    cut = {"cut": change.about["cut"]} if "cut" in change.about else {}
+    return {**change.about["metadata"], **cut}
+
+
+def _of_all_layers(file: AdapterFile, network: nn.Module) -> AdapterFile:
+    """A LoRA of some layers with a change of zero in the others that its names mean."""
+    targets = find_targets(network, file.target_modules)
+    others = {path: layer for path, layer in targets.items() if path not in file.shapes}
+    tensors, rank = dict(file.tensors), int(file.options["rank"])
+    shapes, weights = dict(file.shapes), {path: weight_of(x) for path, x in others.items()}
+    for path, weight in weights.items():
+        out, width = weight.shape
+        shapes[path] = (out, width)
+        tensors[f"{path}.A"], tensors[f"{path}.B"] = (
+            torch.zeros(rank, width),
+            torch.zeros(out, rank),
+        )
+    prints = {**file.fingerprint, **fingerprint(weights)}
+    return replace(file, tensors=tensors, shapes=shapes, fingerprint=prints, some_layers=False)
+
+
 FORMAT = Native()
 
 
@@ -159,6 +228,16 @@ def save_adapter(file: AdapterFile, path: str | Path) -> Path:
     path = Path(path)
     if path.suffix != ".safetensors":
         path = path / FORMAT.file_name
+    about = about_of(file)
+    for key, tensor in file.tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"the adapter holds values that are not finite in `{key}`: not saved")
+    write_tensors(path, file.tensors, about)
+    return path
+
+
+def about_of(file: AdapterFile) -> dict[str, Any]:
+    """What the header says of it."""
     more = _needs_patterns(file)
     about: dict[str, Any] = {
         "format_version": PATTERNS_FROM if more else HASHED_FROM,
@@ -172,11 +251,7 @@ def save_adapter(file: AdapterFile, path: str | Path) -> Path:
     }
     if more:
         about["layer_options"] = file.layer_options
-    for key, tensor in file.tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"the adapter holds values that are not finite in `{key}`: not saved")
-    write_tensors(path, file.tensors, about)
-    return path
+    return about if file.exported_from is None else {**about, "exported_from": file.exported_from}
 
 
 def _needs_patterns(file: AdapterFile) -> bool:

@@ -1,25 +1,104 @@
-"""LoRA as PEFT saves it: `base_model.model.<module path>.lora_A.weight`, its alpha beside it."""
+"""A folder of PEFT: `base_model.model.<module path>.lora_A.weight`, with its settings beside it; of
+a method that PEFT has its own tensors, of the others their exact low-rank change.
+"""
 
 from __future__ import annotations
 
+import json
+import warnings
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
 
 from dreamtune.fields import UnreadableFile, from_json
-from dreamtune.files.formats import Prefixes
-from dreamtune.files.lora import LoraFormat
+from dreamtune.files import peft_read
+from dreamtune.files.formats import Change, LayerFactors, Prefixes
+from dreamtune.files.layers import own_tensors
+from dreamtune.files.lora import PlainLora, cast, check_low_rank, in_peft_words
 from dreamtune.files.names import PEFT
+from dreamtune.files.peft_forms import Form, form_of
 from dreamtune.files.stated import Stated, stated
-from dreamtune.files.tensors import TensorFile
+from dreamtune.files.tensors import TensorFile, hash_of_json, holds, other_contents, write_new
+from dreamtune.files.whole import whole
+from dreamtune.injection.adapter_file import AdapterFile
 
 CONFIG = "adapter_config.json"
 LIMIT = 1 << 20  # bytes
+SETTINGS = "settings"  # in our header: a hash of what `CONFIG` said
+VERSION = "0.18.0"  # of PEFT: the first that reads all of what is written here
 
 
-class Peft(LoraFormat):
+class Peft(PlainLora):
+    """The tensors; `CONFIG` lies beside them."""
+
     file_name = "adapter_model.safetensors"
+
+    def check(self, change: Change) -> str:
+        if (form := form_of(change)) is not None:
+            return f"PEFT's own {form.name}"
+        check_low_rank(change)
+        return "a plain LoRA"
+
+    def needs_base(self, change: Change) -> str:
+        form = form_of(change)
+        if form is not None and not form.takes_weight:
+            return ""
+        return super().needs_base(change)
+
+    def usage(self, path: Path) -> str:
+        return (
+            "from peft import PeftModel\n\n"
+            f"model = PeftModel.from_pretrained(pipe.unet, {path.parent.name!r})"
+        )
+
+    def tensors(self, factors: LayerFactors, change: Change) -> dict[str, Tensor]:
+        return in_peft_words(factors, PEFT)
+
+    def write(self, path: Path, change: Change, overwrite: bool) -> None:
+        """Both files. At no time lie there new settings beside old tensors."""
+        form, settings = form_of(change), path.with_name(CONFIG)
+        tensors = self.tensors(cast(change), change) if form is None else _own(form, change)
+        values = _settings(form, change)
+        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+        about = {**change.about, SETTINGS: hash_of_json(values)}
+        if form is not None:
+            about["shapes"] = {layer: list(shape) for layer, shape in change.file.shapes.items()}
+        same = not settings.exists() or settings.read_bytes() == text.encode()
+        strings = self.strings(change)
+        if not overwrite:
+            if not same:
+                raise other_contents(settings)
+            if path.exists() and not holds(path, tensors, about, strings):
+                raise other_contents(path)
+        if not same:
+            path.unlink(missing_ok=True)
+        with whole(settings) as partial:
+            partial.write_text(text)
+        write_new(path, tensors, about, overwrite, strings)
 
     def name(self, key: str, prefixes: Prefixes) -> str | None:
         return key.removeprefix(PEFT) if key.startswith(PEFT) else None
+
+    def reads(self, file: TensorFile, prefixes: Prefixes) -> bool:
+        own = any(k.startswith(PEFT) and k.endswith(peft_read.ENDS) for k in file.tensors)
+        return own or super().reads(file, prefixes)
+
+    def is_lora(self, file: TensorFile) -> bool:
+        return peft_read.method_of(_values(file.folder / CONFIG)) is None
+
+    def read(self, file: TensorFile, network: nn.Module | None, prefixes: Prefixes) -> AdapterFile:
+        values = _values(file.folder / CONFIG)
+        if SETTINGS in file.about and file.about[SETTINGS] != hash_of_json(values):
+            warnings.warn(
+                f"`{CONFIG}` beside `{file.name}` is not what was written with it: it is obeyed as"
+                " it is now",
+                stacklevel=3,
+            )
+        if values is None or peft_read.method_of(values) is None:
+            return super().read(file, network, prefixes)
+        return peft_read.read(file, values, _place(file.folder / CONFIG), network)
 
     def stated(self, file: TensorFile, prefixes: Prefixes) -> Stated | None:
         in_header, beside = super().stated(file, prefixes), _config(file.folder / CONFIG)
@@ -31,10 +110,19 @@ class Peft(LoraFormat):
         return f"PEFT keeps the strength in `{CONFIG}`, which is not beside it"
 
 
+def _place(path: Path) -> str:
+    return f"`{path.name}` beside it"
+
+
 def _config(path: Path) -> Stated | None:
+    values = _values(path)
+    return None if values is None else stated(values, _place(path))
+
+
+def _values(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    place = f"`{path.name}` beside it"
+    place = _place(path)
     try:
         with path.open("rb") as file:
             text = file.read(LIMIT + 1)
@@ -45,7 +133,50 @@ def _config(path: Path) -> Stated | None:
     values = from_json(text, place)
     if not isinstance(values, dict):
         raise UnreadableFile(f"{place} must hold names with values, got {type(values).__name__}")
-    return stated(values, place)
+    return values
+
+
+def _own(form: Form, change: Change) -> dict[str, Tensor]:
+    """Key -> tensor of the method's own parameters."""
+    found = {}
+    for path in change.file.shapes:
+        weight = change.file.weights.get(path)
+        for end, tensor in form.tensors(own_tensors(change.file, path), weight).items():
+            found[f"{PEFT}{path}.{end}"] = tensor.to(change.dtype)
+    return found
+
+
+def _settings(form: Form | None, change: Change) -> dict[str, Any]:
+    paths = list(change.file.shapes)
+    if form is None:
+        rank = max(down.shape[0] for _, down in change.factors.values())
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank}
+    else:
+        config = form.config
+    base = change.about["metadata"].get("base")
+    return {
+        **config,
+        "base_model_name_or_path": base if isinstance(base, str) and "/" in base else None,
+        "bias": "none",
+        "inference_mode": True,
+        "peft_version": VERSION,
+        "target_modules": _targets(paths, change.file, change.network),
+        "task_type": None,
+    }
+
+
+def _targets(paths: Collection[str], file: AdapterFile, network: nn.Module | None) -> list[str]:
+    """The ends of names, where they mean these layers of the network and no other; else paths."""
+    ends = sorted(file.target_modules)
+    if network is not None:
+        meant = {
+            path
+            for path, _ in network.named_modules()
+            if any(path == end or path.endswith(f".{end}") for end in ends)
+        }
+        if meant == set(paths):
+            return ends
+    return sorted(paths)
 
 
 FORMAT = Peft()

@@ -25,6 +25,7 @@ from dreamtune.files.whole import whole
 
 HEADER_LIMIT = 1 << 24  # bytes; a LoRA of every layer of SDXL has a header of 0.2 MB
 HASHES, HEADER = "sha256", "its header"
+SPEC = "modelspec.sai_model_spec"  # the string that a header with modelspec's must have
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -136,8 +137,15 @@ def hash_of_json(values: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """about: JSON values, for the header."""
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+    strings: Mapping[str, str] | None = None,
+) -> None:
+    """about: JSON values, for the header. strings: further ones there, that other programs read; of
+    modelspec's the hash of the tensors is added.
+    """
     ours = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     hashes = {
         "header": hash_of_json(about),
@@ -145,7 +153,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
     }
     text = json.dumps(json.loads(json.dumps({**about, HASHES: hashes})), sort_keys=True)
     with whole(path) as partial:
-        partial.write_bytes(_in_order(save(ours), {"dreamtune": text, "format": "pt"}))
+        data = save(ours)
+        header = {"dreamtune": text, "format": "pt", **dict(sorted((strings or {}).items()))}
+        if SPEC in header:
+            header["modelspec.hash_sha256"] = f"0x{_content_hash(data)}"
+        partial.write_bytes(_in_order(data, header))
+
+
+def _content_hash(data: bytes) -> str:
+    """As modelspec 1.0 has it: SHA-256 of all that comes after the header."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    return hashlib.sha256(memoryview(data)[start:]).hexdigest()
 
 
 def _in_order(data: bytes, strings: Mapping[str, str]) -> bytes:
@@ -160,7 +178,11 @@ def _in_order(data: bytes, strings: Mapping[str, str]) -> bytes:
 
 
 def write_new(
-    path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any], overwrite: bool
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+    overwrite: bool,
+    strings: Mapping[str, str] | None = None,
 ) -> None:
     """As `write_tensors`, but values that are not finite, and without `overwrite` a file of that
     name with other contents, are a ValueError.
@@ -169,21 +191,30 @@ def write_new(
     if broken:
         raise ValueError(f"{len(broken)} tensors would not be finite, `{broken[0]}` first")
     if path.exists() and not overwrite:
-        if not _holds(path, tensors, about):
-            raise ValueError(
-                f"`{path}` is there with other contents: pass `overwrite=True`, in the command "
-                "--overwrite, to replace it"
-            )
+        if not holds(path, tensors, about, strings or {}):
+            raise other_contents(path)
         return
-    write_tensors(path, tensors, about)
+    write_tensors(path, tensors, about, strings)
 
 
-def _holds(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bool:
+def other_contents(path: Path) -> ValueError:
+    return ValueError(
+        f"`{path}` is there with other contents: pass `overwrite=True`, in the command --overwrite,"
+        " to replace it"
+    )
+
+
+def holds(
+    path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any], strings: Mapping[str, str]
+) -> bool:
+    """Whether a file is what `write_tensors` would write."""
     try:
         old = read_tensors(path)
     except ValueError:
         return False
     here = {key: hash_of(tensor) for key, tensor in tensors.items()}
-    return hash_of_json(old.about) == hash_of_json(about) and here == {
-        key: hash_of(tensor) for key, tensor in old.tensors.items()
-    }
+    return (
+        hash_of_json(old.about) == hash_of_json(about)
+        and all(old.header.get(name) == text for name, text in strings.items())
+        and here == {key: hash_of(tensor) for key, tensor in old.tensors.items()}
+    )

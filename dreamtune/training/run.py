@@ -17,7 +17,8 @@ from dreamtune.data.photos import KEPT_SIDE, changed, read_folder, statement
 from dreamtune.data.words import SubjectWords
 from dreamtune.evaluation.selection import Choice, choose_best
 from dreamtune.evaluation.validation import Evaluator, load_scorers
-from dreamtune.files.export import export, other_layers
+from dreamtune.files.export import export
+from dreamtune.files.names import other_layers
 from dreamtune.files.whole import whole, whole_folder
 from dreamtune.metrics.table import scores_of, scores_text
 from dreamtune.models.base import Base
@@ -281,7 +282,7 @@ class Run:
         with whole_folder(folder) as place:
             slot.save(place / run_folder.ADAPTER, metadata)
             if self.has_lora(slot):
-                export(slot.adapter, place, slot=slot.index, overwrite=True)
+                export(slot.adapter, place, slot=slot.index, metadata=metadata, overwrite=True)
 
     def check_folder(self) -> None:
         """Before each write. Raises ValueError where the folder is no longer there."""

@@ -43,6 +43,9 @@ from tiny import cases, disturb, tiny_unet, unet_inputs  # noqa: E402
 import dreamtune  # noqa: E402
 from dreamtune import METHODS  # noqa: E402
 from dreamtune.config import FIELDS, Config  # noqa: E402
+from dreamtune.files.formats import EXPORTS  # noqa: E402
+from dreamtune.files.peft import CONFIG  # noqa: E402
+from dreamtune.files.peft import FORMAT as PEFT  # noqa: E402
 from dreamtune.flags import FlagError, train_config  # noqa: E402
 from dreamtune.training.train import train  # noqa: E402
 
@@ -114,10 +117,10 @@ class Adapters:
             adapter = dreamtune.inject(tiny_unet(), method, **options)
             disturb(adapter)
             place = work / f"{number}-{method}"
-            self.files.append(adapter.save(place))
-            if METHODS[method].low_rank:
-                self.files.append(dreamtune.export(adapter, place))
-                self.files.append(dreamtune.export(adapter, place, "kohya"))
+            for name in EXPORTS:
+                if name != "merged":  # a model, which is not read
+                    with contextlib.suppress(ValueError):  # not every format holds every method
+                        self.files.append(dreamtune.export(adapter, place, name))
         self.loaded = {path: self.output(path) for path in self.files}
         self.exported = {path: self.changes(path) for path in self.files if self.has_lora(path)}
 
@@ -144,10 +147,18 @@ class Adapters:
 
     def case(self, rng: random.Random, export: bool) -> tuple[str, str]:
         sound = rng.choice(list(self.exported if export else self.loaded))
-        how = rng.choice(damage.TENSORS)
         path = self.work / "damaged" / sound.name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(how(sound.read_bytes(), rng))
+        shutil.rmtree(path.parent, ignore_errors=True)
+        path.parent.mkdir()
+        beside = sound.with_name(CONFIG)
+        how = rng.choice(damage.TENSORS)
+        damaged = sound
+        if sound.name == PEFT.file_name:  # its settings lie in a file of their own
+            shutil.copy(beside, path.parent)
+            shutil.copy(sound, path.parent)
+            if rng.random() < 0.5:
+                damaged, how = beside, rng.choice([damage.edit_json_file] * 3 + damage.ANY)
+        (path.parent / damaged.name).write_bytes(how(damaged.read_bytes(), rng))
 
         def run() -> bool:
             if export:
@@ -155,10 +166,10 @@ class Adapters:
             output, wanted = self.output(path), self.loaded[sound]
             return bool((output - wanted).norm() <= 1e-5 * wanted.norm())
 
-        kind, words = outcome(run, (path.name,))
+        kind, words = outcome(run, (path.name, CONFIG))
         if state_of(self.unet) != self.start:
             self.unet, kind = tiny_unet(), "changed"
-        return kind, f"{how.__name__} of {sound.parent.name}/{sound.name}: {words}"
+        return kind, f"{how.__name__} of {sound.parent.name}/{damaged.name}: {words}"
 
 
 class Resumed:

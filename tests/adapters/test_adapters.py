@@ -272,7 +272,7 @@ def test_a_new_method_needs_only_its_class(toy):
 
 def test_a_method_that_is_not_low_rank_is_not_exported(toy, tmp_path):
     adapter = dreamtune.inject(tiny_unet(), "toy")
-    with pytest.raises(ValueError, match="`toy` is not a low-rank change.*adapter.merge"):
+    with pytest.raises(ValueError, match="`toy` is not a low-rank change.*export it as `merged`"):
         dreamtune.export(adapter, tmp_path)
 
 

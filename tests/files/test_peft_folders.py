@@ -71,8 +71,10 @@ def test_the_config_is_obeyed_or_the_folder_refused(tmp_path: Path) -> None:
     values = json.loads(config.read_text())
     for edit, message in (
         ({"r": 8}, "is of rank 4, `adapter_config.json` beside it says 8"),
-        ({"use_dora": True}, "`adapter_config.json` beside it: DoRA: `use_dora` is set"),
-        ({"peft_type": "OFT"}, "`adapter_config.json` beside it: the method is 'OFT', read are"),
+        ({"use_dora": True}, "32 layers lack keys, `down_blocks"),
+        ({"lora_bias": True}, "`adapter_config.json` beside it: `lora_bias` is set"),
+        ({"peft_type": "BOFT"}, "`adapter_config.json` beside it: the method is 'BOFT', read are"),
+        ({"peft_type": "OFT"}, "`base_model.model.down_blocks.*` matches no attention projection"),
         ({"init_lora_weights": "olora"}, "started as 'olora'"),
         ({"lora_alpha": None}, "`lora_alpha` cannot be empty"),
     ):
