@@ -1,7 +1,7 @@
-"""Checkouts of dreamtune beside each other in one process: the captured step of each method and the
-stacked step of each, replayed in turns.
+"""Checkouts of dreamtune beside each other in one process: the captured step of each method, the
+stacked step of each, and a pipeline's eager call of the UNet with an adapter, in turns.
 
-    python eval/speed/versions.py BEFORE AFTER --slots 8,16            # on a GPU
+    python eval/speed/versions.py BEFORE AFTER --slots 8,16 --calls 4,8     # on a GPU
     python eval/speed/versions.py BEFORE AFTER --unet tiny --rank 8    # on the CPU: a check
 
 Each checkout runs by its own package and its own `eval/speed/step.py` and `stacked.py`, so what is
@@ -80,6 +80,27 @@ class Checkout:
         counter = iter(range(10**9))
         return lambda: run(next(counter), 1.0)
 
+    def pipeline_call(self, method: str, rows: int, args: argparse.Namespace) -> Callable[[], None]:
+        """Of the UNet with an adapter, sped up where that is to be asked for; no method: the base.
+
+        The layers are what `inject` and `load` leave; no factors are computed anew.
+        """
+        unet = self.step.make_unet(args).requires_grad_(False).eval()
+        if method:
+            adapter = self.step.make_step.__globals__["inject"](unet, method)
+            getattr(adapter, "speed_up", lambda: None)()
+        kind: dict[str, Any] = {"device": unet.device, "dtype": unet.dtype}
+        c = unet.config
+        x = torch.randn(rows, c.in_channels, c.sample_size, c.sample_size, **kind)
+        text = torch.randn(rows, 77, c.cross_attention_dim, **kind)
+        t = torch.tensor(500, device=unet.device)
+
+        @torch.no_grad()
+        def call() -> None:
+            unet(x, t, text, return_dict=False)
+
+        return call
+
 
 def now(cuda: bool) -> float:
     if cuda:
@@ -134,6 +155,8 @@ def main() -> int:
     parser.add_argument("--methods", default="lora,delora,ether,ether+", help='"" for none')
     parser.add_argument("--slots", default="8,16", help='of the stacked steps; "" for none')
     parser.add_argument("--stacked", default="delora", help="methods of the stacked steps")
+    parser.add_argument("--calls", default="", help="rows of a pipeline's call; one or several")
+    parser.add_argument("--called", default="delora", help="methods of the calls; base for none")
     parser.add_argument("--rank", type=int, default=16, help="of the factors")
     parser.add_argument("--batch", type=int, default=1, help="rows a slot")
     parser.add_argument("--rounds", type=int, default=20)
@@ -162,6 +185,11 @@ def main() -> int:
             name = f"{method}, {slots} slots"
             make = lambda c, m=method, s=slots: c.together(m, s, args)  # noqa: E731
             print(row(name, checkouts, make, args), flush=True)
+    for method in args.called.split(","):
+        for rows in map(int, filter(None, args.calls.split(","))):
+            named = "" if method == "base" else method
+            make = lambda c, m=named, r=rows: c.pipeline_call(m, r, args)  # noqa: E731
+            print(row(f"call of {rows} rows, {method}", checkouts, make, args), flush=True)
     return 0
 
 
