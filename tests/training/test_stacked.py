@@ -115,7 +115,7 @@ def assert_same_run(ours: Path, alone: Path) -> None:
         assert "</html>" in (f / "report.html").read_text()
 
 
-# With a rate of its own, with the weights in its change, with no LoRA file: `test_step.py` stacks all.
+# A rate of its own, the weights in its change, no LoRA file; `test_step.py` stacks all methods.
 @pytest.mark.parametrize("method", ["delora", "ether+", "oft"])
 def test_subjects_leave_what_they_leave_alone(
     common: dict[str, Any], subjects: Path, tmp_path: Path, method: str
