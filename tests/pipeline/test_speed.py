@@ -3,6 +3,7 @@ warning as soon as somebody does.
 """
 
 import copy
+import inspect
 import warnings
 
 import pytest
@@ -117,6 +118,18 @@ def test_touched_while_it_is_sped_up(name, method):
     close(call(unet), method, name)
     if name not in COPIES:
         adapter.eject()
+
+
+def test_what_diffusers_asks_a_processor():
+    """The signature, at every call: at hand, and that of the method."""
+    unet, _ = fast("lora")
+    x = torch.randn(1, 3, 32, dtype=D)
+    (first, *_) = (m for m in joint(unet) if m.to_q.in_features == 32 and not m.is_cross_attention)
+    found = inspect.signature(first.processor.__call__)
+    assert found is inspect.signature(first.processor.__call__)
+    assert found == inspect.signature(JointProjections.__call__.__get__(first.processor))
+    with torch.no_grad():
+        assert torch.equal(first.processor.__call__(first, x), first.processor(first, x))
 
 
 def test_a_bias_written_to_is_seen():
