@@ -28,6 +28,9 @@ class Kohya(PlainLora):
     def needs_base(self, change: Change) -> str:
         if is_xl(change):
             return "a kohya file of SDXL counts the blocks of its first checkpoint"
+        told = any("transformer_blocks" in path for path in change.file.shapes)
+        if change.network is None and not told:
+            return "a kohya file has other names for SDXL, and these layers do not tell it"
         return super().needs_base(change)
 
     def usage(self, path: Path) -> str:
