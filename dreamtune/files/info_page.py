@@ -19,9 +19,9 @@ SHOWN = 200  # of a value
 # Ends of the names of a UNet's layers, in diffusers and in the first checkpoints.
 KINDS = (
     *TARGET_MODULES, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2",
-    "conv_shortcut", "time_emb_proj", "in_layers.2", "out_layers.3", "skip_connection", "emb_layers.1",
-    "downsamplers.0.conv", "upsamplers.0.conv", "op", "conv", "conv_in", "conv_out", "linear_1",
-    "linear_2",
+    "conv_shortcut", "time_emb_proj", "in_layers.2", "out_layers.3", "skip_connection",
+    "emb_layers.1", "downsamplers.0.conv", "upsamplers.0.conv", "op", "conv", "conv_in", "conv_out",
+    "linear_1", "linear_2",
 )  # fmt: skip
 READERS = {**EXPORTS, "comfyui": "ComfyUI"}
 

@@ -1,5 +1,8 @@
 """LoRA as kohya's scripts name it: `lora_unet_<module path, _ for .>.lora_down.weight`; of SDXL the
 path is that of its first checkpoint.
+
+ComfyUI reads all layers of it; diffusers 0.36 those that kohya's scripts train: not `conv_in`,
+`conv_out` and the time embedding, which it warns of and leaves out.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ class Adapters:
         tensors = load_file(out)
         ends = ".lora_A.weight", ".lora_B.weight"
         return {
-            k: tensors[k.replace(*ends)].double() @ x.double()
+            k: tensors[k.replace(*ends)].flatten(1).double() @ x.flatten(1).double()
             for k, x in tensors.items()
             if k.endswith(ends[0])
         }

@@ -144,7 +144,7 @@ def test_keys_that_match_nothing(exported, tmp_path):
         with pytest.raises(ValueError, match="keys match no layer of the network"):
             dreamtune.load(tiny_unet(), path)
     extra = {**exported, "text_encoder.text_model.x.lora_A.weight": torch.zeros(1, 2)}
-    with pytest.raises(ValueError, match="1 keys match no attention .*`text_encoder"):
+    with pytest.raises(ValueError, match="1 keys match no layer of the network, `text_encoder"):
         dreamtune.load(tiny_unet(), rewritten(extra, tmp_path))
 
 
