@@ -37,7 +37,9 @@ EXPORTS = {
 NATIVE = "native"
 UNNAMED = "adapter"  # the name of one that has none
 READ = ("comfyui",)  # what is read only
-OTHERS = "For a LoRA of a text encoder use `pipe.load_lora_weights`"
+OTHERS = (
+    "For a LoRA of a text encoder use `pipe.load_lora_weights`, else the tool that wrote the file"
+)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 # Module path -> up (out, r), down (r, in); of a convolution (r, in * kh * kw).

@@ -91,7 +91,9 @@ class Native(ExportFormat):
             tensors = {}
             for layer, (up, down) in change.factors.items():
                 tensors[f"{layer}.A"], tensors[f"{layer}.B"] = down.float(), up.float()
-            file = replace(file, method="lora", options={"rank": rank}, tensors=tensors)
+            file = replace(
+                file, method="lora", options={"rank": rank}, layer_options={}, tensors=tensors
+            )
         if file.some_layers:
             names = exact_names(file.shapes, file.target_modules, change.network)
             file = replace(file, target_modules=tuple(names), some_layers=False)

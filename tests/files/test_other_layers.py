@@ -139,6 +139,12 @@ def test_what_becomes_of_such_a_file(tmp_path: Path) -> None:
     assert not file.some_layers and file.shapes.keys() == changes.keys()
     assert_same(ours(native), changes)
     assert_same(ours(dreamtune.export(path, tmp_path / "alone", "peft")), changes)
+    small = dreamtune.export(path, tmp_path / "small", "native", base=unet, max_rank=1)
+    for layer, cut in ours(small).items():
+        wanted = torch.linalg.svdvals(changes[layer])
+        torch.testing.assert_close(torch.linalg.matrix_norm(cut, 2), wanted[0], rtol=1e-5, atol=0)
+        left = torch.linalg.matrix_norm(changes[layer] - cut)
+        torch.testing.assert_close(left, wanted[1:].norm(), rtol=1e-4, atol=0)
     text = page(describe(path, unet))
     assert "rank      2 in 16 layers, 4 in 13 layers" in text
     assert "layers    29: conv1, conv2, conv_shortcut, time_emb_proj" in text
