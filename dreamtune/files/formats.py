@@ -37,9 +37,13 @@ EXPORTS = {
 NATIVE = "native"
 UNNAMED = "adapter"  # the name of one that has none
 READ = ("comfyui",)  # what is read only
+OTHERS = (
+    "For a LoRA of a text encoder use `pipe.load_lora_weights`, else the tool that wrote the file"
+)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
-LayerFactors = dict[str, "tuple[Tensor, Tensor]"]  # module path -> up (out, r), down (r, in)
+# Module path -> up (out, r), down (r, in); of a convolution (r, in * kh * kw).
+LayerFactors = dict[str, "tuple[Tensor, Tensor]"]
 
 
 @dataclass(frozen=True)
@@ -195,6 +199,5 @@ def open_adapter(path: Path, prefixes: Prefixes) -> tuple[str, Format, TensorFil
     first = next(iter(file.tensors), "none")
     raise UnreadableFile(
         f"`{file.name}` is in none of the formats {', '.join(formats())}: its {len(file.tensors)} "
-        f"keys match no attention projection, `{first}` first. For a LoRA of other layers use "
-        "`pipe.load_lora_weights`"
+        f"keys match no layer of the network, `{first}` first. {OTHERS}"
     )

@@ -22,12 +22,11 @@ from dreamtune.files.formats import (
     Prefixes,
     open_adapter,
 )
-from dreamtune.files.lora import LoraFormat, about_of, check_layers
+from dreamtune.files.lora import LoraFormat
 from dreamtune.files.names import block_of
-from dreamtune.files.parts import check_finite, factors_of, method_of, scale_of
+from dreamtune.files.parts import method_of, scale_of
 from dreamtune.files.tensors import TensorFile, naming
 from dreamtune.injection.adapter_file import Fingerprint
-from dreamtune.injection.targets import TARGET_MODULES, find_targets
 from dreamtune.models.load import load_network, locate, prefixes_of
 
 WORDS = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr"}
@@ -95,16 +94,7 @@ def describe(path: str | Path, base: Any = None) -> Info:
 def _of_lora(
     info: Info, found: LoraFormat, file: TensorFile, network: nn.Module | None, prefixes: Prefixes
 ) -> tuple[Info, LayerFactors]:
-    known = None if network is None else find_targets(network, TARGET_MODULES)
-    parts = found.layers(file, known, network, prefixes)
-    stated = found.stated(file, prefixes)
-    factors = {path: factors_of(path, own, stated) for path, own in parts.items()}
-    check_finite(file.name, factors)
-    about = about_of(file)
-    if known is not None:
-        shapes = {path: (up.shape[0], down.shape[1]) for path, (up, down) in factors.items()}
-        own = {path: tuple(layer.weight.shape) for path, layer in known.items()}
-        check_layers(file.name, shapes, own, about.get("fingerprint", {}))
+    parts, stated, factors, _, about = found.content(file, network, prefixes)
     method = ", ".join(sorted({WORDS[str(method_of(x))] for x in parts.values()}))
     if "exported_from" in about:
         method = f"{about['exported_from']}, exported as {method}"

@@ -16,6 +16,13 @@ from dreamtune.injection.targets import TARGET_MODULES
 
 BAR = 24  # characters of the longest bar
 SHOWN = 200  # of a value
+# Ends of the names of a UNet's layers, in diffusers and in the first checkpoints.
+KINDS = (
+    *TARGET_MODULES, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2",
+    "conv_shortcut", "time_emb_proj", "in_layers.2", "out_layers.3", "skip_connection",
+    "emb_layers.1", "downsamplers.0.conv", "upsamplers.0.conv", "op", "conv", "conv_in", "conv_out",
+    "linear_1", "linear_2",
+)  # fmt: skip
 READERS = {**EXPORTS, "comfyui": "ComfyUI"}
 
 
@@ -50,12 +57,13 @@ def _counted(counts: Mapping[Any, int]) -> str:
 
 
 def _layers(paths: Iterable[str]) -> str:
-    paths = list(paths)
-    kinds = [t for t in TARGET_MODULES if any(flat(p).endswith(flat(f".{t}")) for p in paths)]
-    attentions = sorted({word for p in paths for word in re.findall(r"attn\d+", p)})
-    return f"{len(paths)}: {', '.join(kinds)}" + (
-        f" of {', '.join(attentions)}" if attentions else ""
-    )
+    names = [flat(f".{path}") for path in paths]
+    kinds = [next((k for k in KINDS if n.endswith(flat(f".{k}"))), "others") for n in names]
+    there = [kind for kind in (*KINDS, "others") if kind in kinds]
+    projections = [kind for kind in there if kind in TARGET_MODULES]
+    attentions = sorted({word for name in names for word in re.findall(r"attn\d+", name)})
+    words = ", ".join(projections) + (f" of {', '.join(attentions)}" if attentions else "")
+    return f"{len(names)}: {', '.join(filter(None, [words, *there[len(projections) :]]))}"
 
 
 def _bars(info: Info, encoding: str) -> str:

@@ -1,5 +1,8 @@
 """LoRA as kohya's scripts name it: `lora_unet_<module path, _ for .>.lora_down.weight`; of SDXL the
 path is that of its first checkpoint.
+
+ComfyUI reads all layers of it; diffusers 0.36 those that kohya's scripts train: not `conv_in`,
+`conv_out` and the time embedding, which it warns of and leaves out.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ class Kohya(PlainLora):
     def needs_base(self, change: Change) -> str:
         if is_xl(change):
             return "a kohya file of SDXL counts the blocks of its first checkpoint"
+        told = any("transformer_blocks" in path for path in change.file.shapes)
+        if change.network is None and not told:
+            return "a kohya file has other names for SDXL, and these layers do not tell it"
         return super().needs_base(change)
 
     def usage(self, path: Path) -> str:

@@ -6,7 +6,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +14,46 @@ from torch import Tensor, nn
 
 from dreamtune.adapters import METHODS, find_method
 from dreamtune.fields import UnreadableFile, checker, from_file
+from dreamtune.files.complete import check_layers
 from dreamtune.files.fingerprint import PRINTS
-from dreamtune.files.formats import Change, ExportFormat, Format, LayerFactors, Prefixes
+from dreamtune.files.formats import OTHERS, Change, ExportFormat, Format, LayerFactors, Prefixes
 from dreamtune.files.header import modelspec
-from dreamtune.files.names import flat, other_layers
-from dreamtune.files.parts import ENDINGS, Parts, by_layer, check_finite, factors_of
+from dreamtune.files.names import ends_of, is_layer_name
+from dreamtune.files.parts import (
+    ENDINGS,
+    Parts,
+    by_layer,
+    check_finite,
+    check_kernels,
+    factors_of,
+    shape_of,
+)
 from dreamtune.files.stated import Stated, from_header
 from dreamtune.files.tensors import TensorFile, write_new
 from dreamtune.injection.adapter_file import AdapterFile
-from dreamtune.injection.targets import TARGET_MODULES, find_targets
+from dreamtune.injection.targets import layers_of
 
 _ABOUT = checker(
     {"metadata": dict[str, Any], "fingerprint": PRINTS, "exported_from": str}, others=True
 )
-OTHERS = "For a LoRA of other layers use `pipe.load_lora_weights`"
+
+
+class Content(NamedTuple):
+    """What a LoRA file holds, by module path.
+
+    Attributes:
+        parts: the tensors of each layer.
+        stated: what the file says of their strength.
+        factors: the change of each, (out, r) and (r, in * kh * kw) in float32, the strength in up.
+        shapes: (out, in) of each layer, (out, in, kh, kw) of a convolution.
+        about: our header.
+    """
+
+    parts: dict[str, Parts]
+    stated: Stated | None
+    factors: LayerFactors
+    shapes: dict[str, tuple[int, ...]]
+    about: dict[str, Any]
 
 
 def recompress(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +70,9 @@ def recompress(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def same_rank(factors: LayerFactors) -> LayerFactors:
-    """Fills up with zeros to one rank: PEFT mixes up the alphas of a file of several ranks."""
+    """Fills up with zeros to one rank, also where a layer is narrower: diffusers before 0.42 takes
+    one alpha for a file of several ranks, and PEFT's rule by patterns is not in every reader.
+    """
     rank = max(up.shape[-1] for up, _ in factors.values())
     return {
         path: (F.pad(up, (0, rank - up.shape[-1])), F.pad(down, (0, 0, 0, rank - down.shape[-2])))
@@ -103,45 +131,53 @@ class LoraFormat(Format):
         return any(self.name(key, prefixes) is not None for key in ours)
 
     def read(self, file: TensorFile, network: nn.Module | None, prefixes: Prefixes) -> AdapterFile:
-        """As an adapter of the method LoRA. One that another tool has changed since we wrote it is
-        read, with a warning that counts what changed.
+        """As an adapter of the method LoRA, of the layers that the file has. One that another tool
+        has changed since we wrote it is read, with a warning that counts what changed.
         """
         if network is None and self.shortens:
             raise ValueError(
                 f"{self.shortens}, and only the network tells them: pass the UNet as `base`, in the"
                 " command as --pretrained_model_name_or_path"
             )
-        about = about_of(file)
         warn_of_changes(file)
-        layers = None
-        if network is not None:
-            targets = find_targets(network, TARGET_MODULES)
-            layers = {path: tuple(layer.weight.shape) for path, layer in targets.items()}
-        by_path = self.layers(file, layers, network, prefixes)
-        stated = self.stated(file, prefixes)
-        factors = {path: factors_of(path, parts, stated) for path, parts in by_path.items()}
-        check_finite(file.name, factors)
-        if doubt := self.doubts(file, by_path, stated):
+        found = self.content(file, network, prefixes)
+        if network is None:
+            check_kernels(found.parts)
+        if doubt := self.doubts(file, found.parts, found.stated):
             warnings.warn(f"`{file.name}`: {doubt}. A strength of 1 is taken there", stacklevel=2)
-        used = tuple(t for t in TARGET_MODULES if any(_is(t, path) for path in factors))
-        shapes = {path: (up.shape[0], down.shape[1]) for path, (up, down) in factors.items()}
-        if layers is not None:
-            check_layers(file.name, shapes, layers, about.get("fingerprint", {}))
-        tensors = {}
-        for path, (up, down) in same_rank(factors).items():
+        ranks = {path: len(down) for path, (_, down) in found.factors.items()}
+        most, tensors = max(ranks.values()), {}
+        for path, (up, down) in found.factors.items():
             tensors[f"{path}.A"], tensors[f"{path}.B"] = down, up
         return AdapterFile(
             method="lora",
-            options={"rank": max(down.shape[0] for _, down in factors.values())},
-            target_modules=used,
+            options={"rank": most},
+            layer_options={path: {"rank": r} for path, r in ranks.items() if r != most},
+            target_modules=ends_of(ranks),
             tensors=tensors,
-            metadata=about.get("metadata", {}),
-            shapes=shapes,
-            fingerprint=about.get("fingerprint", {}),
-            exported_from=about.get("exported_from"),
+            metadata=found.about.get("metadata", {}),
+            shapes=found.shapes,
+            fingerprint=found.about.get("fingerprint", {}),
+            exported_from=found.about.get("exported_from"),
             source=file.name,
             some_layers=True,
         )
+
+    def content(self, file: TensorFile, network: nn.Module | None, prefixes: Prefixes) -> Content:
+        """What is in a file, all of it checked. Raises ValueError as `read` does, but that names
+        may be those that the file `shortens`.
+        """
+        about, here = about_of(file), None
+        if network is not None:
+            here = {path: tuple(x.weight.shape) for path, x in layers_of(network).items()}
+        parts = self.layers(file, here, network, prefixes)
+        stated = self.stated(file, prefixes)
+        factors = {path: factors_of(path, own, stated) for path, own in parts.items()}
+        check_finite(file.name, factors)
+        shapes = {p: shape_of(parts[p], *pair, (here or {}).get(p)) for p, pair in factors.items()}
+        if here is not None:
+            check_layers(file.name, shapes, here, about.get("fingerprint", {}))
+        return Content(parts, stated, factors, shapes, about)
 
     def layers(
         self,
@@ -152,7 +188,7 @@ class LoraFormat(Format):
     ) -> dict[str, Parts]:
         """Module path -> tensors; without a network, where the file `shortens` names, the name.
 
-        Raises UnreadableFile unless all are of attention projections.
+        Raises UnreadableFile unless all are of layers of the network; without one, of such names.
         """
         by_name, unknown = by_layer(file.tensors, lambda key: self.name(key, prefixes))
         paths = self.paths(by_name, layers or (), network)
@@ -162,11 +198,10 @@ class LoraFormat(Format):
         if layers is not None:
             unknown += [path for path in by_path if path not in layers]
         else:
-            ends = tuple(flat(f".{t}") for t in TARGET_MODULES)
-            unknown += [path for path in by_path if not flat(path).endswith(ends)]
+            unknown += [path for path in by_path if not is_layer_name(path, prefixes)]
         if unknown or not by_path:
             raise UnreadableFile(
-                f"`{file.name}`: {len(unknown)} keys match no attention projection,"
+                f"`{file.name}`: {len(unknown)} keys match no layer of the network,"
                 f" `{[*unknown, 'none'][0]}` first. {OTHERS}"
             )
         return by_path
@@ -198,42 +233,18 @@ def about_of(file: TensorFile) -> dict[str, Any]:
     return from_file(_ABOUT, file.about, f"the `dreamtune` header of `{file.name}`")
 
 
-def _is(target: str, path: str) -> bool:
-    return path.endswith(f".{target}")
-
-
-def check_layers(
-    file: str,
-    shapes: Mapping[str, tuple[int, ...]],
-    layers: Mapping[str, tuple[int, ...]],
-    prints: Collection[str],
-) -> None:
-    """Of the network's shapes; none of those that were written is missing. Where some blocks, kinds
-    of attention or projections are trained, each of these blocks has each of these.
-    """
-    parts = {path: _split(path) for path in layers}
-    blocks, kinds = ({parts[path][i] for path in shapes} for i in (0, 1))
-    expected = [path for path, (block, kind) in parts.items() if block in blocks and kind in kinds]
-    missing = [path for path in (*expected, *prints) if path not in shapes]
-    if missing:
-        raise UnreadableFile(f"`{file}`: {len(missing)} layers have no keys, `{missing[0]}` first")
-    for path, got in shapes.items():
-        if got != layers[path]:
-            raise UnreadableFile(f"`{file}`: `{path}` is {layers[path]} here and {got} in the file")
-
-
-def _split(path: str) -> tuple[str, str]:
-    """Transformer block, and attention with projection: `attn2.to_q`."""
-    target = next(t for t in TARGET_MODULES if _is(t, path))
-    block, _, attention = path.removesuffix(f".{target}").rpartition(".")
-    return block, f"{attention}.{target}"
-
-
 class PlainLora(LoraFormat, ExportFormat):
     """One that is written as well."""
 
     def check(self, change: Change) -> str:
         check_low_rank(change)
+        strange = [p for p in change.file.shapes if not is_layer_name(p, change.prefixes)]
+        if strange:
+            raise ValueError(
+                f"`{strange[0]}` is no layer of a UNet of diffusers, {len(strange)} layers are"
+                " none: use the native file with `dreamtune.load`, or export it as `peft` or as"
+                " `merged`"
+            )
         return "a plain LoRA"
 
     @abstractmethod
@@ -252,11 +263,6 @@ class PlainLora(LoraFormat, ExportFormat):
 def check_low_rank(change: Change) -> None:
     """Raises ValueError for a method whose change no plain LoRA holds, and says what does."""
     method = find_method(change.file.method)
-    if others := other_layers(change.file.shapes):
-        raise ValueError(
-            f"`{others[0]}` is no attention projection, {len(others)} layers are none: use the"
-            " native file with `dreamtune.load`, or export it as `merged`"
-        )
     layers = change.file.shapes if change.file.layer_options else list(change.file.shapes)[:1]
     reasons = (method.no_plain_lora(change.file.options_at(path)) for path in layers)
     if why := next(filter(None, reasons), ""):
@@ -269,7 +275,14 @@ def check_low_rank(change: Change) -> None:
 
 
 def cast(change: Change) -> LayerFactors:
-    return {p: (u.to(change.dtype), d.to(change.dtype)) for p, (u, d) in change.factors.items()}
+    """As they are written: of a convolution down is (r, in, kh, kw) and up (out, r, 1, 1)."""
+    found = {}
+    for path, (up, down) in change.factors.items():
+        up, down = up.to(change.dtype), down.to(change.dtype)
+        if kernel := change.file.shapes[path][2:]:
+            up, down = up[..., None, None], down.view(len(down), -1, *kernel)
+        found[path] = (up, down)
+    return found
 
 
 def in_peft_words(factors: LayerFactors, prefix: str) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-Factors = tuple[Tensor, Tensor]  # up (out, r), down (r, in)
+Factors = tuple[Tensor, Tensor]  # up (out, r), down (r, in), of a convolution (r, in * kh * kw)
 
 
 def hadamard(one: Factors, other: Factors) -> Factors:
@@ -27,6 +27,13 @@ def kronecker(one: Factors, other: Factors) -> Factors:
     Kronecker products of the ups and of the downs.
     """
     return torch.kron(one[0], other[0]), torch.kron(one[1], other[1])
+
+
+def tucker(core: Tensor, up: Tensor, down: Tensor) -> Factors:
+    """A kernel (out, in, kh, kw) of a core (r, r, kh, kw) between 1x1 ones, up (r, out) and down
+    (r, in), as LyCORIS keeps them: `sum_ij core[i, j, kh, kw] down[j, in] up[i, out]`.
+    """
+    return up.mT.contiguous(), torch.einsum("ijkl,jn->inkl", core, down).flatten(1).contiguous()
 
 
 def as_factors(whole: Tensor) -> Factors:

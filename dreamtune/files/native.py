@@ -19,10 +19,11 @@ from dreamtune.files.find import adapter_file
 from dreamtune.files.fingerprint import PRINTS, fingerprint, uncovered
 from dreamtune.files.formats import Change, ExportFormat, Prefixes
 from dreamtune.files.lora import check_low_rank
+from dreamtune.files.names import exact_names
 from dreamtune.files.tensors import FLOATS, TensorFile, read_tensors, write_new, write_tensors
 from dreamtune.injection.adapter_file import AdapterFile
 from dreamtune.injection.inject import InjectedAdapter
-from dreamtune.injection.targets import find_targets, is_name, weight_of
+from dreamtune.injection.targets import is_name
 from dreamtune.models.load import prefixes_of
 from dreamtune.version import __version__
 
@@ -80,8 +81,7 @@ class Native(ExportFormat):
     def needs_base(self, change: Change) -> str:
         if change.max_rank is not None and (why := super().needs_base(change)):
             return why
-        file = change.file
-        bound = not file.some_layers and not uncovered(file)
+        bound = not uncovered(change.file)
         return "" if bound else "a native file has the fingerprint of its base, this one has none"
 
     def write(self, path: Path, change: Change, overwrite: bool) -> None:
@@ -91,9 +91,12 @@ class Native(ExportFormat):
             tensors = {}
             for layer, (up, down) in change.factors.items():
                 tensors[f"{layer}.A"], tensors[f"{layer}.B"] = down.float(), up.float()
-            file = replace(file, method="lora", options={"rank": rank}, tensors=tensors)
-        if file.some_layers and change.network is not None:
-            file = _of_all_layers(file, change.network)
+            file = replace(
+                file, method="lora", options={"rank": rank}, layer_options={}, tensors=tensors
+            )
+        if file.some_layers:
+            names = exact_names(file.shapes, file.target_modules, change.network)
+            file = replace(file, target_modules=tuple(names), some_layers=False)
         write_new(path, file.tensors, about_of(file), overwrite)
 
     def usage(self, path: Path) -> str:
@@ -198,23 +201,6 @@ def _foreign(change: Change) -> str | None:
 def _kept(change: Change) -> dict[str, Any]:
     cut = {"cut": change.about["cut"]} if "cut" in change.about else {}
     return {**change.about["metadata"], **cut}
-
-
-def _of_all_layers(file: AdapterFile, network: nn.Module) -> AdapterFile:
-    """A LoRA of some layers with a change of zero in the others that its names mean."""
-    targets = find_targets(network, file.target_modules)
-    others = {path: layer for path, layer in targets.items() if path not in file.shapes}
-    tensors, rank = dict(file.tensors), int(file.options["rank"])
-    shapes, weights = dict(file.shapes), {path: weight_of(x) for path, x in others.items()}
-    for path, weight in weights.items():
-        out, width = weight.shape
-        shapes[path] = (out, width)
-        tensors[f"{path}.A"], tensors[f"{path}.B"] = (
-            torch.zeros(rank, width),
-            torch.zeros(out, rank),
-        )
-    prints = {**file.fingerprint, **fingerprint(weights)}
-    return replace(file, tensors=tensors, shapes=shapes, fingerprint=prints, some_layers=False)
 
 
 FORMAT = Native()

@@ -10,20 +10,22 @@ from torch import Tensor
 
 from dreamtune.fields import UnreadableFile
 from dreamtune.files.formats import LayerFactors
-from dreamtune.files.lycoris import Factors, as_factors, hadamard, kronecker
+from dreamtune.files.lycoris import Factors, as_factors, hadamard, kronecker, tucker
 from dreamtune.files.stated import Stated
 from dreamtune.files.tensors import FLOATS
+from dreamtune.injection.targets import TARGET_MODULES
 
 # How a key ends -> which tensor of its layer it is.
 ENDINGS = {
     ".lora_A.weight": "down", ".lora_down.weight": "down", ".lora.down.weight": "down",
     ".lora_B.weight": "up", ".lora_up.weight": "up", ".lora.up.weight": "up", ".alpha": "alpha",
-    "_lora.down.weight": "down", "_lora.up.weight": "up",
+    "_lora.down.weight": "down", "_lora.up.weight": "up", ".lora_mid.weight": "mid",
     **{f".{name}": name for name in (
-        "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "lokr_w1", "lokr_w1_a", "lokr_w1_b",
-        "lokr_w2", "lokr_w2_a", "lokr_w2_b",
+        "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "lokr_w1",
+        "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
     )},
 }  # fmt: skip
+_KERNELS = ("mid", "hada_t1", "lokr_t2", "lokr_w2", "down")  # the first of a layer has its kernel
 DORA = ("lora_magnitude_vector", "dora_scale")
 
 Parts = dict[str, Tensor]  # which tensor of a layer -> it
@@ -63,18 +65,19 @@ def by_layer(
 def method_of(parts: Parts) -> str | None:
     """In PEFT's words. None for tensors that are not all of one."""
     kinds = parts.keys() - {"alpha"}
-    if kinds == {"up", "down"}:
+    if kinds - {"mid"} == {"up", "down"}:
         return "LORA"
-    if kinds == {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}:
-        return "LOHA"
-    sides = [{k for k in kinds if k.startswith(w)} for w in ("lokr_w1", "lokr_w2")]
-    whole = [side in ({w}, {f"{w}_a", f"{w}_b"}) for w, side in zip(("lokr_w1", "lokr_w2"), sides)]
-    return "LOKR" if all(whole) and kinds == sides[0] | sides[1] else None
+    pairs = [{f"{w}_a", f"{w}_b"} for w in ("hada_w1", "hada_w2", "lokr_w1", "lokr_w2")]
+    if kinds - {"hada_t1", "hada_t2"} == pairs[0] | pairs[1]:
+        return "LOHA" if ("hada_t1" in kinds) == ("hada_t2" in kinds) else None
+    ones = ({"lokr_w1"}, pairs[2])
+    others = ({"lokr_w2"}, pairs[3], pairs[3] | {"lokr_t2"})
+    return "LOKR" if any(kinds == one | other for one in ones for other in others) else None
 
 
 def factors_of(layer: str, parts: Parts, stated: Stated | None) -> tuple[Tensor, Tensor]:
-    """(up, down) in float32, the strength in up: what the file states for the layer, else its
-    alpha / r, else 1. layer: module path.
+    """(up, down) in float32, (out, r) and (r, in), of a convolution (r, in * kh * kw), the strength
+    in up: what the file states for the layer, else its alpha / r, else 1. layer: module path.
 
     Raises ValueError for tensors that are no such factors, and where the file contradicts itself.
     """
@@ -85,9 +88,9 @@ def factors_of(layer: str, parts: Parts, stated: Stated | None) -> tuple[Tensor,
     if "alpha" in parts:
         check_alpha(layer, parts["alpha"])
     if method == "LORA":
-        up, down = check_pair(layer, parts, "up", "down")
+        up, down = _lora(layer, parts)
         scale = scale_of(layer, parts, stated)
-        return (up.float() if scale == 1 else up.float() * scale), down.float()
+        return (up if scale == 1 else up * scale), down
     up, down = (kronecker if method == "LOKR" else hadamard)(*_lycoris(layer, parts, method))
     if up.shape[1] >= min(up.shape[0], down.shape[1]):
         raise UnreadableFile(
@@ -97,23 +100,86 @@ def factors_of(layer: str, parts: Parts, stated: Stated | None) -> tuple[Tensor,
     return (up * scale_of(layer, parts, stated)).float(), down.float()
 
 
+def _lora(layer: str, parts: Parts) -> tuple[Tensor, Tensor]:
+    """The factors in float32. Of a convolution down is (r, in, kh, kw) and up (out, r, 1, 1); or
+    down is 1x1 too, and a core `mid`, (r, r, kh, kw), stands between them (LoCon's Tucker form).
+    """
+    up, down, mid = parts["up"], parts["down"], parts.get("mid")
+    if up.dim() == down.dim() == 4 and up.shape[2:] == (1, 1):
+        up = up.flatten(1)
+        if mid is None:
+            check_matrix(layer, "down", down, kernel=True)
+            down = down.flatten(1)
+    if mid is None:
+        up, down = check_pair(layer, {"up": up, "down": down}, "up", "down")
+        return up.float(), down.float()
+    if down.dim() == 4 and down.shape[2:] == (1, 1):
+        down = down.flatten(1)
+    up, down = check_pair(layer, {"up": up, "down": down}, "up", "down")
+    check_core(layer, "mid", mid, len(down))
+    up, down = tucker(mid.double(), up.mT.double(), down.double())
+    return up.float(), down.float()
+
+
 def _lycoris(layer: str, parts: Parts, method: str) -> list[Factors]:
     """The factors in float64 of both matrices."""
     pairs, ranks = [], []
-    for name in ("hada_w1", "hada_w2") if method == "LOHA" else ("lokr_w1", "lokr_w2"):
-        if name in parts:
-            check_matrix(layer, name, parts[name])
-            pairs.append(as_factors(parts[name].double()))
-            continue
-        up, down = check_pair(layer, parts, f"{name}_a", f"{name}_b")
-        pairs.append((up.double(), down.double()))
-        ranks.append(down.shape[0])
+    word = "hada" if method == "LOHA" else "lokr"
+    for one, core in ((f"{word}_w{n}", f"{word}_t{n}") for n in (1, 2)):
+        if one in parts:
+            check_matrix(layer, one, parts[one], kernel=True)
+            pairs.append(as_factors(parts[one].flatten(1).double()))
+        elif core in parts:
+            up, down = parts[f"{one}_a"], parts[f"{one}_b"]  # both (r, ...)
+            for end, side in (("a", up), ("b", down)):
+                check_matrix(layer, f"{one}_{end}", side)
+            if len(up) != len(down):
+                raise ValueError(f"`{layer}`: {one}_a and {one}_b must be of one rank")
+            check_core(layer, core, parts[core], len(down))
+            pairs.append(tucker(parts[core].double(), up.double(), down.double()))
+            ranks.append(len(down))
+        else:
+            up, down = check_pair(layer, parts, f"{one}_a", f"{one}_b")
+            pairs.append((up.double(), down.double()))
+            ranks.append(len(down))
     if len(set(ranks)) > 1:
         raise UnreadableFile(f"`{layer}`: its two matrices must be of one rank, got {ranks}")
     shapes = [(up.shape[0], down.shape[1]) for up, down in pairs]
     if method == "LOHA" and shapes[0] != shapes[1]:
         raise UnreadableFile(f"`{layer}`: its two matrices must be of one shape, got {shapes}")
     return pairs
+
+
+def shape_of(
+    parts: Parts, up: Tensor, down: Tensor, here: tuple[int, ...] | None
+) -> tuple[int, ...]:
+    """Of the layer that factors are of, (out, in) or (out, in, kh, kw). up, down: its
+    `factors_of`. here: of the network's layer, whose kernel is taken where the tensors tell none.
+    """
+    kernels = (parts[name].shape[2:] for name in _KERNELS if name in parts)
+    kernel = list(next(filter(len, kernels), ()))
+    out, width = len(up), down.shape[1]
+    untold = not kernel and not tells_kernel(parts)
+    if untold and here is not None and math.prod(here[1:]) == width:
+        return (out, *here[1:])
+    return (out, width // math.prod(kernel), *kernel)
+
+
+def tells_kernel(parts: Parts) -> bool:
+    """LoHa and LoKr may hold a convolution's weight as a matrix."""
+    return method_of(parts) == "LORA" or any(
+        parts[name].dim() == 4 for name in _KERNELS if name in parts
+    )
+
+
+def check_kernels(parts: Mapping[str, Parts]) -> None:
+    """Raises ValueError for layers that may be convolutions, where there is no network to ask."""
+    for layer, own in parts.items():
+        if not tells_kernel(own) and not layer.endswith(tuple(f".{t}" for t in TARGET_MODULES)):
+            raise ValueError(
+                f"the tensors of `{layer}` do not tell whether it is a convolution: pass the UNet"
+                " as `base`, in the command as --pretrained_model_name_or_path"
+            )
 
 
 def rank_of(parts: Parts) -> int | None:
@@ -151,11 +217,23 @@ def check_pair(layer: str, found: Parts, left: str, right: str) -> tuple[Tensor,
     return found[left], found[right]
 
 
-def check_matrix(layer: str, name: str, tensor: Tensor) -> None:
+def check_matrix(layer: str, name: str, tensor: Tensor, kernel: bool = False) -> None:
+    """kernel: whether it may be one of a convolution, (a, b, kh, kw)."""
     if tensor.dtype not in FLOATS:
         raise ValueError(f"`{name}` of `{layer}` must be floats, got {tensor.dtype}")
-    if tensor.dim() != 2 or 0 in tensor.shape:
-        raise ValueError(f"`{name}` of `{layer}` must be a matrix, got shape {tuple(tensor.shape)}")
+    if tensor.dim() not in ((2, 4) if kernel else (2,)) or 0 in tensor.shape:
+        raise ValueError(
+            f"`{name}` of `{layer}` must be a matrix{' or a kernel' if kernel else ''}, got shape"
+            f" {tuple(tensor.shape)}"
+        )
+
+
+def check_core(layer: str, name: str, core: Tensor, rank: int) -> None:
+    check_matrix(layer, name, core, kernel=True)
+    if core.dim() != 4 or core.shape[:2] != (rank, rank):
+        raise ValueError(
+            f"`{name}` of `{layer}` must be ({rank}, {rank}, kh, kw), got {tuple(core.shape)}"
+        )
 
 
 def check_alpha(layer: str, alpha: Tensor) -> None:

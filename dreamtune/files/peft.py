@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from dreamtune.files import peft_read
 from dreamtune.files.formats import Change, LayerFactors, Prefixes
 from dreamtune.files.layers import own_tensors
 from dreamtune.files.lora import PlainLora, cast, check_low_rank, in_peft_words
-from dreamtune.files.names import PEFT
+from dreamtune.files.names import PEFT, exact_names
 from dreamtune.files.peft_forms import Form, form_of
 from dreamtune.files.stated import Stated, stated
 from dreamtune.files.tensors import TensorFile, hash_of_json, holds, other_contents, write_new
@@ -160,23 +159,9 @@ def _settings(form: Form | None, change: Change) -> dict[str, Any]:
         "bias": "none",
         "inference_mode": True,
         "peft_version": VERSION,
-        "target_modules": _targets(paths, change.file, change.network),
+        "target_modules": exact_names(paths, change.file.target_modules, change.network),
         "task_type": None,
     }
-
-
-def _targets(paths: Collection[str], file: AdapterFile, network: nn.Module | None) -> list[str]:
-    """The ends of names, where they mean these layers of the network and no other; else paths."""
-    ends = sorted(file.target_modules)
-    if network is not None:
-        meant = {
-            path
-            for path, _ in network.named_modules()
-            if any(path == end or path.endswith(f".{end}") for end in ends)
-        }
-        if meant == set(paths):
-            return ends
-    return sorted(paths)
 
 
 FORMAT = Peft()

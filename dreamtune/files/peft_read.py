@@ -16,13 +16,14 @@ from pydantic import FiniteFloat
 from torch import Tensor, nn
 
 from dreamtune.fields import EvenRank, Rank, Terms, UnreadableFile, checker, from_file
+from dreamtune.files.complete import lost
 from dreamtune.files.fingerprint import fingerprint
-from dreamtune.files.lora import OTHERS, about_of, warn_of_changes
-from dreamtune.files.names import PEFT
+from dreamtune.files.lora import about_of, warn_of_changes
+from dreamtune.files.names import PEFT, ends_of
 from dreamtune.files.native import SHAPES, check_tensors
 from dreamtune.files.tensors import TensorFile
 from dreamtune.injection.adapter_file import AdapterFile
-from dreamtune.injection.targets import TARGET_MODULES, find_targets, weight_of
+from dreamtune.injection.targets import layers_of, weight_of
 
 Config = Mapping[str, Any]
 Tensors = dict[str, Tensor]
@@ -115,9 +116,9 @@ def read(file: TensorFile, config: Config, place: str, network: nn.Module | None
     assert method is not None
     about = from_file(_ABOUT, about_of(file), f"the `dreamtune` header of `{file.name}`")
     prints, shapes = about.get("fingerprint"), about.get("shapes", {})
-    targets: dict[str, nn.Linear | nn.Conv2d] = {}
+    targets: dict[str, nn.Linear] = {}
     if network is not None:
-        targets = find_targets(network, TARGET_MODULES)
+        targets = {p: x for p, x in layers_of(network).items() if isinstance(x, nn.Linear)}
         shapes = {path: tuple(layer.weight.shape) for path, layer in targets.items()}
     elif prints is None or not shapes:
         raise ValueError(
@@ -131,7 +132,7 @@ def read(file: TensorFile, config: Config, place: str, network: nn.Module | None
         )
     needed = [name for name in rules if name in ("r", "lora_alpha")]
     checked = from_file(checker(rules, needed=needed, others=True), dict(config), place)
-    layers = _by_layer(file, ends, shapes)
+    layers = _by_layer(file, ends, shapes, prints or ())
     norms = {path: own.pop("", None) for path, own in layers.items()}
     if prints is None:
         weights = {path: weight_of(targets[path]) for path in layers}
@@ -145,7 +146,8 @@ def read(file: TensorFile, config: Config, place: str, network: nn.Module | None
     found = AdapterFile(
         method=method,
         options=options,
-        target_modules=tuple(t for t in TARGET_MODULES if any(p.endswith(f".{t}") for p in layers)),
+        target_modules=ends_of(layers),
+        some_layers=True,
         tensors={f"{p}.{n}": t.float() for p, own in layers.items() for n, t in own.items()},
         metadata=about.get("metadata", {}),
         shapes={path: (shapes[path][0], shapes[path][1]) for path in layers},
@@ -157,28 +159,26 @@ def read(file: TensorFile, config: Config, place: str, network: nn.Module | None
 
 
 def _by_layer(
-    file: TensorFile, ends: Mapping[str, str], targets: Collection[str]
+    file: TensorFile, ends: Mapping[str, str], targets: Collection[str], prints: Collection[str]
 ) -> dict[str, Tensors]:
-    """Module path -> our name -> tensor, of each layer all."""
+    """Module path -> our name -> tensor, of each layer all. prints: layers that were written."""
     layers: dict[str, Tensors] = {}
     for key, tensor in file.tensors.items():
         end = next((e for e in ends if key.endswith(f".{e}")), None)
         path = key.removeprefix(PEFT).removesuffix(f".{end}")
         if end is None or not key.startswith(PEFT) or path not in targets:
             raise UnreadableFile(
-                f"`{file.name}`: `{key[:200]}` matches no attention projection. {OTHERS}"
+                f"`{file.name}`: `{key[:200]}` matches no linear layer of the network. Use PEFT"
             )
         if not tensor.is_floating_point():
             raise UnreadableFile(f"`{file.name}`: `{key}` must be floats, got {tensor.dtype}")
         layers.setdefault(path, {})[ends[end]] = tensor
     needed = set(ends.values()) - {""}
     lacking = [path for path, own in layers.items() if not needed <= own.keys()]
-    names = {t for t in TARGET_MODULES for path in layers if path.endswith(f".{t}")}
-    lacking += [p for p in targets if p not in layers and any(p.endswith(f".{t}") for t in names)]
+    lacking += [path for path in prints or lost(layers, targets) if path not in layers]
     if lacking or not layers:
         raise UnreadableFile(
-            f"`{file.name}`: {len(lacking)} layers lack keys, `{[*lacking, 'none'][0]}` first, and"
-            " such an adapter is read where it is in every layer of a name"
+            f"`{file.name}`: {len(lacking)} layers lack keys, `{[*lacking, 'none'][0]}` first"
         )
     if any(own[name].dim() < 1 for own in layers.values() for name in own):
         raise UnreadableFile(f"`{file.name}` has numbers where tensors must be")

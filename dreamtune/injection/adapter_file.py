@@ -26,7 +26,8 @@ class AdapterFile:
         exported_from: the method whose change it is, where a file holds only the factors of it;
             `method` is then LoRA.
         layer_options: module path -> the options of that layer that are not `options`.
-        some_layers: only `shapes` are changed, whatever other layers `target_modules` mean.
+        some_layers: only `shapes` are changed, whatever other layers `target_modules` mean: they
+            are ends of their names.
         source: name of the file that it was read from, for messages.
     """
 

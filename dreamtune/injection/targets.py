@@ -131,6 +131,12 @@ def choose_paths(
     }
 
 
+def layers_of(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Module path -> layer, for all of a kind that can be adapted."""
+    spots = walk(unwrapped(model))
+    return {s.path: s.module for s in spots if isinstance(s.module, nn.Linear | nn.Conv2d)}
+
+
 def find_targets(
     model: nn.Module, target_modules: Targets = TARGET_MODULES
 ) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -160,7 +166,7 @@ def _kinds(spots: Iterable[Spot]) -> str:
 
 def _no_layer(model: nn.Module, spots: Iterable[Spot], nothing: Iterable[str]) -> str:
     counts = Counter(
-        (_last(spot.path), "Conv2d" if isinstance(spot.module, nn.Conv2d) else "Linear")
+        (last(spot.path), "Conv2d" if isinstance(spot.module, nn.Conv2d) else "Linear")
         for spot in spots
         if adaptable(spot.module)
     )
@@ -175,7 +181,7 @@ def _no_layer(model: nn.Module, spots: Iterable[Spot], nothing: Iterable[str]) -
     )
 
 
-def _last(path: str) -> str:
+def last(path: str) -> str:
     """The end of a path that tells a layer from its siblings' kinds: a number takes its list."""
     *above, last = path.split(".")
     return f"{above[-1]}.{last}" if last.isdigit() and above else last

@@ -35,7 +35,14 @@ class StableDiffusion(Base):
     network_name = "unet"
     network_class = "UNet2DConditionModel"
     parts = PARTS
-    prefixes = Prefixes("unet.", "lora_unet_", ("down_blocks.", "mid_block.", "up_blocks."))
+    prefixes = Prefixes(
+        "unet.",
+        "lora_unet_",
+        (
+            "down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.",
+            "add_embedding.",
+        ),
+    )  # fmt: skip
 
     def __init__(
         self,

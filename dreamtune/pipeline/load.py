@@ -6,7 +6,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from dreamtune.files.find import adapter_file
@@ -27,9 +26,9 @@ def load(
 
     Args:
         pipe: a diffusers pipeline with a UNet, or the model itself, whatever module it is.
-        path: a native file, an exported one, another trainer's LoRA, LoHa or LoKr of the attention
-            projections, or a folder: of a run (its best/), a checkpoint-N (its own step), one that
-            PEFT saved, or one with such a file.
+        path: a native file, an exported one, another trainer's LoRA, LoHa or LoKr, or a folder: of
+            a run (its best/), a checkpoint-N (its own step), one that PEFT saved, or one with such
+            a file.
         name: kept on the result as `.name`.
         scale: strength, linear in the change; change it later with `.scale`.
         force: recompute a method that contains the base weights on another base.
@@ -63,14 +62,7 @@ def _inject(model: nn.Module, file: AdapterFile, force: bool) -> InjectedAdapter
     warning = check_base(file, here, force)
     adapter = adapt(model, file.method, chosen, file.target_modules, file.options)
     try:
-        tensors = dict(file.tensors)
-        if file.some_layers:  # the others' parameters are zero, and so is their change
-            tensors |= {
-                k: torch.zeros_like(t)
-                for k, t in adapter.state_dict().items()
-                if k.rpartition(".")[0] not in file.shapes
-            }
-        adapter.load_state_dict(tensors)
+        adapter.load_state_dict(file.tensors)
     except BaseException:
         adapter.eject()
         raise
@@ -81,9 +73,9 @@ def _inject(model: nn.Module, file: AdapterFile, force: bool) -> InjectedAdapter
 
 def _chosen(model: nn.Module, file: AdapterFile) -> dict[str, Choice]:
     """The layers that the file's entries mean here. A file's expressions are not run, they may take
-    ages: then the layers that the file has.
+    ages: then the layers that the file has, as where it has some of those that they mean.
     """
-    if any(entry.startswith(REGEX) for entry in file.target_modules):
+    if file.some_layers or any(entry.startswith(REGEX) for entry in file.target_modules):
         return choose_paths(model, file.shapes, file.layer_options)
     chosen = choose(model, file.target_modules)
     own = file.layer_options

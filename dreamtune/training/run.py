@@ -18,7 +18,6 @@ from dreamtune.data.words import SubjectWords
 from dreamtune.evaluation.selection import Choice, choose_best
 from dreamtune.evaluation.validation import Evaluator, load_scorers
 from dreamtune.files.export import export
-from dreamtune.files.names import other_layers
 from dreamtune.files.whole import whole, whole_folder
 from dreamtune.metrics.table import scores_of, scores_text
 from dreamtune.models.base import Base
@@ -266,9 +265,7 @@ class Run:
     def has_lora(self, slot: Slot) -> bool:
         """Whether a plain LoRA holds what is trained."""
         groups = slot.adapter.groups
-        if any(self.method.no_plain_lora(group.adapter.options) for group in groups):
-            return False
-        return not other_layers(name for group in groups for name in group.names)
+        return not any(self.method.no_plain_lora(group.adapter.options) for group in groups)
 
     def save_files(self, slot: Slot, folder: Path, record: dict[str, Any]) -> None:
         """adapter.safetensors and the LoRA file, whole or not at all."""

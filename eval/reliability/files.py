@@ -113,7 +113,9 @@ class Adapters:
         self.work, self.unet = work, tiny_unet()
         self.start = state_of(self.unet)
         self.files: list[Path] = []
-        for number, (method, options) in enumerate(cases()):
+        others = {"rank": 2, "target_modules": ["to_k", "ff.net.2", "conv1", "proj_in", "conv_out"]}
+        more = [("lora", others), ("delora", others), ("dora", {**others, "rank": 3})]
+        for number, (method, options) in enumerate([*cases(), *more]):
             adapter = dreamtune.inject(tiny_unet(), method, **options)
             disturb(adapter)
             place = work / f"{number}-{method}"
@@ -140,7 +142,7 @@ class Adapters:
         tensors = load_file(out)
         ends = ".lora_A.weight", ".lora_B.weight"
         return {
-            k: tensors[k.replace(*ends)].double() @ x.double()
+            k: tensors[k.replace(*ends)].flatten(1).double() @ x.flatten(1).double()
             for k, x in tensors.items()
             if k.endswith(ends[0])
         }

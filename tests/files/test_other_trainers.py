@@ -250,11 +250,12 @@ def test_a_file_that_contradicts_itself(tmp_path: Path) -> None:
     [
         ({"unet.{q}.lora_magnitude_vector": (32,)}, r"is a DoRA \(`unet.down.*`pipe.load_lora_w"),
         ({"unet.{q}.dora_scale": (32, 1)}, "is a DoRA"),
-        ({"unet.{b}.ff.net.2.lora_A.weight": (4, 128), "unet.{b}.ff.net.2.lora_B.weight": (32, 4)},
-         "1 keys match no attention projection, `down_.*ff.net.2` first.*`pipe.load_lora_weights`"),
-        ({"text_encoder.x.lora_A.weight": (4, 8)}, "1 keys match no attention .*`text_encoder.x"),
-        ({"unet.{q}.lora_B.bias": (32,)}, "1 keys match no attention projection, `unet.*.bias`"),
-        ({"unet.{q}.lora_mid.weight": (4, 4)}, "1 keys match no attention projection"),
+        ({"unet.{b}.ff.net.2.lora_A.weight": (4, 128)},
+         "1 keys match no layer of the network, `down_.*ff.net.2` first"),
+        ({"text_encoder.x.lora_A.weight": (4, 8)},
+         "1 keys match no layer .*`text_encoder.x.*a text encoder use `pipe.load_lora_weights`"),
+        ({"unet.{q}.lora_B.bias": (32,)}, "1 keys match no layer of the network, `unet.*.bias`"),
+        ({"unet.{q}.lora_mid.weight": (4, 4)}, r"`mid` of `.*to_q` must be \(4, 4, kh, kw\), got"),
     ],
 )  # fmt: skip
 def test_more_than_a_lora_of_these_layers(

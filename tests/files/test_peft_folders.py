@@ -74,7 +74,7 @@ def test_the_config_is_obeyed_or_the_folder_refused(tmp_path: Path) -> None:
         ({"use_dora": True}, "32 layers lack keys, `down_blocks"),
         ({"lora_bias": True}, "`adapter_config.json` beside it: `lora_bias` is set"),
         ({"peft_type": "BOFT"}, "`adapter_config.json` beside it: the method is 'BOFT', read are"),
-        ({"peft_type": "OFT"}, "`base_model.model.down_blocks.*` matches no attention projection"),
+        ({"peft_type": "OFT"}, "`base_model.model.down_blocks.*` matches no linear layer"),
         ({"init_lora_weights": "olora"}, "started as 'olora'"),
         ({"lora_alpha": None}, "`lora_alpha` cannot be empty"),
     ):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tiny import disturb, tiny_pipeline, tiny_unet, unet_inputs
 from torch import Tensor, nn
 
@@ -47,8 +48,11 @@ CASES: dict[str, tuple[Any, str, dict[str, Any]]] = {
         "oft", {"blocks": 4, "exact": True},
     ),
     "hra": (lambda: peft.HRAConfig(r=4, target_modules=LAYERS), "hra", {"rank": 4}),
+    "hra, other layers": (
+        lambda: peft.HRAConfig(r=4, target_modules=["attn2.to_k", "ff.net.2"]), "hra", {"rank": 4}
+    ),
     "delora": (
-        lambda: peft.DeloraConfig(r=4, target_modules=LAYERS),
+        lambda: peft.DeloraConfig(r=4, target_modules=[*LAYERS, "time_emb_proj", "linear_1"]),
         "delora", {"rank": 4, "start": "peft"},
     ),
 }  # fmt: skip
@@ -123,8 +127,8 @@ def test_what_is_another_function_is_refused(tmp_path: Path) -> None:
         ({"coft": True}, "beside it: `coft` is set, so that `oft` here is another function"),
         ({"bias": "all"}, "`bias` is set"),
         ({"num_cayley_neumann_terms": 1}, "must be at least 2, got 1"),
-        ({"peft_type": "HRA", "r": 4}, "matches no attention projection"),
-        ({"peft_type": "BOFT"}, "match no attention projection"),
+        ({"peft_type": "HRA", "r": 4}, "matches no linear layer of the network. Use PEFT"),
+        ({"peft_type": "BOFT"}, "match no layer of the network"),
     ):
         config.write_text(json.dumps({**values, **edit}))
         with pytest.raises(UnreadableFile, match=f"`adapter_model.safetensors`.*{message}"):
@@ -133,8 +137,12 @@ def test_what_is_another_function_is_refused(tmp_path: Path) -> None:
     saved(tmp_path / "q", uneven)
     with pytest.raises(UnreadableFile, match="its layers have 3, 4, 6 blocks: read is one number"):
         dreamtune.load(tiny_unet(), tmp_path / "q")
-    saved(tmp_path / "s", peft.HRAConfig(r=4, target_modules=["attn2.to_k"]))
-    with pytest.raises(UnreadableFile, match="4 layers lack keys, .*in every layer of a name"):
+    saved(tmp_path / "s", peft.HRAConfig(r=4, target_modules=["attn2.to_k", "attn2.to_v"]))
+    file = tmp_path / "s" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors[next(key for key in tensors if "to_v" in key)]
+    save_file(tensors, file)
+    with pytest.raises(UnreadableFile, match="1 layers lack keys, `down_blocks.*attn2.to_v` first"):
         dreamtune.load(tiny_unet(), tmp_path / "s")
 
 

@@ -174,7 +174,7 @@ def test_hash_sees_dtype_and_shape(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "edit, message",
     [
-        (lambda a: a.pop("method"), "match no attention projection|in none of the formats"),
+        (lambda a: a.pop("method"), "match no layer of the network|in none of the formats"),
         (lambda a: a.update(method="lore"), "`adapter.safetensors`: unknown method `lore`"),
         (lambda a: a.pop("options"), "header of `adapter.safetensors`: `options` is missing"),
         (lambda a: a["options"].update(rank="x"), "adapter.safetensors.*`rank` must be a whole"),

@@ -1,4 +1,6 @@
-"""LoRA files as other trainers write them, and what stock diffusers makes of one."""
+"""LoRA files as other trainers write them, and what stock diffusers makes of one. A change of a
+convolution is (out, in * kh * kw).
+"""
 
 from __future__ import annotations
 
@@ -150,7 +152,8 @@ def in_peft(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Tensor]:
     for name, module in modules:
         adapters = getattr(module, "scaling", {})
         if adapters and hasattr(module, "get_delta_weight"):
-            found[name] = module.get_delta_weight(next(iter(adapters))).detach().double()
+            delta = module.get_delta_weight(next(iter(adapters)))
+            found[name] = delta.detach().double().flatten(1)
     return found
 
 

@@ -21,13 +21,25 @@ from dreamtune.files.formats import EXPORTS, Change, export_format
 from dreamtune.injection.adapter_file import AdapterFile
 from dreamtune.models.load import prefixes_of
 
-# Row -> method and its options: every method as it comes, and where options decide.
+OTHERS = [
+    "to_q", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "time_emb_proj", "conv1", "conv2",
+    "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "conv_in", "conv_out",
+    "time_embedding.linear_1", "time_embedding.linear_2",
+]  # fmt: skip
+LINEAR = ["ff.net.0.proj", "ff.net.2", "time_emb_proj", "linear_1"]
+# Row -> method and its options: every method as it comes, and where options or layers decide.
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in METHODS},
     "delora, `start` peft": ("delora", {"rank": 4, "start": "peft", "lambda_init": 2.0}),
     "delora, multiplicative": ("delora", {"rank": 4, "multiplicative": True}),
     "delora, `timestep_floor` below 1": ("delora", {"rank": 4, "timestep_floor": 0.5}),
     "oft, exact": ("oft", {"exact": True}),
+    # rank 8 is more than `conv_out` is wide
+    "lora, with convolutions": ("lora", {"rank": 8, "target_modules": OTHERS}),
+    "delora, with convolutions": ("delora", {"rank": 4, "target_modules": OTHERS}),
+    "ether+, with convolutions": ("ether+", {"target_modules": OTHERS}),
+    "dora, with convolutions": ("dora", {"rank": 4, "target_modules": OTHERS}),
+    "dora, other linear layers": ("dora", {"rank": 4, "target_modules": LINEAR}),
 }
 NONE = "—"
 
@@ -35,8 +47,12 @@ NONE = "—"
 def asked(row: str) -> Change:
     """A row as a format is asked whether it holds it."""
     method, options = ROWS[row]
+    options = {name: value for name, value in options.items() if name != "target_modules"}
+    shapes = {"attn1.to_q": (64, 64), "mid_block.resnets.0.conv1": (64, 64, 3, 3)}
+    if "convolutions" not in row:
+        shapes.popitem()
     return Change(
-        file=AdapterFile(method, options, ("to_q",), {}, {}, {"attn1.to_q": (64, 64)}),
+        file=AdapterFile(method, options, ("to_q",), {}, {}, shapes),
         low_rank=dict,
         dtype=torch.float32,
         about={"exported_from": method, "fingerprint": {}, "metadata": {}},

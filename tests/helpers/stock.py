@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 
 torch.set_num_threads(1)
 TOLERANCE, CHANGED = 2e-5, 1e-3
+BLOCKS = ("Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D")
+LAYERS = (torch.nn.Linear, torch.nn.Conv2d)
 # What diffusers says of every LoRA that has no text encoder's.
 USUAL = "No LoRA keys associated to"
 
@@ -55,22 +57,28 @@ def kohya(unet, folder):
 
 def by_names(unet, tensors):
     """sd-scripts' `networks/lora.py`: `lora_unet_`, then a layer's path with _ for each dot, of the
-    linear layers in every Transformer2DModel; W + up @ down * alpha / rank. ComfyUI's key map has
-    the same names for SD 1.x and 2.x. No key may be left.
+    layers in every block of `BLOCKS`; W + up @ down * alpha / rank. ComfyUI's key map has the same
+    names for SD 1.x and 2.x, and those of the layers outside. No key may be left.
     """
     left = dict(tensors)
     for name, block in unet.named_modules():
-        if type(block).__name__ != "Transformer2DModel":
-            continue
-        for child, layer in block.named_modules():
-            key = f"lora_unet_{name}.{child}".replace(".", "_")
-            if not isinstance(layer, torch.nn.Linear) or f"{key}.alpha" not in left:
+        inside = block.named_modules() if type(block).__name__ in BLOCKS else [("", block)]
+        for child, layer in inside:
+            key = f"lora_unet_{name}.{child}".removesuffix(".").replace(".", "_")
+            if not isinstance(layer, LAYERS) or f"{key}.alpha" not in left:
                 continue
             up, down = left.pop(f"{key}.lora_up.weight"), left.pop(f"{key}.lora_down.weight")
-            with torch.no_grad():
-                layer.weight += up @ down * (left.pop(f"{key}.alpha") / down.shape[0])
+            change(layer, up, down, left.pop(f"{key}.alpha") / down.shape[0])
     assert not left, next(iter(left))
     return unet
+
+
+def change(layer, up, down, scale):
+    """Of a convolution up is 1x1, down has its kernel."""
+    kernel = layer.weight.shape[2:]
+    assert up.shape[2:] == (1, 1)[: len(kernel)] and down.shape[2:] == kernel
+    with torch.no_grad():
+        layer.weight += (up.flatten(1) @ down.flatten(1) * scale).view_as(layer.weight)
 
 
 def peft(unet, folder):
@@ -98,8 +106,7 @@ def by_paths(unet, config, tensors):
         assert any(path == t or path.endswith(f".{t}") for t in config["target_modules"])
         up, down = left.pop(f"{name}.lora_B.weight"), left.pop(f"{name}.lora_A.weight")
         assert down.shape[0] == config["r"]
-        with torch.no_grad():
-            unet.get_submodule(path).weight += up @ down * (config["lora_alpha"] / config["r"])
+        change(unet.get_submodule(path), up, down, config["lora_alpha"] / config["r"])
     assert not left, next(iter(left))
     return unet
 

@@ -60,7 +60,7 @@ def test_trained_saved_loaded_and_merged(model, method, rate, fast, tmp_path):
         torch.testing.assert_close(again(input_ids=tokens).logits, logits, rtol=0, atol=1e-5)
         loaded.merge()
         torch.testing.assert_close(again(input_ids=tokens).logits, logits, rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match=f"`.*{targets[0]}` is no attention projection"):
+    with pytest.raises(ValueError, match=f"`.*{targets[0]}` is no layer of a UNet of diffusers, "):
         dreamtune.export(path, tmp_path / "out", base=network)
 
 

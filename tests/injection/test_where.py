@@ -9,6 +9,7 @@ from tiny import disturb, tiny_unet, unet_inputs
 from torch import nn
 
 import dreamtune
+from dreamtune.files.layers import factors_of_adapter
 from dreamtune.files.native import load_adapter_file
 from dreamtune.injection import targets
 from dreamtune.injection.targets import TARGET_MODULES, find_targets
@@ -194,11 +195,18 @@ def test_expressions_of_a_file_are_not_run(tmp_path, monkeypatch):
         dreamtune.load(net, path)
 
 
-def test_export_of_other_layers_is_refused_by_name(tmp_path):
-    for target in ("ff.net.2", "conv1"):
-        adapter = dreamtune.inject(unet := tiny_unet(), "lora", target_modules=["to_q", target])
-        path = adapter.save(tmp_path / target)
-        for source in (adapter, path):
-            with pytest.raises(ValueError, match=f"`.*{target}` is no attention projection, .*nat"):
-                dreamtune.export(source, tmp_path / "out", base=unet)
-    assert not (tmp_path / "out").exists()
+def test_layers_that_are_of_no_unet_leave_in_other_formats(tmp_path):
+    adapter = dreamtune.inject(net := model(), "lora", target_modules=["query", "conv"], rank=2)
+    disturb(adapter)
+    wanted = {path: up @ down for path, (up, down) in factors_of_adapter(adapter).items()}
+    for format in ("diffusers", "kohya"):
+        with pytest.raises(
+            ValueError, match="`a.query` is no layer of a UNet of diffusers, 6 layer"
+        ):
+            dreamtune.export(adapter, tmp_path, format)
+    path = dreamtune.export(adapter, tmp_path, "peft")
+    adapter.eject()
+    loaded = factors_of_adapter(dreamtune.load(net, path))
+    assert loaded.keys() == wanted.keys()
+    for name, (up, down) in loaded.items():
+        torch.testing.assert_close(up @ down, wanted[name], rtol=0, atol=1e-6)

@@ -22,6 +22,7 @@ from dreamtune import inject, load
 from dreamtune.config import Config
 from dreamtune.evaluation.selection import choose_best
 from dreamtune.evaluation.validation import Evaluator, read_grid
+from dreamtune.files.layers import factors_of_adapter
 from dreamtune.models.load import load_network
 from dreamtune.models.stable_diffusion import StableDiffusion
 from dreamtune.training import run as run_module
@@ -236,7 +237,17 @@ def test_layers_beyond_attention(settings: dict[str, Any], tmp_path: Path) -> No
     targets: dict[str, Any] = {"to_q": {}, "ff.net.2": {"rank": 1}, "*.conv1": {"rank": 3}}
     settings |= {"target_modules": targets, "num_inference_steps": 1}
     first = train(Config(**{**settings, "max_train_steps": 3}))
-    assert first.lora is None and not list(first.run_dir.rglob("pytorch_lora*"))
+    network = load_network(settings["pretrained_model_name_or_path"])
+    changes = []
+    assert first.lora is not None
+    for path in (first.adapter, first.lora):
+        adapter = load(network, path)
+        found = factors_of_adapter(adapter).items()
+        changes.append({name: up.double() @ down.double() for name, (up, down) in found})
+        adapter.eject()
+    assert changes[0].keys() == changes[1].keys()
+    for name, change in changes[0].items():
+        torch.testing.assert_close(changes[1][name], change, rtol=0, atol=1e-6)
     latest = {"resume_from_checkpoint": "latest", "output_dir": str(first.run_dir)}
     with pytest.raises(ValueError, match="`target_modules` was"):  # another entry would decide
         train(Config(**latest, target_modules=dict(reversed(targets.items()))))
@@ -244,7 +255,6 @@ def test_layers_beyond_attention(settings: dict[str, Any], tmp_path: Path) -> No
     alone = train(Config(**{**settings, "output_dir": str(tmp_path / "alone")}))
     name = "checkpoint-6/adapter.safetensors"
     assert same(resumed.run_dir / name, alone.run_dir / name)
-    network = load_network(settings["pretrained_model_name_or_path"])
     adapter = load(network, alone.run_dir / "checkpoint-6")
     ranks = {n: g.adapter.A.shape[-2] for g in adapter.groups for n in g.names}
     assert {(n.rpartition("_blocks.")[2][-5:], r) for n, r in ranks.items()} == {
