@@ -31,7 +31,7 @@ class HRA(Adapter):
     paper = "https://arxiv.org/abs/2405.17484"
     identity_at_start = True
     depends_on_weight = True
-    learning_rate = 6e-3
+    learning_rate = 1.5e-3
 
     def __init__(
         self,
