@@ -19,7 +19,12 @@ from dreamtune.models.load import load_network
 
 
 def load(
-    pipe: Any, path: str | Path, name: str = "default", scale: float = 1.0, force: bool = False
+    pipe: Any,
+    path: str | Path,
+    name: str = "default",
+    scale: float = 1.0,
+    force: bool = False,
+    trainable: bool = False,
 ) -> InjectedAdapter:
     """Puts an adapter on the pipeline's UNet, or on a model, at `scale`; `eject()` on the result
     takes it out.
@@ -32,6 +37,7 @@ def load(
         name: kept on the result as `.name`.
         scale: strength, linear in the change; change it later with `.scale`.
         force: recompute a method that contains the base weights on another base.
+        trainable: leave the adapter's parameters to be trained on, in `.parameters()`.
 
     Raises:
         ValueError: keys that match no layer, layers without keys, values that are not finite,
@@ -41,8 +47,9 @@ def load(
     file = read_adapter(adapter_file(path), model)
     with naming(file.source):
         adapter = _inject(model, file, force)
-    for parameter in list(adapter.parameters()):
-        parameter.requires_grad_(False)
+    if not trainable:
+        for parameter in list(adapter.parameters()):
+            parameter.requires_grad_(False)
     adapter.scale, adapter.name = scale, name
     return adapter
 

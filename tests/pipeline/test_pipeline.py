@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import cases, disturb, images, tiny_pipeline, tiny_unet
+from tiny import cases, disturb, images, tiny_pipeline, tiny_unet, unet_inputs
 
 import dreamtune
 from dreamtune import METHODS
@@ -189,6 +189,31 @@ def test_mixed_ranks_alphas_and_some_targets(exported, tmp_path):
         change = expected.get(name.removesuffix(".weight"))
         want = before[name] if change is None else before[name] + change
         torch.testing.assert_close(tensor, want, rtol=0, atol=1e-6)
+
+
+def test_training_goes_on_from_a_file_of_any_format(exported, tmp_path):
+    """The LoRA of a method, as a plain LoRA: one more step moves it, and it is saved and loaded."""
+    file = rewritten(exported, tmp_path)
+    assert not list(dreamtune.load(tiny_unet(), file).parameters())
+    unet = tiny_unet()
+    adapter = dreamtune.load(unet, file, trainable=True)
+    assert adapter.num_parameters == sum(p.numel() for p in adapter.parameters()) > 0
+    before = adapter.state_dict()
+    optimizer = torch.optim.SGD(adapter.parameter_groups(0.5))
+    inputs = unet_inputs(2)
+    losses = []
+    for _ in range(3):
+        loss = unet(*inputs).sample.square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] > losses[1] > losses[2]
+    assert any(not torch.equal(before[k], x) for k, x in adapter.state_dict().items())
+    again = tiny_unet()
+    dreamtune.load(again, adapter.save(tmp_path / "further"))
+    with torch.no_grad():
+        torch.testing.assert_close(again(*inputs).sample, unet(*inputs).sample)
 
 
 def test_second_adapter_is_an_error(exported, tmp_path):
