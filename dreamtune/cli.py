@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train": "teach a base model one subject from a few photos",
     "generate": "make images with a trained adapter",
+    "score": "score an adapter, a run or a folder of images by a named protocol",
+    "compare": "say whether two results of `dreamtune score` differ",
     "export": "write an adapter as a LoRA file",
     "analyse": "say how far an adapter moved the weights, and how much of its bound it used",
     "info": "say what an adapter or LoRA file is",
@@ -69,6 +71,8 @@ def run_command(arguments: list[str]) -> int:
         return {
             "train": train,
             "generate": generate,
+            "score": score,
+            "compare": compare,
             "export": export,
             "info": info,
             "analyse": analyse,
@@ -223,6 +227,26 @@ def generate(argv: Sequence[str]) -> int:
         output_dir=Path(a.output_dir),
     )
     say("\n".join(str(p) for p in paths))
+    return 0
+
+
+def score(argv: Sequence[str]) -> int:
+    quieten()
+    from dreamtune.pipeline.score import command
+
+    say(command(argv, COMMANDS["score"]))
+    return 0
+
+
+def compare(argv: Sequence[str]) -> int:
+    parser = parser_of("compare")
+    parser.add_argument("a", help="folder that `dreamtune score` wrote, or its results.json")
+    parser.add_argument("b", help="another; differences are B - A, paired by image")
+    a = parser.parse_args(argv)
+    from dreamtune.evaluation.compare import compare as run
+    from dreamtune.evaluation.results import read_results
+
+    say(run(read_results(a.a), read_results(a.b)).text(a.a, a.b))
     return 0
 
 

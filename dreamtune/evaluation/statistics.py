@@ -106,7 +106,7 @@ def estimate(
         return Estimate(mean, None, None, len(x), count, unit)
     drawn = bootstrap(x[:, None], w, labels, replicates)[:, 0]
     tail = (1 - LEVEL) / 2
-    low, high = np.quantile(drawn, (tail, 1 - tail))
+    low, high = np.quantile(drawn, (tail, 1 - tail)).tolist()
     wider = widening(count)
     return Estimate(
         mean, mean - wider * (mean - low), mean + wider * (high - mean), len(x), count, unit

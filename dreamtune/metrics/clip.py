@@ -19,7 +19,13 @@ from dreamtune.metrics.extractor import TextExtractor, weights_hash
 from dreamtune.metrics.features import normalize
 from dreamtune.metrics.files import check_open_clip, never_asking
 from dreamtune.metrics.names import cache_if_unreachable, cannot_load, clip_arguments, public_name
-from dreamtune.metrics.similarity import photo_similarity, prompt_similarity
+from dreamtune.metrics.preprocess import Preprocess, Resizing
+from dreamtune.metrics.similarity import (
+    masked_prompt,
+    photo_similarity,
+    picture_metrics,
+    prompt_similarity,
+)
 from dreamtune.metrics.table import register
 from dreamtune.models.weights import read_by_library
 
@@ -32,6 +38,7 @@ class Clip(TextExtractor):
     Args:
         name: `local-dir:<folder>` (or just the folder), `hf-hub:<id>`, `<architecture>:<tag or
             file>` such as `ViT-B-32:openai`, an architecture alone (tag `openai`), or "embedded".
+        resizing: instead of the model's own.
 
     Raises:
         ValueError: nothing can be loaded by that name.
@@ -40,7 +47,11 @@ class Clip(TextExtractor):
     name, default, libraries = "clip", "ViT-B-32:openai", ("open_clip_torch",)
 
     def __init__(
-        self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        name: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        resizing: Resizing | None = None,
     ) -> None:
         import open_clip
         from open_clip.transformer import QuickGELU
@@ -49,7 +60,7 @@ class Clip(TextExtractor):
         arguments = clip_arguments(name)
         try:
             with cache_if_unreachable(arguments["model_name"]), never_asking():
-                options = _checked(arguments["model_name"])
+                config, options = _checked(arguments["model_name"])
                 local = arguments["model_name"].startswith("local-dir:")
                 with read_by_library(name) if local else nullcontext():
                     self.model, self.transform = open_clip.create_model_from_pretrained(
@@ -62,16 +73,31 @@ class Clip(TextExtractor):
         self._check_vocabulary(name)
         self._texts: dict[str, Tensor] = {}
         settings = self.model.visual.preprocess_cfg
-        self.protocol = {
-            "model": public_name(name),
-            "weights": weights_hash(self.model),
-            # what the model has, whichever of folder, hub, architecture and tag asked for it
-            "quick_gelu": any(isinstance(m, QuickGELU) for m in self.model.modules()),
+        self.mean_colour = tuple(settings["mean"])
+        seen: dict[str, Any] = {
             "resize": settings["size"],
             "resize_mode": settings["resize_mode"],
             "filter": f"PIL {settings['interpolation']}, antialiased",
             "mean": list(settings["mean"]),
             "std": list(settings["std"]),
+        }
+        if resizing is not None:
+            filter = Image.Resampling[settings["interpolation"].upper()]
+            std = tuple(settings["std"])
+            self.transform = Preprocess(resizing, self.mean_colour, std, filter)
+            seen = self.transform.protocol()
+        vision = config.get("vision_cfg", {})
+        self.protocol = {
+            "model": public_name(name),
+            "architecture": {
+                "width": vision.get("width"),
+                "layers": vision.get("layers"),
+                "patch": vision.get("patch_size"),
+            },
+            "weights": weights_hash(self.model),
+            # what the model has, whichever of folder, hub, architecture and tag asked for it
+            "quick_gelu": any(isinstance(m, QuickGELU) for m in self.model.modules()),
+            **seen,
             "dtype": str(dtype).removeprefix("torch."),
         }
 
@@ -109,8 +135,9 @@ class Clip(TextExtractor):
             )
 
 
-def _checked(model_name: str) -> dict[str, Any]:
-    """Options of `open_clip.get_tokenizer`, after the config of a folder or a hub id was checked.
+def _checked(model_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model's config, and options of `open_clip.get_tokenizer`, after the config of a folder or
+    a hub id was checked.
 
     Raises UnreadableFile for a config that asks for code, which open_clip would grant.
     """
@@ -126,8 +153,11 @@ def _checked(model_name: str) -> dict[str, Any]:
             file = Path(hf_hub_download(place, OPEN_CLIP_FILE))
         config = check_open_clip(file, f"{place.rstrip('/')}/{OPEN_CLIP_FILE}")
     named = (config or {}).get("text_cfg", {}).get("hf_tokenizer_name")
-    return {"trust_remote_code": False} if named else {}
+    return config or {}, {"trust_remote_code": False} if named else {}
 
 
 register(photo_similarity("clip_i", "CLIP-I", Clip))
 register(prompt_similarity("clip_t", "CLIP-T", Clip))
+for metric in picture_metrics("clip_i", "CLIP-I", Clip):
+    register(metric)
+register(masked_prompt("clip_t", "CLIP-T", Clip))

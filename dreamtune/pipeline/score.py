@@ -1,0 +1,264 @@
+"""`dreamtune score`: an adapter, a run, a pipeline or a folder of images, by a named protocol."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dreamtune import embedded
+from dreamtune.data.photos import is_picture_name
+from dreamtune.data.words import SubjectWords, read_words
+from dreamtune.evaluation.layout import (
+    LAYOUT,
+    Photos,
+    caption_of,
+    files,
+    read_images,
+    read_photos,
+    read_subject,
+)
+from dreamtune.evaluation.protocols import PROTOCOLS, Protocol, find_protocol
+from dreamtune.evaluation.results import RESULTS, Results, write_results
+from dreamtune.evaluation.scores_page import PAGE, write_page
+from dreamtune.evaluation.scoring import Task, score_images
+from dreamtune.files.find import adapter_file, name_of, run_of, run_settings
+from dreamtune.files.formats import read_adapter
+from dreamtune.files.whole import check_writable
+from dreamtune.flags import HelpFormatter, Parser
+from dreamtune.metrics import METRICS, Scorers
+from dreamtune.metrics.names import EMBEDDED, PACKAGED, offline
+from dreamtune.models.load import load_network
+from dreamtune.pipeline.sampled import Sampler, sample_into
+from dreamtune.training.output import say
+from dreamtune.training.records import hash_of_file
+
+INDEX = "model_index.json"
+EXTRACTORS = tuple(dict.fromkeys(metric.extractor.name for metric in METRICS.values()))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Whose images an adapter makes."""
+
+    photos: Photos
+    words: SubjectWords
+
+
+def score(
+    source: str | Path,
+    *,
+    photos: str | Path | None = None,
+    protocol: str | Path = "dreamtune",
+    weights: Mapping[str, str] | None = None,
+    base: str | None = None,
+    base_images: str | Path | None = None,
+    gallery: str | Path | None = None,
+    instance_prompt: str | None = None,
+    identifier: str | None = None,
+    output_dir: str | Path | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Results:
+    """Scores, and results.json, per_image.csv, per_subject.csv and report.html of them.
+
+    Args:
+        source: a folder of images (`layout`), the folder of a run, an adapter's file of any format
+            that is read, or the folder of a pipeline. An adapter and its base are sampled by the
+            protocol first.
+        photos: folder of the subjects' photos; of an adapter that of its one subject. A run has its
+            own.
+        protocol: a preset, or a YAML or JSON file.
+        weights: by extractor; without, those of the protocol if they are on this machine, and the
+            package's own where the embedded base is scored by a protocol that takes any.
+        base: of an adapter that lies in no run.
+        base_images: a folder like `source`, of the base's images.
+        gallery: subjects that one's own is looked for among [photos].
+        instance_prompt, identifier: the words of an adapter's subject, as it was trained.
+        output_dir: a new folder [scores/<name>].
+
+    Raises:
+        ValueError: with what to do about it.
+    """
+    chosen, path = find_protocol(protocol), Path(source).expanduser()
+    file, kind = what_is(path)
+    name = name_of(file) if file else path.resolve().name
+    output = new_folder(Path(output_dir) if output_dir else Path("scores") / name)
+    if kind == "folder":
+        if photos is None:
+            raise ValueError("a folder of images needs --photos, what they are scored against.")
+        refuse(kind, instance_prompt=instance_prompt, pretrained_model_name_or_path=base)
+        known, skipped = photos_of(Path(photos).expanduser())
+        scorers = load_scorers(chosen, weights or {}, False)
+        made, sampling, about = path, None, {"kind": "a folder of images", "name": name}
+    else:
+        refuse(kind, base_images=base_images)
+        subject = subject_of(file, photos, instance_prompt, identifier)
+        known, skipped = {subject.photos.name: subject.photos}, []
+        sampler = Sampler.of(file, base or (str(path) if kind == "pipeline" else None))
+        scorers = load_scorers(chosen, weights or {}, sampler.base.embedded)
+        about = stated(file, kind, name, sampler)
+        sampling = sample_into(
+            output, sampler, file, subject.words, subject.photos.name, chosen, tell
+        )
+        made, base_images = output / "images", output / "base" if file else None
+        if gallery is None and sampler.base.embedded:
+            gallery = embedded.SUBJECTS
+    task = Task(
+        read_images(made),
+        known,
+        about,
+        gallery=None if gallery is None else read_photos(gallery)[0],
+        base=None if base_images is None else read_images(base_images),
+        identifier=identifier or "sks",
+        sampling=sampling,
+        skipped=skipped,
+    )
+    tell(f"Scoring {len(task.images.images)} images by protocol {chosen.name}")
+    results = score_images(task, scorers, chosen)
+    output.mkdir(parents=True, exist_ok=True)
+    write_results(results, output)
+    write_page(results, output, {i.key: i.picture for i in task.images.images}, known)
+    tell(f"Wrote {output / RESULTS} and {output / PAGE}")
+    return results
+
+
+def what_is(path: Path) -> tuple[Path | None, str]:
+    """(the adapter's file, if it is one; "run", "adapter", "pipeline" or "folder")."""
+    if path.is_dir() and (path / INDEX).is_file():
+        return None, "pipeline"
+    try:
+        file = adapter_file(path)
+    except ValueError:
+        if path.is_dir():
+            return None, "folder"
+        raise
+    return file, "run" if run_of(file) else "adapter"
+
+
+def refuse(kind: str, **given: Any) -> None:
+    """What would be ignored is an error."""
+    if unused := [name for name, value in given.items() if value is not None]:
+        source = "a folder of images" if kind == "folder" else f"a {kind}, whose base is sampled"
+        raise ValueError(f"`{unused[0]}` has no meaning for {source}: leave it out.")
+
+
+def new_folder(folder: Path) -> Path:
+    """Raises ValueError for one that holds something: nothing is overwritten."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"`{folder}` is not empty: name another with --output_dir.")
+    check_writable(folder)
+    return folder
+
+
+def photos_of(folder: Path) -> tuple[dict[str, Photos], list[str]]:
+    """Of a folder of subjects, or of one subject's own."""
+    if folder.is_dir() and any(is_picture_name(p) for p in files(folder)):
+        skipped: list[str] = []
+        found = read_subject(folder, None, skipped)
+        return {found.name: found}, skipped
+    return read_photos(folder)
+
+
+def subject_of(
+    file: Path | None, photos: str | Path | None, prompt: str | None, identifier: str | None
+) -> Subject:
+    """From what was given, else from the run. Raises ValueError for what nothing tells."""
+    run = run_settings(file) if file else {}
+    said = photos or run.get("instance_data_dir")
+    if said is None:
+        raise ValueError("an adapter outside a run needs --photos, the folder of its subject.")
+    own = str(said).removeprefix(f"{EMBEDDED}:")
+    folder = embedded.subject(own).folder if own != str(said) else Path(said).expanduser()
+    known, _ = photos_of(folder)
+    if len(known) != 1:
+        raise ValueError(
+            f"an adapter is of one subject, and `{folder}` holds {len(known)}: name its folder, "
+            f"such as --photos {folder / next(iter(known))}."
+        )
+    found = next(iter(known.values()))
+    prompt = prompt or run.get("instance_prompt")
+    identifier = identifier or run.get("identifier")
+    if prompt is None and found.words is not None:
+        return Subject(found, found.words)
+    captions = [c for p in found.photos if (c := caption_of(p.path)) is not None]
+    if prompt is None and not captions:
+        raise ValueError(
+            "nothing says the subject's words: give --instance_prompt, such as 'a sks dog', as it "
+            "was trained."
+        )
+    return Subject(found, read_words(prompt, run.get("class_prompt"), identifier, captions))
+
+
+def load_scorers(protocol: Protocol, named: Mapping[str, str], on_embedded: bool) -> Scorers:
+    """The protocol's extractors: those that are named, else what is on this machine."""
+    weights, asked = {}, dict(named)
+    for kind, encoder in protocol.encoders.items():
+        own = EMBEDDED if on_embedded and kind in PACKAGED and not encoder.architecture else None
+        weights[kind] = asked.pop(kind, own or encoder.weights)
+    if asked:
+        raise ValueError(
+            f"--{next(iter(asked))} is of no metric of protocol `{protocol.name}`, which uses "
+            f"{', '.join(protocol.encoders)}: leave it out."
+        )
+    resizings = {k: e.resizing for k, e in protocol.encoders.items() if e.resizing is not None}
+    with offline(set(weights) - set(named)):
+        return Scorers.load(weights, protocol.metrics, device(), resizings=resizings)
+
+
+def device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def stated(file: Path | None, kind: str, name: str, sampler: Sampler) -> dict[str, Any]:
+    """What a result says of its source; no path."""
+    about = {"kind": f"a {kind}", "name": name, "base": sampler.base.id}
+    if file is not None:
+        read = read_adapter(file, load_network(sampler.base.network))
+        about |= {"method": read.exported_from or read.method, "sha256": hash_of_file(file)}
+    return about
+
+
+def command(argv: Sequence[str], description: str) -> str:
+    """The command line; what it prints last."""
+    parser = Parser(
+        prog="dreamtune score",
+        description=f"{description[0].upper()}{description[1:]}.",
+        epilog="layout of the folders:\n" + LAYOUT + "\n\nprotocols:\n"
+        + "\n".join(f"  {name:<17}{p.about}" for name, p in PROTOCOLS.items()),
+        allow_abbrev=False,
+        formatter_class=_Formatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("source", help="folder of images, run, adapter file of any format, or pipeline folder")
+    add("--photos", help="photos by subject, or of the one subject [default: the run's]")
+    add("--protocol", default="dreamtune", help="a preset below, or a YAML or JSON file")
+    add("--output_dir", help="a new folder [default: scores/<name>]")
+    add("--pretrained_model_name_or_path", help="the base [default: the one of the run]")
+    add("--instance_prompt", help="as the adapter was trained [default: the run's, prompt.txt]")
+    add("--identifier", help="the rare word in the prompts [default: the run's, else sks]")
+    add("--base_images", help="the base's images, laid out alike, for a folder of images")
+    add("--gallery", help="subjects to find one's own among [default: --photos]")
+    for name in EXTRACTORS:
+        add(f"--{name}", help=f"weights of {name} [default: the protocol's, if on this machine]")
+    a = vars(parser.parse_args(argv))
+    weights = {name: value for name in EXTRACTORS if (value := a.pop(name)) is not None}
+    base = a.pop("pretrained_model_name_or_path")
+    results = score(a.pop("source"), **a, base=base, weights=weights, tell=say)
+    return summary(results)
+
+
+class _Formatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Layout and list of protocols as they stand."""
+
+
+def summary(results: Results) -> str:
+    lines = []
+    for key, e in results.scores().items():
+        if key in METRICS:
+            interval = "" if e.low is None else f"  95% {e.low:.3f} to {e.high:.3f}"
+            lines.append(f"{METRICS[key].title:<32} {e.mean:.3f}{interval}  n = {e.n}")
+    return "\n".join([*lines, *(f"Warning: {text}" for text in results.warnings)])
