@@ -293,8 +293,8 @@ def test_clashes_and_unknown_names_are_refused(plugged: None, scorer_names: dict
 
     with pytest.raises(ValueError, match="extractor name `pixels` is taken by `test_metric_table`"):
         register(Metric("other", "x", Other, off_colour, "x"))
-    with pytest.raises(ValueError, match="`lpips`. Metrics: dino, clip_i, clip_t, colour"):
-        Scorers.load(scorer_names, ["dino", "lpips"])
+    with pytest.raises(ValueError, match="`dyno`. Did you mean `dino`.* Metrics: dino, .*colour"):
+        Scorers.load(scorer_names, ["dino", "dyno"])
     with pytest.raises(ValueError, match="weights for `clip`, .* asked for \\(colour\\) .* pixels"):
         Scorers.load({"clip": "embedded"}, ["colour"])
 
