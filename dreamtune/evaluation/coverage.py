@@ -13,8 +13,15 @@ from dreamtune.evaluation.layout import Found, Photos
 from dreamtune.evaluation.protocols import Protocol
 from dreamtune.evaluation.results import Row
 from dreamtune.metrics import METRICS, Metric
+from dreamtune.metrics.similarity import RETRIEVAL
 from dreamtune.metrics.store import FeatureStore
 
+LACKING = {
+    "_held_out": "there are no photos in `reference/`",
+    "_own_photo": "no photo in `reference/` has a prompt as its caption",
+    RETRIEVAL: "there is no gallery of other subjects",
+    "_diversity": "each prompt has one image",
+}
 FEW = 2  # subjects below which a result says nothing of others
 
 
@@ -98,4 +105,7 @@ def needs(metric: Metric) -> str:
         return "there are no masks"
     if metric.unrelated:
         return "it needs images of unrelated prompts, of the method and of the base"
+    for ending, lacking in LACKING.items():
+        if metric.key.endswith(ending):
+            return lacking
     return "there is nothing to compare the images with"

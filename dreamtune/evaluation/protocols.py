@@ -17,7 +17,16 @@ from pydantic import Field
 
 from dreamtune.configfile import parse_yaml
 from dreamtune.evaluation.statistics import Averaging
-from dreamtune.fields import UnreadableFile, checker, from_file, nearest
+from dreamtune.fields import (
+    AtLeast0,
+    Count,
+    Pixels,
+    Share,
+    UnreadableFile,
+    checker,
+    from_file,
+    nearest,
+)
 from dreamtune.metrics.preprocess import Resizing
 from dreamtune.textfile import read_text
 
@@ -49,6 +58,7 @@ class Protocol:
             the class), "embedded", or "ours" (of the embedded base its own, else DreamBooth's).
         images_per_prompt: seeds first_seed, first_seed + 1, ... of each prompt.
         unrelated: prompts that do not name the subject, for drift: "ours", or a list; () for none.
+        sampling: settings of `Sampling` that images are made with, instead of the run's or base's.
     """
 
     name: str
@@ -62,6 +72,7 @@ class Protocol:
     images_per_prompt: int = 4
     first_seed: int = 0
     unrelated: str | tuple[str, ...] = ()
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def statement(self) -> dict[str, Any]:
         """As plain data, what a result says of it."""
@@ -168,8 +179,18 @@ _FILE = checker(
         "images_per_prompt": Annotated[int, Field(ge=1, le=1000)],
         "first_seed": Annotated[int, Field(ge=0, lt=1 << 62)],
         "unrelated": str | Words,
+        "sampling": dict[str, Any],
     },
     others=True,
+)
+_SAMPLING = checker(
+    {
+        "sampler": Literal["base", "dpm++"],
+        "steps": Count,
+        "guidance_scale": AtLeast0,
+        "guidance_rescale": Share,
+        "size": Pixels,
+    }
 )
 _ENCODER = checker(
     {"weights": str, "architecture": dict[str, Any], "resizing": dict[str, Any]}, others=True
@@ -183,10 +204,9 @@ _RESIZING = checker(
     needed=("mode", "resize", "crop"),
 )
 KEYS = {
-    "file": ("name", "about", "like", "metrics", "encoders", "averaging", "text_score",
-             "identifier", "prompts", "images_per_prompt", "first_seed", "unrelated"),
-    "encoder": ("weights", "architecture", "resizing"),
-}  # fmt: skip
+    "file": ("like", *Protocol.__dataclass_fields__),
+    "encoder": tuple(Encoder.__dataclass_fields__),
+}
 PROMPT_LISTS = ("ours", "dreambooth", "live", "object", "embedded")
 
 
@@ -214,6 +234,8 @@ def find_protocol(name: str | Path) -> Protocol:
         raise UnreadableFile(
             f"{place}: `name` is `{own}`, a preset: a changed protocol needs its own."
         )
+    if "sampling" in values:
+        values["sampling"] = from_file(_SAMPLING, values["sampling"], f"{place}, `sampling`")
     start = PROTOCOLS[values.pop("like", "dreamtune")]
     encoders = dict(start.encoders)
     for kind, said in values.pop("encoders", {}).items():

@@ -79,7 +79,7 @@ def write_page(
 
 def first_of(results: Results, kind: str) -> str | None:
     """The first score of that kind, of those that images have; held-out photos before others."""
-    found = [k for k in results.keys if k in METRICS and METRICS[k].kind == kind]
+    found = [k for k in results.scores() if k in METRICS and METRICS[k].kind == kind]
     return next((k for k in found if k.endswith("_held_out")), found[0] if found else None)
 
 

@@ -66,7 +66,7 @@ def score_images(task: Task, scorers: Scorers, protocol: Protocol) -> Results:
     result = Results(
         source=task.source,
         protocol={
-            **protocol.statement(),
+            **protocol.statement(),  # its `sampling` is part of what the images were made with
             "scorers": {k: v for k, v in scored.items() if k not in ("versions", "standard_error")},
             "gallery": gallery_hash(task) if book.needs_gallery else None,
             "sampling": task.sampling,

@@ -32,9 +32,10 @@ class Sampler:
     sampling: Sampling
 
     @classmethod
-    def of(cls, file: Path | None, name: str | None) -> Sampler:
+    def of(cls, file: Path | None, name: str | None, fixed: Mapping[str, Any]) -> Sampler:
         """Of an adapter's file: by the settings of its run, if it lies in one. name: of the base,
-        instead of the run's. Raises ValueError for no base."""
+        instead of the run's. fixed: what the protocol says of the sampling. Raises ValueError for
+        no base."""
         settings = run_settings(file) if file else {}
         if name is None:
             name = base_of_run(file) if file else ""
@@ -47,12 +48,13 @@ class Sampler:
             dtype=dtype,
             device=device,
         )
-        size = settings.get("resolution") or base.resolution
+        size = fixed.get("size") or settings.get("resolution") or base.resolution
         usual = asdict(base.sampling_defaults(size))
         found = {k: v if (v := settings.get(k)) is not None else usual[k] for k in usual}
         steps = settings.get("num_inference_steps") or STEPS
         batch = settings.get("sample_batch_size") or 8
-        return cls(base, Sampling(**found, steps=steps, size=size, batch_size=batch))
+        chosen = {**found, "steps": steps, "size": size, "batch_size": batch, **fixed}
+        return cls(base, Sampling(**chosen))
 
     def statement(self) -> dict[str, Any]:
         """What the images depend on; a batch is none of it."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dreamtune import embedded
+from dreamtune.data.english import article_of
 from dreamtune.data.photos import is_picture_name
 from dreamtune.data.words import SubjectWords, read_words
 from dreamtune.evaluation.layout import (
@@ -37,14 +38,6 @@ from dreamtune.training.records import hash_of_file
 
 INDEX = "model_index.json"
 EXTRACTORS = tuple(dict.fromkeys(metric.extractor.name for metric in METRICS.values()))
-
-
-@dataclass(frozen=True)
-class Subject:
-    """Whose images an adapter makes."""
-
-    photos: Photos
-    words: SubjectWords
 
 
 def score(
@@ -94,14 +87,13 @@ def score(
         made, sampling, about = path, None, {"kind": "a folder of images", "name": name}
     else:
         refuse(kind, base_images=base_images)
-        subject = subject_of(file, photos, instance_prompt, identifier)
-        known, skipped = {subject.photos.name: subject.photos}, []
-        sampler = Sampler.of(file, base or (str(path) if kind == "pipeline" else None))
+        subject, words = subject_of(file, photos, instance_prompt, identifier)
+        known, skipped = {subject.name: subject}, []
+        named = base or (str(path) if kind == "pipeline" else None)
+        sampler = Sampler.of(file, named, chosen.sampling)
         scorers = load_scorers(chosen, weights or {}, sampler.base.embedded)
         about = stated(file, kind, name, sampler)
-        sampling = sample_into(
-            output, sampler, file, subject.words, subject.photos.name, chosen, tell
-        )
+        sampling = sample_into(output, sampler, file, words, subject.name, chosen, tell)
         made, base_images = output / "images", output / "base" if file else None
         if gallery is None and sampler.base.embedded:
             gallery = embedded.SUBJECTS
@@ -140,7 +132,7 @@ def what_is(path: Path) -> tuple[Path | None, str]:
 def refuse(kind: str, **given: Any) -> None:
     """What would be ignored is an error."""
     if unused := [name for name, value in given.items() if value is not None]:
-        source = "a folder of images" if kind == "folder" else f"a {kind}, whose base is sampled"
+        source = "a folder of images" if kind == "folder" else f"{article_of(kind)} {kind}"
         raise ValueError(f"`{unused[0]}` has no meaning for {source}: leave it out.")
 
 
@@ -163,8 +155,9 @@ def photos_of(folder: Path) -> tuple[dict[str, Photos], list[str]]:
 
 def subject_of(
     file: Path | None, photos: str | Path | None, prompt: str | None, identifier: str | None
-) -> Subject:
-    """From what was given, else from the run. Raises ValueError for what nothing tells."""
+) -> tuple[Photos, SubjectWords]:
+    """Whose images an adapter makes, from what was given, else from the run. Raises ValueError for
+    what nothing tells."""
     run = run_settings(file) if file else {}
     said = photos or run.get("instance_data_dir")
     if said is None:
@@ -181,14 +174,15 @@ def subject_of(
     prompt = prompt or run.get("instance_prompt")
     identifier = identifier or run.get("identifier")
     if prompt is None and found.words is not None:
-        return Subject(found, found.words)
+        return found, found.words
     captions = [c for p in found.photos if (c := caption_of(p.path)) is not None]
     if prompt is None and not captions:
         raise ValueError(
             "nothing says the subject's words: give --instance_prompt, such as 'a sks dog', as it "
             "was trained."
         )
-    return Subject(found, read_words(prompt, run.get("class_prompt"), identifier, captions))
+    words = read_words(prompt, run.get("class_prompt"), identifier, captions)
+    return replace(found, words=words), words
 
 
 def load_scorers(protocol: Protocol, named: Mapping[str, str], on_embedded: bool) -> Scorers:
@@ -215,7 +209,7 @@ def device() -> str:
 
 def stated(file: Path | None, kind: str, name: str, sampler: Sampler) -> dict[str, Any]:
     """What a result says of its source; no path."""
-    about = {"kind": f"a {kind}", "name": name, "base": sampler.base.id}
+    about = {"kind": f"{article_of(kind)} {kind}", "name": name, "base": sampler.base.id}
     if file is not None:
         read = read_adapter(file, load_network(sampler.base.network))
         about |= {"method": read.exported_from or read.method, "sha256": hash_of_file(file)}

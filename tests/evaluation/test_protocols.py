@@ -8,9 +8,7 @@ import pytest
 
 from dreamtune.evaluation import prompts
 from dreamtune.evaluation.protocols import (
-    KEYS,
     PROTOCOLS,
-    Protocol,
     check_encoders,
     checked,
     find_protocol,
@@ -62,7 +60,8 @@ def test_a_file_starts_from_a_preset(tmp_path):
     same = tmp_path / "mine.json"
     same.write_text(json.dumps({"like": "paper", "text_score": "100 cosine"}))
     assert find_protocol(same).text_score == "100 cosine"
-    assert set(KEYS["file"]) - {"like"} == set(Protocol.__dataclass_fields__)
+    file.write_text("sampling: {steps: 3}")
+    assert find_protocol(file).sampling == {"steps": 3}
 
 
 @pytest.mark.parametrize(
@@ -78,6 +77,7 @@ def test_a_file_starts_from_a_preset(tmp_path):
         ("name: paper", "a changed protocol needs its own"),
         ("prompts: everything", "`prompts` must be one of ours, dreambooth"),
         ("images_per_prompt: 0", "`images_per_prompt` must be at least 1, got 0"),
+        ("sampling: {step: 3}", "`sampling`: `step` is not known"),
         ("- dino", "must hold names with values"),
     ],
 )
