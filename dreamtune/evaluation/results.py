@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from pydantic import FiniteFloat, NonNegativeInt, PositiveInt
 from dreamtune.evaluation.statistics import Averaging, Estimate, estimate, weights
 from dreamtune.fields import UnreadableFile, checker, from_file, from_json
 from dreamtune.files.whole import whole
+from dreamtune.metrics import METRICS
 from dreamtune.textfile import contents
 from dreamtune.version import __version__
 
@@ -121,7 +122,11 @@ def mean_of(rows: Sequence[Row], key: str, averaging: Averaging) -> Estimate | N
         return None
     subjects, prompts = [row.subject for row, _ in known], [row.prompt for row, _ in known]
     w = weights(averaging, subjects, [row.pairs.get(key, 1) for row, _ in known])
-    return estimate([value for _, value in known], subjects, prompts, w)
+    found = estimate([value for _, value in known], subjects, prompts, w)
+    bounds = METRICS[key].bounds if key in METRICS else None
+    if bounds is None or found.low is None or found.high is None:
+        return found
+    return replace(found, low=max(found.low, bounds[0]), high=min(found.high, bounds[1]))
 
 
 def write_results(results: Results, folder: Path) -> None:

@@ -130,6 +130,7 @@ def picture_metrics(key: str, title: str, extractor: type[Extractor]) -> list[Me
             "share of images whose mean cosine to the photos of their own subject (held-out ones "
             "where there are) is above that to any other subject of the gallery",
             kind="subject",
+            bounds=(0.0, 1.0),
         ),
         metric(
             f"{key}_diversity",

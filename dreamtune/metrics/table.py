@@ -95,6 +95,7 @@ class Metric:
         pairs: comparisons behind the value of one image, its weight in a flat mean of all pairs.
         unrelated: it is of pictures of prompts that do not name the subject.
         masked: it needs masks.
+        bounds: of its mean, where an interval might go beyond what is possible.
     """
 
     key: str
@@ -109,6 +110,7 @@ class Metric:
     pairs: Callable[[Features], int] = lambda features: 1
     unrelated: bool = False
     masked: bool = False
+    bounds: tuple[float, float] | None = None
 
     @property
     def functions(self) -> dict[str, tuple[Score, str]]:

@@ -110,6 +110,11 @@ def test_every_score_equals_a_naive_loop(folders, scorers, results):
     assert pairs.scores()["dino"].mean == pytest.approx(flat)
 
 
+def test_the_interval_of_a_share_is_a_share(results):
+    found = results.scores()["dino_retrieval"]
+    assert 0 <= found.low <= found.mean <= found.high <= 1
+
+
 def test_masks_paint_what_they_say():
     image, cover = picture(1), mask(0)
     inside = np.asarray(painted(image, cover, (1.0, 0.0, 0.0), subject=False))
