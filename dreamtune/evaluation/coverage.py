@@ -39,6 +39,8 @@ def coverage_of(
     prompts = list(dict.fromkeys(image.prompt for image in images))
     counts = Counter((image.subject, image.prompt) for image in images)
     expected = protocol.images_per_prompt
+    own = Counter(subject for subject, _ in counts)
+    most = max(own.values())
     digests = Counter(image.picture.digest for image in found.images)
     trained = {s: {p.digest for p in photos[s].photos} for s in subjects}
     names = {image.picture.name for image in found.images}
@@ -50,6 +52,9 @@ def coverage_of(
         "images": len(images),
         "unrelated_images": len(found.images) - len(images),
         "photos": {s: [len(photos[s].photos), len(photos[s].held_out)] for s in subjects},
+        "subjects_with_fewer_prompts": sorted(
+            f"{subject} ({count} of {most})" for subject, count in own.items() if count < most
+        ),
         "images_per_prompt": [min(counts.values()), max(counts.values())],
         "incomplete_prompts": sorted(
             f"{subject}: {prompt} ({count} of {expected})"
@@ -81,8 +86,9 @@ def warnings_of(coverage: Mapping[str, Any]) -> list[str]:
         (coverage["repeated"], "images are byte for byte another one"),
         (coverage["copies_of_photos"], "images are byte for byte a training photo"),
         (coverage["incomplete_prompts"], "prompts have fewer images than the protocol makes"),
+        (coverage["subjects_with_fewer_prompts"], "subjects lack prompts that others have"),
         (coverage["missing_subjects"], "subjects have photos and no images"),
-        (coverage["skipped_files"], "files are no pictures, and were skipped"),
+        (coverage["skipped_files"], "files or folders are no pictures, and were skipped"),
     ]
     warnings = [f"{len(names)} {what}: {listed(names)}." for names, what in said if names]
     low, high = coverage["images_per_prompt"]

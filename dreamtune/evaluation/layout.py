@@ -55,7 +55,7 @@ class Photos:
 
 @dataclass(frozen=True)
 class Found:
-    """What folders hold. skipped: files that are no pictures, by name."""
+    """What folders hold. skipped: what else is in them, by name."""
 
     images: list[Generated]
     skipped: list[str]
@@ -182,7 +182,7 @@ def caption_of(photo: Path) -> str | None:
 
 
 def pictures_of(root: Path, folder: Path) -> tuple[list[Picture], list[str]]:
-    """The pictures of one folder alone with their masks, and the names of its other files.
+    """The pictures of one folder alone with their masks, and the names of what else is in it.
 
     Raises ValueError for two of one name, such as 0.png and 0.jpg, and for a mask without one.
     """
@@ -202,7 +202,8 @@ def pictures_of(root: Path, folder: Path) -> tuple[list[Picture], list[str]]:
             )
     pictures = [read_file(root, p, masks.get(p.stem)) for p in paths]
     others = [p.relative_to(root).as_posix() for p in there if not is_picture_name(p)]
-    return pictures, others
+    inner = [p for p in folders(folder) if p.name not in (MASKS, HELD_OUT)]
+    return pictures, [*others, *(f"{p.relative_to(root).as_posix()}/" for p in inner)]
 
 
 def read_file(root: Path, path: Path, mask: Picture | None = None) -> Picture:
@@ -225,7 +226,7 @@ def visible(path: Path) -> bool:
 
 
 def folders(place: Path) -> Sequence[Path]:
-    return [p for p in sorted(place.iterdir()) if p.is_dir() and visible(p) and p.name != MASKS]
+    return [p for p in sorted(place.iterdir()) if p.is_dir() and visible(p)]
 
 
 def files(place: Path) -> Sequence[Path]:

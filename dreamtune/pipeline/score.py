@@ -21,7 +21,12 @@ from dreamtune.evaluation.layout import (
     read_photos,
     read_subject,
 )
-from dreamtune.evaluation.protocols import PROTOCOLS, Protocol, find_protocol
+from dreamtune.evaluation.protocols import (
+    PROTOCOLS,
+    Protocol,
+    check_encoders,
+    find_protocol,
+)
 from dreamtune.evaluation.results import RESULTS, Results, write_results
 from dreamtune.evaluation.scores_page import PAGE, write_page
 from dreamtune.evaluation.scoring import Task, score_images
@@ -198,7 +203,9 @@ def load_scorers(protocol: Protocol, named: Mapping[str, str], on_embedded: bool
         )
     resizings = {k: e.resizing for k, e in protocol.encoders.items() if e.resizing is not None}
     with offline(set(weights) - set(named)):
-        return Scorers.load(weights, protocol.metrics, device(), resizings=resizings)
+        found = Scorers.load(weights, protocol.metrics, device(), resizings=resizings)
+    check_encoders(protocol, found.protocol)  # before hours of sampling
+    return found
 
 
 def device() -> str:

@@ -207,18 +207,22 @@ def test_what_is_odd_is_counted_and_said(folders, scorers, tmp_path):
     shutil.copy(place / "0.png", place / "4.png")
     shutil.copy(folders[0] / "dog" / "0.png", place / "x.png")
     (images / "notes.txt").write_text("notes")
+    shutil.copytree(place / "masks", place / "more")
+    shutil.rmtree(images / "backpack_dog" / PROMPTS[1])
     found = score_images(task_of((folders[0], images, folders[2])), scorers, EVERY)
     assert found.coverage["black"] == [f"dog/{PROMPTS[0]}/2.png"]
     assert found.coverage["one_colour"] == [f"dog/{PROMPTS[0]}/3.png"]
     assert len(found.coverage["repeated"]) == 2 and len(found.coverage["copies_of_photos"]) == 1
     assert found.coverage["missing_subjects"] == ["backpack"]
-    assert found.scores()["dino"].n == 12  # none is dropped
+    assert found.scores()["dino"].n == 10  # none is dropped
     text = "\n".join(found.warnings)
     for part in (
         "1 images are black; they count", "1 images are of one colour", "2 images are byte for",
         "1 images are byte for byte a training photo", "1 subjects have photos and no images",
-        "1 files are no pictures, and were skipped: notes.txt", "Prompts have 2 to 6 images",
-        "3 prompts have fewer images than the protocol makes", "DINO, masked: 1 of 12 images",
+        "2 files or folders are no pictures, and were skipped: dog/a sks thing on the beach/more/, "
+        "notes.txt", "1 subjects lack prompts that others have: backpack_dog (1 of 2)",
+        "Prompts have 2 to 6 images",
+        "2 prompts have fewer images than the protocol makes", "DINO, masked: 1 of 10 images",
     ):  # fmt: skip
         assert part in text, part
 
