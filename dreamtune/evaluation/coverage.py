@@ -90,7 +90,11 @@ def warnings_of(coverage: Mapping[str, Any]) -> list[str]:
         (coverage["missing_subjects"], "subjects have photos and no images"),
         (coverage["skipped_files"], "files or folders are no pictures, and were skipped"),
     ]
-    warnings = [f"{len(names)} {what}: {listed(names)}." for names, what in said if names]
+    warnings = [
+        f"{len(names)} {what}: {listed(names).removesuffix(', ...')}{', …' * (len(names) > 5)}."
+        for names, what in said
+        if names
+    ]
     low, high = coverage["images_per_prompt"]
     if low != high:
         warnings.append(f"Prompts have {low} to {high} images: those with more weigh more.")

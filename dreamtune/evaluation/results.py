@@ -11,7 +11,13 @@ from typing import Any
 
 from pydantic import FiniteFloat, NonNegativeInt, PositiveInt
 
-from dreamtune.evaluation.statistics import Averaging, Estimate, estimate, weights
+from dreamtune.evaluation.statistics import (
+    REPLICATES,
+    Averaging,
+    Estimate,
+    estimate,
+    weights,
+)
 from dreamtune.fields import UnreadableFile, checker, from_file, from_json
 from dreamtune.files.whole import whole
 from dreamtune.metrics import METRICS
@@ -20,6 +26,7 @@ from dreamtune.version import __version__
 
 RESULTS, PER_IMAGE, PER_SUBJECT = "results.json", "per_image.csv", "per_subject.csv"
 FORMAT_VERSION = 1
+PER_SUBJECT_REPLICATES = 2000  # of many intervals that nobody quotes to the third digit
 MAX_BYTES = 1 << 28  # 3,000 images with 20 scores each are 3 MB
 
 _RESULT = checker(
@@ -108,21 +115,25 @@ class Results:
     def subjects(self) -> list[str]:
         return list(dict.fromkeys(row.subject for row in self.images))
 
-    def scores(self, rows: Sequence[Row] | None = None) -> dict[str, Estimate]:
+    def scores(
+        self, rows: Sequence[Row] | None = None, replicates: int = REPLICATES
+    ) -> dict[str, Estimate]:
         """The mean of each score that some image has; of `rows`, by default all images."""
         rows = self.images if rows is None else rows
-        found = {key: mean_of(rows, key, self.averaging) for key in self.keys}
+        found = {key: mean_of(rows, key, self.averaging, replicates) for key in self.keys}
         return {key: value for key, value in found.items() if value is not None}
 
 
-def mean_of(rows: Sequence[Row], key: str, averaging: Averaging) -> Estimate | None:
+def mean_of(
+    rows: Sequence[Row], key: str, averaging: Averaging, replicates: int = REPLICATES
+) -> Estimate | None:
     """None where no row has that score."""
     known = [(row, value) for row in rows if (value := row.scores.get(key)) is not None]
     if not known:
         return None
     subjects, prompts = [row.subject for row, _ in known], [row.prompt for row, _ in known]
     w = weights(averaging, subjects, [row.pairs.get(key, 1) for row, _ in known])
-    found = estimate([value for _, value in known], subjects, prompts, w)
+    found = estimate([value for _, value in known], subjects, prompts, w, replicates)
     bounds = METRICS[key].bounds if key in METRICS else None
     if bounds is None or found.low is None or found.high is None:
         return found
@@ -165,7 +176,8 @@ def per_subject(results: Results) -> tuple[list[str], list[list[Any]]]:
     """(heads, lines): of each subject and score the mean, its interval over prompts, and n."""
     lines: list[list[Any]] = []
     for subject in results.subjects:
-        own = results.scores([row for row in results.images if row.subject == subject])
+        rows = [row for row in results.images if row.subject == subject]
+        own = results.scores(rows, PER_SUBJECT_REPLICATES)
         lines += [
             [subject, key, e.mean, e.low, e.high, e.n, e.clusters, e.unit] for key, e in own.items()
         ]

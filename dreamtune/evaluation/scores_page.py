@@ -108,7 +108,7 @@ def interval(key: str, e: Estimate, sign: str = "") -> str:
 
 def fact(key: str, e: Estimate, results: Results) -> str:
     main = "main" if METRICS[key].kind != "other" else ""
-    note = f"{interval(key, e)}, n = {e.n}"
+    note = f"{interval(key, e)}, n\u00a0=\u00a0{e.n}"
     return (
         f'<div class="{main}"><dt>{escape(METRICS[key].title)}</dt>'
         f"<dd>{number(key, e.mean)}<small>{escape(note)}</small></dd></div>"

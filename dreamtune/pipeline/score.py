@@ -88,8 +88,9 @@ def score(
             raise ValueError("a folder of images needs --photos, what they are scored against.")
         refuse(kind, instance_prompt=instance_prompt, pretrained_model_name_or_path=base)
         known, skipped = photos_of(Path(photos).expanduser())
+        found = read_images(path)  # what is wrong there is said before models are loaded
         scorers = load_scorers(chosen, weights or {}, False)
-        made, sampling, about = path, None, {"kind": "a folder of images", "name": name}
+        sampling, about = None, {"kind": "a folder of images", "name": name}
     else:
         refuse(kind, base_images=base_images)
         subject, words = subject_of(file, photos, instance_prompt, identifier)
@@ -99,11 +100,11 @@ def score(
         scorers = load_scorers(chosen, weights or {}, sampler.base.embedded)
         about = stated(file, kind, name, sampler)
         sampling = sample_into(output, sampler, file, words, subject.name, chosen, tell)
-        made, base_images = output / "images", output / "base" if file else None
+        found, base_images = read_images(output / "images"), output / "base" if file else None
         if gallery is None and sampler.base.embedded:
             gallery = embedded.SUBJECTS
     task = Task(
-        read_images(made),
+        found,
         known,
         about,
         gallery=None if gallery is None else read_photos(gallery)[0],
