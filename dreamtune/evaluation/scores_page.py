@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from statistics import fmean
 from string import Template
+from typing import Any
 
 from dreamtune.evaluation.compare import counted, difference_of, title_of
 from dreamtune.evaluation.inline import TEMPLATES, img, style
@@ -35,7 +36,7 @@ Show = Callable[[Row], str]
 
 
 def write_page(
-    results: Results, folder: Path, pictures: Mapping[object, Picture], photos: Mapping[str, Photos]
+    results: Results, folder: Path, pictures: Mapping[Any, Picture], photos: Mapping[str, Photos]
 ) -> Path:
     """report.html in the folder. pictures: by `Row.key`; photos: by subject."""
     scores = results.scores()

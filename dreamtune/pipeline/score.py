@@ -21,12 +21,8 @@ from dreamtune.evaluation.layout import (
     read_photos,
     read_subject,
 )
-from dreamtune.evaluation.protocols import (
-    PROTOCOLS,
-    Protocol,
-    check_encoders,
-    find_protocol,
-)
+from dreamtune.evaluation.protocol_file import find_protocol
+from dreamtune.evaluation.protocols import PROTOCOLS, Protocol, check_encoders
 from dreamtune.evaluation.results import RESULTS, Results, write_results
 from dreamtune.evaluation.scores_page import PAGE, write_page
 from dreamtune.evaluation.scoring import Task, score_images
@@ -83,43 +79,71 @@ def score(
     file, kind = what_is(path)
     name = name_of(file) if file else path.resolve().name
     output = new_folder(Path(output_dir) if output_dir else Path("scores") / name)
+    named = weights or {}
     if kind == "folder":
-        if photos is None:
-            raise ValueError("a folder of images needs --photos, what they are scored against.")
         refuse(kind, instance_prompt=instance_prompt, pretrained_model_name_or_path=base)
-        known, skipped = photos_of(Path(photos).expanduser())
-        found = read_images(path)  # what is wrong there is said before models are loaded
-        scorers = load_scorers(chosen, weights or {}, False)
-        sampling, about = None, {"kind": "a folder of images", "name": name}
+        task = given(path, name, photos, base_images, identifier)
+        scorers = load_scorers(chosen, named, False)
     else:
         refuse(kind, base_images=base_images)
         subject, words = subject_of(file, photos, instance_prompt, identifier)
-        known, skipped = {subject.name: subject}, []
-        named = base or (str(path) if kind == "pipeline" else None)
-        sampler = Sampler.of(file, named, chosen.sampling)
-        scorers = load_scorers(chosen, weights or {}, sampler.base.embedded)
+        sampler = Sampler.of(
+            file, base or (str(path) if kind == "pipeline" else None), chosen.sampling
+        )
+        scorers = load_scorers(chosen, named, sampler.base.embedded)
         about = stated(file, kind, name, sampler)
-        sampling = sample_into(output, sampler, file, words, subject.name, chosen, tell)
-        found, base_images = read_images(output / "images"), output / "base" if file else None
+        how = sample_into(output, sampler, file, words, subject.name, chosen, tell)
+        task = sampled(output, file, about, subject, how)
         if gallery is None and sampler.base.embedded:
             gallery = embedded.SUBJECTS
-    task = Task(
-        found,
-        known,
-        about,
-        gallery=None if gallery is None else read_photos(gallery)[0],
-        base=None if base_images is None else read_images(base_images),
-        identifier=identifier or "sks",
-        sampling=sampling,
-        skipped=skipped,
-    )
+    if gallery is not None:
+        task = replace(task, gallery=read_photos(gallery)[0])
     tell(f"Scoring {len(task.images.images)} images by protocol {chosen.name}")
     results = score_images(task, scorers, chosen)
     output.mkdir(parents=True, exist_ok=True)
     write_results(results, output)
-    write_page(results, output, {i.key: i.picture for i in task.images.images}, known)
+    pictures = {image.key: image.picture for image in task.images.images}
+    write_page(results, output, pictures, task.photos)
     tell(f"Wrote {output / RESULTS} and {output / PAGE}")
     return results
+
+
+def given(
+    folder: Path,
+    name: str,
+    photos: str | Path | None,
+    base_images: str | Path | None,
+    identifier: str | None,
+) -> Task:
+    """A folder of images that anything made."""
+    if photos is None:
+        raise ValueError("a folder of images needs --photos, what they are scored against.")
+    known, skipped = photos_of(Path(photos).expanduser())
+    return Task(
+        read_images(folder),
+        known,
+        {"kind": "a folder of images", "name": name},
+        base=None if base_images is None else read_images(base_images),
+        identifier=identifier or "sks",
+        skipped=skipped,
+    )
+
+
+def sampled(
+    output: Path,
+    file: Path | None,
+    about: Mapping[str, Any],
+    subject: Photos,
+    how: Mapping[str, Any],
+) -> Task:
+    """The images that `sample_into` made."""
+    return Task(
+        read_images(output / "images"),
+        {subject.name: subject},
+        about,
+        base=read_images(output / "base") if file else None,
+        sampling=how,
+    )
 
 
 def what_is(path: Path) -> tuple[Path | None, str]:

@@ -7,12 +7,8 @@ import json
 import pytest
 
 from dreamtune.evaluation import prompts
-from dreamtune.evaluation.protocols import (
-    PROTOCOLS,
-    check_encoders,
-    checked,
-    find_protocol,
-)
+from dreamtune.evaluation.protocol_file import checked, find_protocol
+from dreamtune.evaluation.protocols import PROTOCOLS, check_encoders
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)

@@ -15,7 +15,8 @@ from PIL import Image
 from dreamtune.data.words import without_identifier
 from dreamtune.evaluation.compare import compare
 from dreamtune.evaluation.layout import read_images, read_photos
-from dreamtune.evaluation.protocols import Encoder, Protocol, find_protocol
+from dreamtune.evaluation.protocol_file import find_protocol
+from dreamtune.evaluation.protocols import Encoder, Protocol
 from dreamtune.evaluation.results import read_results, write_results
 from dreamtune.evaluation.scores_page import write_page
 from dreamtune.evaluation.scoring import Task, score_images
