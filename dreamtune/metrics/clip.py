@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from dreamtune.metrics.extractor import TextExtractor, weights_hash
 from dreamtune.metrics.features import normalize
 from dreamtune.metrics.files import check_open_clip, never_asking
 from dreamtune.metrics.names import cache_if_unreachable, cannot_load, clip_arguments, public_name
-from dreamtune.metrics.preprocess import Preprocess, Resizing
+from dreamtune.metrics.preprocess import Preprocess, Resizing, in_parallel, normalized
 from dreamtune.metrics.similarity import (
     masked_prompt,
     photo_similarity,
@@ -63,7 +64,7 @@ class Clip(TextExtractor):
                 config, options = _checked(arguments["model_name"])
                 local = arguments["model_name"].startswith("local-dir:")
                 with read_by_library(name) if local else nullcontext():
-                    self.model, self.transform = open_clip.create_model_from_pretrained(
+                    self.model, transform = open_clip.create_model_from_pretrained(
                         **arguments, weights_only=True
                     )
                     self.tokenizer = open_clip.get_tokenizer(arguments["model_name"], **options)
@@ -81,11 +82,12 @@ class Clip(TextExtractor):
             "mean": list(settings["mean"]),
             "std": list(settings["std"]),
         }
+        self.preprocess: Preprocess | _Transform = _Transform(transform)
         if resizing is not None:
             filter = Image.Resampling[settings["interpolation"].upper()]
             std = tuple(settings["std"])
-            self.transform = Preprocess(resizing, self.mean_colour, std, filter)
-            seen = self.transform.protocol()
+            self.preprocess = Preprocess(resizing, self.mean_colour, std, filter)
+            seen = self.preprocess.protocol()
         vision = config.get("vision_cfg", {})
         self.protocol = {
             "model": public_name(name),
@@ -106,8 +108,7 @@ class Clip(TextExtractor):
         """Features (N, D) on the CPU."""
         rows = []
         for start in range(0, len(images), batch_size):
-            part = [self.transform(i.convert("RGB")) for i in images[start : start + batch_size]]
-            batch = torch.stack(part).to(self.device, self.dtype)
+            batch = self.preprocess(images[start : start + batch_size], self.device).to(self.dtype)
             rows.append(normalize(self.model.encode_image(batch).float().cpu()))
         return torch.cat(rows)
 
@@ -133,6 +134,25 @@ class Clip(TextExtractor):
                 "`hf_tokenizer_name` in the `text_cfg` of its open_clip_config.json and put the "
                 "tokenizer's files beside it"
             )
+
+
+@dataclass(frozen=True)
+class _Transform:
+    """open_clip's own preprocessing: a chain that ends in a tensor and its normalisation, which are
+    the same for a batch, where it is wanted."""
+
+    transform: Any
+
+    def __call__(self, images: Sequence[Image.Image], device: torch.device | str) -> Tensor:
+        from torchvision.transforms import Compose, Normalize, ToTensor
+
+        *first, to_tensor, last = self.transform.transforms
+        plain = isinstance(to_tensor, ToTensor) and isinstance(last, Normalize)
+        pictures = [image.convert("RGB") for image in images]
+        if not plain:
+            return torch.stack([self.transform(picture) for picture in pictures]).to(device)
+        small = in_parallel(Compose(first), pictures)
+        return normalized(small, last.mean, last.std, device)
 
 
 def _checked(model_name: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -106,8 +106,7 @@ class Dino(Extractor):
         """Features (N, D) on the CPU."""
         rows = []
         for start in range(0, len(images), batch_size):
-            batch = torch.stack([self.preprocess(i) for i in images[start : start + batch_size]])
-            batch = batch.to(self.device, self.dtype)
+            batch = self.preprocess(images[start : start + batch_size], self.device).to(self.dtype)
             hidden = self.model(pixel_values=batch, **self._forward_options).last_hidden_state
             rows.append(normalize(hidden[:, 0].float().cpu()))
         return torch.cat(rows)

@@ -76,8 +76,8 @@ class Lpips(Extractor):
         """Features (N, D) on the CPU, not of unit length."""
         rows = []
         for start in range(0, len(images), batch_size):
-            x = torch.stack([self.preprocess(i) for i in images[start : start + batch_size]])
-            x, parts = x.to(self.device, self.dtype), []
+            x = self.preprocess(images[start : start + batch_size], self.device).to(self.dtype)
+            parts = []
             for stage, weight in zip(self.stages, self.weights):
                 x = stage(x)
                 unit = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)

@@ -110,8 +110,7 @@ class Siglip(TextExtractor):
         """Features (N, D) on the CPU."""
         rows = []
         for start in range(0, len(images), batch_size):
-            batch = torch.stack([self.preprocess(i) for i in images[start : start + batch_size]])
-            batch = batch.to(self.device, self.dtype)
+            batch = self.preprocess(images[start : start + batch_size], self.device).to(self.dtype)
             found = self.model.vision_model(pixel_values=batch, **self._options).pooler_output
             rows.append(normalize(found.float().cpu()))
         return torch.cat(rows)

@@ -4,10 +4,8 @@ extractor, however often it occurs.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from dreamtune.data.picture import MAX_BYTES, decode
 from dreamtune.metrics.extractor import Extractor
-from dreamtune.metrics.preprocess import painted
+from dreamtune.metrics.preprocess import in_parallel, painted
 from dreamtune.textfile import read_bytes
 
 AT_ONCE = 64  # pictures that are open at a time
@@ -67,17 +65,15 @@ class FeatureStore:
             if key not in self._seen:
                 new.setdefault(key, picture)
         waiting = list(new.values())
-        workers = min(8, os.cpu_count() or 1)
-        with ThreadPoolExecutor(workers) as pool:  # decoders let go of Python's lock
-            for start in range(0, len(waiting), AT_ONCE):
-                part = waiting[start : start + AT_ONCE]
-                began = time.perf_counter()
-                images = list(pool.map(opened, part))
-                masks = list(pool.map(self._mask, part))
-                self.seconds["decode"] += time.perf_counter() - began
-                for picture, image in zip(part, images, strict=True):
-                    self._look(picture, image)
-                self._encode(names, part, images, masks)
+        for start in range(0, len(waiting), AT_ONCE):
+            part = waiting[start : start + AT_ONCE]
+            began = time.perf_counter()
+            images = in_parallel(opened, part)
+            masks = in_parallel(self._mask, part)
+            for picture, image in zip(part, images, strict=True):
+                self._look(picture, image)
+            self.seconds["decode"] += time.perf_counter() - began
+            self._encode(names, part, images, masks)
         self._seen |= new.keys()
 
     def features(self, extractor: str, pictures: Sequence[Picture], part: str = "") -> Tensor:

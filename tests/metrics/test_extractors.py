@@ -202,7 +202,7 @@ def test_resizing_is_obeyed(tmp_path: Path) -> None:
         found = Dinov2(str(tmp_path), resizing=Resizing(mode, 40, 24))  # type: ignore[arg-type]
         steps = [transforms.Resize(size, InterpolationMode.BICUBIC), transforms.CenterCrop(24)]
         own = transforms.Compose([*steps, transforms.ToTensor(), IMAGENET])
-        torch.testing.assert_close(found.preprocess(wide), own(wide), rtol=0, atol=1e-6)
+        torch.testing.assert_close(found.preprocess([wide])[0], own(wide), rtol=0, atol=1e-6)
         assert (found.protocol["resize_mode"], found.protocol["crop"]) == (mode, 24)
 
 
