@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dreamtune.data.photos import is_picture_name, listed
+from dreamtune.data.photos import HELD_OUT, chosen, is_picture_name, listed
 from dreamtune.data.picture import MAX_BYTES
 from dreamtune.data.words import SubjectWords, read_words
 from dreamtune.metrics.store import Picture
 from dreamtune.textfile import read_bytes, read_text
 
-UNRELATED, HELD_OUT, MASKS, PROMPT = "unrelated", "reference", "masks", "prompt.txt"
+UNRELATED, MASKS, PROMPT = "unrelated", "masks", "prompt.txt"
 LAYOUT = __doc__.split("\n\n", 1)[1].rstrip()  # for --help
 
 
@@ -164,6 +164,18 @@ def read_subject(place: Path, root: Path | None = None, skipped: list[str] | Non
     if skipped is not None:
         skipped += [n for n in others if not n.endswith(".txt")]
     return Photos(place.name, photos, held_out, captions, words_of(place))
+
+
+def without(photos: Photos, asked: str) -> Photos:
+    """The photos as a run with that `holdout` had them: what it held out is not what it saw."""
+    digests = chosen([p.digest for p in photos.photos], asked, bool(photos.held_out))
+    more = [p for p in photos.photos if p.digest in digests]
+    return replace(
+        photos,
+        photos=[p for p in photos.photos if p.digest not in digests],
+        held_out=[*photos.held_out, *more],
+        captions=[*photos.captions, *(caption_of(p.path) for p in more)],
+    )
 
 
 def words_of(place: Path) -> SubjectWords | None:

@@ -15,6 +15,7 @@ from PIL import Image
 from dreamtune.configfile import kind_and_place
 from dreamtune.evaluation.curves import curve
 from dreamtune.evaluation.inline import UNSCALED, img, style
+from dreamtune.evaluation.overfit import last_overfitting
 from dreamtune.evaluation.selection import RULE, Choice, Rating
 from dreamtune.files.whole import whole
 from dreamtune.metrics.table import Metric, scored
@@ -87,6 +88,7 @@ def write_report(
         **_layout(base_images, per_prompt),
         strip=_strip(progress, choice.step),
         reason=escape(choice.reason),
+        warning=_warning(last_overfitting(history)),
         rule="".join(f"<p>{escape(paragraph)}</p>" for paragraph in RULE),
         protocol=_protocol(protocol),
         snippet=escape(snippet(run_dir, base, example_prompt, sample_settings or {})),
@@ -149,6 +151,10 @@ def _scores(history: Sequence[Mapping[str, Any]], choice: Choice) -> dict[str, s
         ),
         "pairings": "".join(f"<p>{escape(m.title)}: {escape(m.pairing)}.</p>" for m in metrics),
     }
+
+
+def _warning(text: str | None) -> str:
+    return f'<p class="why">{escape(text[0].upper() + text[1:])}</p>' if text else ""
 
 
 def _facts(

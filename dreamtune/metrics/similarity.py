@@ -98,7 +98,8 @@ def picture_metrics(key: str, title: str, extractor: type[Extractor]) -> list[Me
     """
 
     def metric(name: str, named: str, score: object, pairing: str, **facts: object) -> Metric:
-        return Metric(name, named, extractor, score, pairing, while_training=False, **facts)  # type: ignore[arg-type]
+        facts |= {"while_training": False, "brief": False}
+        return Metric(name, named, extractor, score, pairing, **facts)  # type: ignore[arg-type]
 
     return [
         metric(

@@ -96,6 +96,7 @@ class Metric:
         unrelated: it is of pictures of prompts that do not name the subject.
         masked: it needs masks.
         bounds: of its mean, where an interval might go beyond what is possible.
+        brief: shown where there is room for a few numbers alone, as in the progress bar.
     """
 
     key: str
@@ -111,6 +112,7 @@ class Metric:
     unrelated: bool = False
     masked: bool = False
     bounds: tuple[float, float] | None = None
+    brief: bool = True
 
     @property
     def functions(self) -> dict[str, tuple[Score, str]]:
@@ -212,5 +214,5 @@ def scores_of(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def scores_text(record: Mapping[str, Any]) -> str:
-    """`DINO 0.512 CLIP-I 0.734`, of the metrics that the record has."""
-    return " ".join(f"{metric.title} {metric.text(record)}" for metric in scored([record]))
+    """`DINO 0.512 CLIP-I 0.734`, of the brief metrics that the record has."""
+    return " ".join(f"{m.title} {m.text(record)}" for m in scored([record]) if m.brief)

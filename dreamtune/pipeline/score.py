@@ -20,6 +20,7 @@ from dreamtune.evaluation.layout import (
     read_images,
     read_photos,
     read_subject,
+    without,
 )
 from dreamtune.evaluation.protocol_file import find_protocol
 from dreamtune.evaluation.protocols import PROTOCOLS, Protocol, check_encoders
@@ -200,7 +201,7 @@ def subject_of(
             f"an adapter is of one subject, and `{folder}` holds {len(known)}: name its folder, "
             f"such as --photos {folder / next(iter(known))}."
         )
-    found = next(iter(known.values()))
+    found = without(next(iter(known.values())), str(run.get("holdout") or "0"))
     prompt = prompt or run.get("instance_prompt")
     identifier = identifier or run.get("identifier")
     if prompt is None and found.words is not None:

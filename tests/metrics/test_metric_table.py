@@ -149,7 +149,7 @@ def test_a_made_up_metric_is_seen_everywhere(
     fact = f"<dt>Colour &amp; light</dt><dd>{best['colour']:.1f}<small>{note}</small></dd>"
     assert fact in page
     assert page.count("<figcaption>Colour &amp; light</figcaption>") == 1
-    assert page.count("<svg") == 4 and ">spread of the photos</text>" in page
+    assert page.count("<svg") == 5 and ">spread of the photos</text>" in page
     assert COLOUR.pairing.replace("'", "&#x27;") in page
     assert "&quot;pixels&quot;" in page and "&quot;numpy&quot;" in page
 
