@@ -63,7 +63,8 @@ class Folder:
     def summary(self) -> str:
         text = f"{len(self.photos)} photo{'s' * (len(self.photos) != 1)}"
         if self.held_out:
-            names = listed([p.path.name for p in self.held_out])
+            places = [p.path.parts[-2:] for p in self.held_out]
+            names = listed(["/".join(p) if p[0] == HELD_OUT else p[1] for p in places])
             text += f", {len(self.held_out)} held out of training ({names})"
         if self.skipped:
             count = len(self.skipped)

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from dreamtune.config import Config
 from dreamtune.data.words import SubjectWords
 from dreamtune.evaluation.layout import PROMPT, UNRELATED
@@ -77,10 +79,7 @@ def sample_into(
     on_embedded = sampler.base.embedded
     own = templates(protocol.prompts, words.class_noun, on_embedded)
     others = unrelated(protocol.unrelated, words.class_noun, on_embedded)
-    prompts = {
-        **{f"{i:02}": words.prompt(text) for i, text in enumerate(own)},
-        **{f"{UNRELATED}/{i:02}": text for i, text in enumerate(others)},
-    }
+    prompts = named_prompts(words, own, others)
     seeds = range(protocol.first_seed, protocol.first_seed + protocol.images_per_prompt)
     with sampler.base.sampling(sampler.sampling.sampler) as pipe:
         adapter = load(pipe, file) if file else None
@@ -96,12 +95,34 @@ def sample_into(
     return {**sampler.statement(), "prompts": own, "unrelated": others, "seeds": list(seeds)}
 
 
+def named_prompts(words: SubjectWords, own: Sequence[str], others: Sequence[str]) -> dict[str, str]:
+    """Folder below a subject's -> prompt, of its own templates and of unrelated prompts."""
+    return {
+        **{f"{i:02}": words.prompt(text) for i, text in enumerate(own)},
+        **{f"{UNRELATED}/{i:02}": text for i, text in enumerate(others)},
+    }
+
+
+def is_made(folder: Path, seeds: Sequence[int]) -> bool:
+    """Whether a prompt's folder has its text and all images whole."""
+    if not (folder / PROMPT).is_file():
+        return False
+    for seed in seeds:
+        try:
+            with Image.open(folder / f"{seed}.png") as image:
+                image.load()
+        except (OSError, ValueError, SyntaxError):  # what Pillow has for damage
+            return False
+    return True
+
+
 def make(
     pipe: Any, folder: Path, prompts: Mapping[str, str], seeds: Sequence[int], how: Sampling
-) -> None:
-    """A folder a prompt, each written when it is whole."""
+) -> int:
+    """A folder a prompt, each file written when it is whole. Prompts that are there already are not
+    made again. Returns how many images were made."""
     per_batch = max(1, how.batch_size // len(seeds))
-    named = list(prompts.items())
+    named = [(n, text) for n, text in prompts.items() if not is_made(folder / n, seeds)]
     for start in range(0, len(named), per_batch):
         part = named[start : start + per_batch]
         texts, numbers = grid([text for _, text in part], seeds)
@@ -112,3 +133,4 @@ def make(
             for seed in seeds:
                 with whole(folder / place / f"{seed}.png") as partial:
                     next(images).save(partial, "PNG", compress_level=1)
+    return len(named) * len(seeds)

@@ -29,6 +29,7 @@ from random_models import SIZES, build_clip, build_dino, write_photos  # noqa: E
 
 import dreamtune  # noqa: E402
 from dreamtune.evaluation.prompts import OBJECT  # noqa: E402
+from dreamtune.metrics.preprocess import in_parallel  # noqa: E402
 
 SIDE = 512
 KEPT = 6  # photos of a subject; the set of DreamBooth has 4 to 6
@@ -62,7 +63,8 @@ def write_images(photos: Path, root: Path, count: int) -> int:
     """`count` images, dealt over the subjects and their prompts; returns how many there are."""
     subjects = sorted(p for p in photos.iterdir() if p.is_dir())
     opened = {s.name: [Image.open(p).convert("RGB") for p in sorted(s.iterdir())] for s in subjects}
-    for number in range(count):
+
+    def write(number: int) -> None:
         subject = subjects[number % len(subjects)].name
         prompt, seed = divmod(number // len(subjects), 4)
         text = OBJECT[prompt % len(OBJECT)].format("sks thing")
@@ -70,7 +72,8 @@ def write_images(photos: Path, root: Path, count: int) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         own = opened[subject]
         changed(own[number % len(own)], number).save(folder / f"{seed}.jpg", quality=88)
-    return count
+
+    return len(in_parallel(write, range(count)))
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ def test_held_out_photos_are_scored_and_not_trained_on(
 ) -> None:
     common = {**settings, **scorer_names, "instance_data_dir": str(photos), "holdout": "1"}
     result = train(Config(**common))
-    assert "2 photos, 2 held out of training (own.png, " in capsys.readouterr().out
+    assert "2 photos, 2 held out of training (reference/own.png, " in capsys.readouterr().out
     folder = hold_out(read_folder(photos), "1")
     assert len(folder.photos) == len(folder.held_out) == 2 and folder.skipped == [".DS_Store"]
     dino = Scorers.load(scorer_names).extractors["dino"]
