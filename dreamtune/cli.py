@@ -232,7 +232,7 @@ def generate(argv: Sequence[str]) -> int:
 
 def score(argv: Sequence[str]) -> int:
     quieten()
-    from dreamtune.pipeline.score import command
+    from dreamtune.pipeline.score_command import command
 
     say(command(argv, COMMANDS["score"]))
     return 0

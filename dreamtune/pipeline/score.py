@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from dreamtune.data.english import article_of
 from dreamtune.data.photos import is_picture_name
 from dreamtune.data.words import SubjectWords, read_words
 from dreamtune.evaluation.layout import (
-    LAYOUT,
     Photos,
     caption_of,
     files,
@@ -23,19 +21,17 @@ from dreamtune.evaluation.layout import (
     without,
 )
 from dreamtune.evaluation.protocol_file import find_protocol
-from dreamtune.evaluation.protocols import PROTOCOLS, Protocol, check_encoders
+from dreamtune.evaluation.protocols import Protocol, check_encoders
 from dreamtune.evaluation.results import RESULTS, Results, write_results
 from dreamtune.evaluation.scores_page import PAGE, write_page
 from dreamtune.evaluation.scoring import Task, score_images
 from dreamtune.files.find import adapter_file, name_of, run_of, run_settings
 from dreamtune.files.formats import read_adapter
 from dreamtune.files.whole import check_writable
-from dreamtune.flags import HelpFormatter, Parser
 from dreamtune.metrics import METRICS, Scorers
 from dreamtune.metrics.names import EMBEDDED, PACKAGED, offline
 from dreamtune.models.load import load_network
 from dreamtune.pipeline.sampled import Sampler, sample_into
-from dreamtune.training.output import say
 from dreamtune.training.records import hash_of_file
 
 INDEX = "model_index.json"
@@ -247,45 +243,3 @@ def stated(file: Path | None, kind: str, name: str, sampler: Sampler) -> dict[st
         read = read_adapter(file, load_network(sampler.base.network))
         about |= {"method": read.exported_from or read.method, "sha256": hash_of_file(file)}
     return about
-
-
-def command(argv: Sequence[str], description: str) -> str:
-    """The command line; what it prints last."""
-    parser = Parser(
-        prog="dreamtune score",
-        description=f"{description[0].upper()}{description[1:]}.",
-        epilog="layout of the folders:\n" + LAYOUT + "\n\nprotocols:\n"
-        + "\n".join(f"  {name:<17}{p.about}" for name, p in PROTOCOLS.items()),
-        allow_abbrev=False,
-        formatter_class=_Formatter,
-    )  # fmt: skip
-    add = parser.add_argument
-    add("source", help="folder of images, run, adapter file of any format, or pipeline folder")
-    add("--photos", help="photos by subject, or of the one subject [default: the run's]")
-    add("--protocol", default="dreamtune", help="a preset below, or a YAML or JSON file")
-    add("--output_dir", help="a new folder [default: scores/<name>]")
-    add("--pretrained_model_name_or_path", help="the base [default: the one of the run]")
-    add("--instance_prompt", help="as the adapter was trained [default: the run's, prompt.txt]")
-    add("--identifier", help="the rare word in the prompts [default: the run's, else sks]")
-    add("--base_images", help="the base's images, laid out alike, for a folder of images")
-    add("--gallery", help="subjects to find one's own among [default: --photos]")
-    for name in EXTRACTORS:
-        add(f"--{name}", help=f"weights of {name} [default: the protocol's, if on this machine]")
-    a = vars(parser.parse_args(argv))
-    weights = {name: value for name in EXTRACTORS if (value := a.pop(name)) is not None}
-    base = a.pop("pretrained_model_name_or_path")
-    results = score(a.pop("source"), **a, base=base, weights=weights, tell=say)
-    return summary(results)
-
-
-class _Formatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Layout and list of protocols as they stand."""
-
-
-def summary(results: Results) -> str:
-    lines = []
-    for key, e in results.scores().items():
-        if key in METRICS:
-            interval = "" if e.low is None else f"  95% {e.low:.3f} to {e.high:.3f}"
-            lines.append(f"{METRICS[key].title:<32} {e.mean:.3f}{interval}  n = {e.n}")
-    return "\n".join([*lines, *(f"Warning: {text}" for text in results.warnings)])
