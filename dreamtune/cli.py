@@ -27,6 +27,7 @@ COMMANDS = {
     "analyse": "say how far an adapter moved the weights, and how much of its bound it used",
     "info": "say what an adapter or LoRA file is",
     "methods": "list the adapter methods and their options",
+    "cache": "say what the cache of scored pictures' features holds, or clear it",
 }
 
 
@@ -77,6 +78,7 @@ def run_command(arguments: list[str]) -> int:
             "info": info,
             "analyse": analyse,
             "methods": methods,
+            "cache": cache,
         }[command](arguments[1:])
     except KeyboardInterrupt as error:
         complain(f"\n{error}" if str(error) else "\nStopped.")
@@ -247,6 +249,30 @@ def compare(argv: Sequence[str]) -> int:
     from dreamtune.evaluation.results import read_results
 
     say(run(read_results(a.a), read_results(a.b)).text(a.a, a.b))
+    return 0
+
+
+def cache(argv: Sequence[str]) -> int:
+    parser = parser_of("cache")
+    parser.add_argument("--clear", action="store_true", help="remove all of it")
+    parser.epilog = (
+        "`dreamtune score` keeps the features of pictures (no picture, no name) by what their "
+        "files hold, so that a second scoring encodes nothing. DREAMTUNE_CACHE names another "
+        "folder, or is off; DREAMTUNE_CACHE_MB is the cap, above which what was not used for "
+        "longest goes."
+    )
+    a = parser.parse_args(argv)
+    from dreamtune.metrics import feature_cache
+
+    folder = feature_cache.place()
+    if folder is None:
+        say(f"There is no cache: {feature_cache.PLACE} is {feature_cache.OFF}.")
+        return 0
+    if a.clear:
+        say(f"Removed {feature_cache.trim(folder, 0) / 1e6:.1f} MB from {folder}")
+    held = feature_cache.all_files(folder)
+    size, most = sum(size for _, size, _ in held) / 1e6, feature_cache.limit() / 1e6
+    say(f"{folder}: {len(held)} files, {size:.1f} MB of at most {most:.0f}")
     return 0
 
 

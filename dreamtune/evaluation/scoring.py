@@ -17,7 +17,7 @@ from dreamtune.evaluation.layout import Found, Generated, Photos
 from dreamtune.evaluation.protocols import Protocol, check_encoders
 from dreamtune.evaluation.results import Results, Row
 from dreamtune.files.tensors import hash_of_json
-from dreamtune.metrics import Features, Metric, Scorers, TextExtractor
+from dreamtune.metrics import Features, Metric, Scorers, TextExtractor, feature_cache
 from dreamtune.metrics.similarity import RETRIEVAL
 from dreamtune.metrics.store import INSIDE, OUTSIDE, FeatureStore, Picture
 
@@ -122,13 +122,16 @@ class _Book:
         masked = {m.extractor.name for m in self.scorers.metrics if m.masked}
         if not any(p.mask for p in photos):
             masked = set()
-        self.store = FeatureStore(self.scorers.extractors, sorted(masked))
+        kept = feature_cache.place()
+        self.store = FeatureStore(self.scorers.extractors, sorted(masked), kept)
         self.store.add([*(i.picture for i in images), *photos, *(i.picture for i in made)])
         looking = [m.extractor.name for m in self.scorers.metrics if m.key.endswith(RETRIEVAL)]
         if looking:
             gallery = [p for s in self.task.others.values() for p in s.held_out or s.photos]
             self.store.add(gallery, list(dict.fromkeys(looking)))
         self.base = {i.key: i.picture for i in made}
+        if kept is not None:
+            feature_cache.trim(kept, feature_cache.limit())
 
     @property
     def needs_gallery(self) -> bool:

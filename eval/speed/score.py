@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import time
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="full", help="of the encoders")
     a = parser.parse_args()
     a.work.mkdir(parents=True)
+    os.environ["DREAMTUNE_CACHE"] = str(a.work / "cache")  # empty, and written as any other
     photos = copied(a.photos, a.work)
     began = time.perf_counter()
     count = write_images(photos, a.work / "images", a.count)
