@@ -30,6 +30,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "eval"), str(ROOT)]
 
@@ -108,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, training = parse(sys.argv[1:] if argv is None else argv)
     # The trainer takes one process a subject, and refuses several: here each has its own subjects.
     world, rank = int(os.environ.pop("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if world > 1 and torch.cuda.is_available():  # captured steps run on the current device
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     workers = int(args.ray[6:]) if (args.ray or "").startswith("local:") else world
     work = args.work.resolve()
     plan = planned(args, training, workers)
