@@ -29,7 +29,8 @@ class Task:
     photos: by subject. gallery: subjects that one's own is looked for among; by default `photos`.
     base: the base's images, by the same subjects, prompts and seeds. identifier: taken out of
     prompts of subjects whose words are not known. sampling: how the images were made, None where
-    that is not known. skipped: names of other files in the folders.
+    that is not known. skipped: names of other files in the folders. masks: what made those that
+    were not given, None if nothing did.
     """
 
     images: Found
@@ -40,6 +41,7 @@ class Task:
     identifier: str = "sks"
     sampling: Mapping[str, Any] | None = None
     skipped: Sequence[str] = ()
+    masks: Mapping[str, Any] | None = None
 
     @property
     def others(self) -> Mapping[str, Photos]:
@@ -70,6 +72,7 @@ def score_images(task: Task, scorers: Scorers, protocol: Protocol) -> Results:
             "scorers": {k: v for k, v in scored.items() if k not in ("versions", "standard_error")},
             "gallery": gallery_hash(task) if book.needs_gallery else None,
             "sampling": task.sampling,
+            **({"masks": task.masks} if task.masks else {}),
         },
         inputs={
             "images": short_hash([[*map(str, row.key), row.sha256] for row in rows]),

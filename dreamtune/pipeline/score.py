@@ -12,6 +12,7 @@ from dreamtune.data.english import article_of
 from dreamtune.data.photos import is_picture_name
 from dreamtune.data.words import SubjectWords, read_words
 from dreamtune.evaluation.layout import (
+    MASKS,
     Photos,
     caption_of,
     files,
@@ -30,6 +31,7 @@ from dreamtune.files.formats import read_adapter
 from dreamtune.files.whole import check_writable
 from dreamtune.metrics import METRICS, Scorers
 from dreamtune.metrics.names import EMBEDDED, PACKAGED, offline
+from dreamtune.metrics.sam import Sam
 from dreamtune.models.load import load_network
 from dreamtune.pipeline.sampled import Sampler, sample_into
 from dreamtune.training.records import hash_of_file
@@ -50,6 +52,7 @@ def score(
     instance_prompt: str | None = None,
     identifier: str | None = None,
     output_dir: str | Path | None = None,
+    sam: str | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Results:
     """Scores, and results.json, per_image.csv, per_subject.csv and report.html of them.
@@ -68,6 +71,7 @@ def score(
         gallery: subjects that one's own is looked for among [photos].
         instance_prompt, identifier: the words of an adapter's subject, as it was trained.
         output_dir: a new folder [scores/<name>].
+        sam: folder of a SAM, for the masks of pictures that have none.
 
     Raises:
         ValueError: with what to do about it.
@@ -77,6 +81,7 @@ def score(
     name = name_of(file) if file else path.resolve().name
     output = new_folder(Path(output_dir) if output_dir else Path("scores") / name)
     named = weights or {}
+    maker = None if sam is None else mask_maker(sam, chosen)
     if kind == "folder":
         refuse(kind, instance_prompt=instance_prompt, pretrained_model_name_or_path=base)
         task = given(path, name, photos, base_images, identifier)
@@ -95,6 +100,9 @@ def score(
             gallery = embedded.SUBJECTS
     if gallery is not None:
         task = replace(task, gallery=read_photos(gallery)[0])
+    if maker is not None:
+        tell(f"Masks by SAM into {output / MASKS}")
+        task = masked_by(maker, task, output / MASKS)
     tell(f"Scoring {len(task.images.images)} images by protocol {chosen.name}")
     results = score_images(task, scorers, chosen)
     output.mkdir(parents=True, exist_ok=True)
@@ -141,6 +149,25 @@ def sampled(
         base=read_images(output / "base") if file else None,
         sampling=how,
     )
+
+
+def mask_maker(folder: str, protocol: Protocol) -> Sam:
+    """Raises ValueError where no score of the protocol would look at a mask."""
+    if not any(METRICS[key].masked for key in protocol.metrics):
+        raise ValueError(f"protocol `{protocol.name}` has no masked score: leave --sam out.")
+    return Sam(folder, device())
+
+
+def masked_by(sam: Sam, task: Task, masks: Path) -> Task:
+    """The task with a mask for each image, and for each photo that images are compared with."""
+    named = {image.subject for image in task.images.images}
+    images = [replace(i, picture=sam.masked([i.picture], masks)[0]) for i in task.images.images]
+    photos = {
+        name: replace(own, photos=sam.masked(own.photos, masks)) if name in named else own
+        for name, own in task.photos.items()
+    }
+    found = replace(task.images, images=images)
+    return replace(task, images=found, photos=photos, masks=sam.protocol)
 
 
 def what_is(path: Path) -> tuple[Path | None, str]:

@@ -37,6 +37,7 @@ def command(argv: Sequence[str], description: str) -> str:
     add("--identifier", help="the rare word in the prompts [default: the run's, else sks]")
     add("--base_images", help="the base's images, laid out alike, for a folder of images")
     add("--gallery", help="subjects to find one's own among [default: --photos]")
+    add("--sam", help="folder of a SAM, for the masks of pictures that have none [default: none]")
     add(
         "--selfcheck",
         action="store_true",
