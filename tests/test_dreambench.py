@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).parents[1] / "eval"))
 
 import dreambench  # noqa: E402
 
+METHOD = "lora,rank=2"
 SUBJECTS = {"backpack": "backpack", "backpack_dog": "backpack", "dog": "dog"}
 
 
@@ -50,47 +51,56 @@ def flags(
     ]  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def alone(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes."""
+    work = tmp_path_factory.mktemp("alone")
+    assert dreambench.main(["--work", str(work), "--methods", METHOD, *flags]) == 0
+    return work
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.png")}
 
 
 def test_what_is_half_done_is_finished(
-    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str], alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ["--work", str(tmp_path), "--methods", "lora,rank=2", *flags]
-    assert dreambench.main(asked) == 0
-    results = read_results(tmp_path / "results" / "lora,rank=2")
+    tmp_path = tmp_path / "again"
+    shutil.copytree(alone, tmp_path)
+    asked = ["--work", str(tmp_path), "--methods", METHOD, *flags]
+    results = read_results(tmp_path / "results" / METHOD)
     assert results.subjects == list(SUBJECTS)
     # two steps of subjects that share photos and words: nothing else is missing
     assert all("byte for byte" in warning for warning in results.warnings)
     assert len(results.images) == 3 * (2 + 1) * 2  # and one unrelated prompt
     assert results.scores()["dino"].n == len(results.base) == 3 * 2 * 2
     assert results.scores()["dino"].unit == "subjects"
-    assert (tmp_path / "results" / "lora,rank=2" / "report.html").is_file()
-    images, runs = tmp_path / "images", tmp_path / "runs" / "lora,rank=2" / "seed-0"
+    assert (tmp_path / "results" / METHOD / "report.html").is_file()
+    images, runs = tmp_path / "images", tmp_path / "runs" / METHOD / "seed-0"
     before = files(images)
     # one was cut off, one prompt is gone, and the mark of their part
-    cut = images / "lora,rank=2" / "backpack" / "00" / "1.png"
+    cut = images / METHOD / "backpack" / "00" / "1.png"
     cut.write_bytes(cut.read_bytes()[:90])
-    shutil.rmtree(images / "lora,rank=2" / "backpack_dog" / "01")
-    (tmp_path / "done" / "lora,rank=2-seed-0-part-00.json").unlink()
+    shutil.rmtree(images / METHOD / "backpack_dog" / "01")
+    (tmp_path / "done" / f"{METHOD}-seed-0-part-00.json").unlink()
     trained = {p: p.stat().st_mtime_ns for p in runs.rglob("*") if p.is_file()}
     capsys.readouterr()
     assert dreambench.main(asked) == 0
     assert files(images) == before
     assert {p: p.stat().st_mtime_ns for p in runs.rglob("*") if p.is_file()} == trained
     out = capsys.readouterr().out
-    assert "lora,rank=2-seed-0-part-00: 4 images made" in out and out.count("was done") == 3
+    assert f"{METHOD}-seed-0-part-00: 4 images made" in out and out.count("was done") == 3
     with pytest.raises(ValueError, match="`training` was .* is .*Name another --work"):
         dreambench.main([*asked, "--learning_rate", "1e-3"])
 
 
 def test_parts_are_dealt_over_processes(
-    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flags: list[str], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each process does its share, whichever ends first; the first one scores."""
     work = tmp_path / "two"
-    asked = ["--work", str(work), "--methods", "ether+", *flags]
+    asked = ["--work", str(work), "--methods", METHOD, *flags]
     args, training = dreambench.parse(asked)
     plan = dreambench.planned(args, training, 2)
     work.mkdir()
@@ -101,13 +111,9 @@ def test_parts_are_dealt_over_processes(
         assert dreambench.main(asked) == 0
         names = sorted(p.name for p in (work / "done").iterdir())
         parts = ("01",) if rank == "1" else ("00", "01")
-        assert names == [f"{m}-seed-0-part-{p}.json" for m in ("base", "ether+") for p in parts]
+        assert names == [f"{m}-seed-0-part-{p}.json" for m in ("base", METHOD) for p in parts]
         assert (work / "results").is_dir() == (rank == "0")
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    again = ["--work", str(tmp_path / "one"), "--methods", "ether+", *flags]
-    assert dreambench.main(again) == 0
-    assert files(work / "images") == files(tmp_path / "one" / "images")
+    assert files(work / "images") == files(alone / "images")
 
 
 @pytest.mark.parametrize(
@@ -133,19 +139,19 @@ def test_ray_is_asked_for_by_name(
         dreambench.main(asked)
 
 
-def test_a_killed_worker_s_subjects_are_done_again(flags: list[str], tmp_path: Path) -> None:
+def test_a_killed_worker_s_subjects_are_done_again(
+    flags: list[str], alone: Path, tmp_path: Path
+) -> None:
     """On a local cluster of two processes; one kills itself while its subjects are half done."""
     pytest.importorskip("ray", reason="Ray is an extra: pip install dreamtune[ray]")
-    asked = ["--methods", "lora", *flags, "--ray", "local:2"]
+    asked = ["--methods", METHOD, *flags, "--ray", "local:2"]
     mark = tmp_path / "killed"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dreambench, "do_task", _dying(str(mark)))
         assert dreambench.main(["--work", str(tmp_path / "ray"), *asked]) == 0
     assert mark.read_text()  # it did die
-    alone = tmp_path / "alone"
-    assert dreambench.main(["--work", str(alone), "--methods", "lora", *flags]) == 0
-    found = read_results(tmp_path / "ray" / "results" / "lora")
-    assert found.images == read_results(alone / "results" / "lora").images
+    found = read_results(tmp_path / "ray" / "results" / METHOD)
+    assert found.images == read_results(alone / "results" / METHOD).images
     assert files(tmp_path / "ray" / "images") == files(alone / "images")
 
 

@@ -128,11 +128,12 @@ def entries(
     failed: Mapping[str, str],
 ) -> list[Entry]:
     """What the summary says of each run, in their order."""
-    found = []
-    for label, (subject, values) in labelled(config).items():
+    found, named = [], labelled(config)
+    for label, run in runs.items():
+        subject, values = named.get(label, ("", {}))  # a folder may have gone meanwhile
         done = results.get(label)
-        history = done.history if done else runs[label].history
-        step, identity = done.best_step if done else 0, runs[label].method.identity_at_start
+        history = done.history if done else run.history
+        step, identity = done.best_step if done else 0, run.method.identity_at_start
         failure = failed.get(label, "")
         found.append(Entry(label, subject, values, history, step, failure, identity))
     return found
