@@ -135,12 +135,14 @@ def table(folder: Path, entries: Sequence[Entry]) -> str:
     keys, rows = shown_keys(entries), []
     heads = ["Run", "Steps", "Best", *map(title_of, keys)]
     for entry in entries:
-        name = escape(entry.label)
+        name = ",<wbr>".join(f"<span>{escape(part)}</span>" for part in entry.label.split(","))
         if (folder / entry.label / "report.html").is_file():
             name = f'<a href="{escape(quote(f"{entry.label}/report.html"))}">{name}</a>'
         line = entry.line()
         if entry.failed:
-            cells = f'<td colspan="{len(heads) - 1}">failed: {escape(entry.failed)}</td>'
+            cells = (
+                f'<td class="failed" colspan="{len(heads) - 1}">failed: {escape(entry.failed)}</td>'
+            )
         else:
             cells = f"<td>{line['steps']}</td><td>{line['best_step']}</td>"
             cells += "".join(f"<td>{text_of(key, line['scores'].get(key))}</td>" for key in keys)

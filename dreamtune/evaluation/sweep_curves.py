@@ -9,6 +9,7 @@ from statistics import fmean
 
 from dreamtune.evaluation.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, scale
 
+DASH = 16  # pixels on either side of a word
 DECADES = 8.0  # ratio of the largest to the smallest value from which the axis is logarithmic
 
 Value = float | str
@@ -20,7 +21,8 @@ def swept_curve(
     points: Sequence[tuple[Value, str, float]],
     number_format: str = ".3f",
 ) -> str:
-    """One chart: a dot a run, and a line through the means of the runs of each value.
+    """One chart: a dot a run, and a line through the means of the runs of each value, or a dash at
+    the mean of each word.
 
     Args:
         name: of what was swept.
@@ -55,10 +57,13 @@ def swept_curve(
             f'<text class="tick" x="{x(value):.1f}" y="{HEIGHT - 10}" text-anchor="middle">'
             f"{escape(text)}</text>"
         )
-    line = " ".join(
-        f"{x(v):.1f},{y(m):.1f}" for v, m in sorted(means.items(), key=lambda i: x(i[0]))
-    )
-    parts.append(f'<polyline class="line" points="{line}"/>')
+    if any(isinstance(value, str) for value in means):  # words have no way between them
+        lines = [[(x(v) - DASH, y(m)), (x(v) + DASH, y(m))] for v, m in means.items()]
+    else:
+        lines = [[(x(v), y(means[v])) for v in sorted(means, key=x)]]
+    for line in lines:
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in line)
+        parts.append(f'<polyline class="line" points="{path}"/>')
     parts += [f'<circle class="dot" cx="{x(v):.1f}" cy="{y(s):.1f}" r="2.6"/>' for v, _, s in shown]
     texts = {value: text for value, text, _ in shown}
     said = "; ".join(f"{texts[v]}: {m:{number_format}}" for v, m in means.items())

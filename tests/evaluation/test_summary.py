@@ -57,7 +57,11 @@ def test_what_failed_and_what_a_name_holds(tmp_path: Path) -> None:
     swept = {"method": ("lora", "lora")}
     runs = [Entry(label, "a <b>", swept, history, 4), Entry("=dog", "=dog", failed="no <photo>")]
     page = write_summary(tmp_path, "both & more", runs).read_text()
-    assert "<b>" not in page and "a &lt;b&gt;,method=lora" in page and "both &amp; more" in page
+    assert (
+        "<b>" not in page
+        and "<span>a &lt;b&gt;</span>,<wbr><span>method=lora</span>" in page
+        and "both &amp; more" in page
+    )
     assert 'href="a%20%3Cb%3E%2Cmethod%3Dlora/report.html"' in page
     assert "failed: no &lt;photo&gt;" in page and "2 runs, 1 failed" in page
     stated = json.loads((tmp_path / "summary.json").read_text())["runs"]
