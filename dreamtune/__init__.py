@@ -14,10 +14,13 @@ if TYPE_CHECKING:
     from dreamtune.adapters import Adapter as Adapter
     from dreamtune.adapters import register as register
     from dreamtune.config import Config as Config
+    from dreamtune.evaluation.compare import compare as compare
+    from dreamtune.evaluation.results import read_results as read_results
     from dreamtune.files.export import export as export
     from dreamtune.injection.inject import InjectedAdapter as InjectedAdapter
     from dreamtune.injection.inject import inject as inject
     from dreamtune.pipeline.load import load as load
+    from dreamtune.pipeline.score import score as score
     from dreamtune.pipeline.speed import slow_down as slow_down
     from dreamtune.pipeline.speed import speed_up as speed_up
     from dreamtune.training.train import train as train
@@ -29,10 +32,13 @@ _PUBLIC = {
     "Adapter": "dreamtune.adapters",
     "Config": "dreamtune.config",
     "InjectedAdapter": "dreamtune.injection.inject",
+    "compare": "dreamtune.evaluation.compare",
     "export": "dreamtune.files.export",
     "inject": "dreamtune.injection.inject",
     "load": "dreamtune.pipeline.load",
+    "read_results": "dreamtune.evaluation.results",
     "register": "dreamtune.adapters",
+    "score": "dreamtune.pipeline.score",
     "slow_down": "dreamtune.pipeline.speed",
     "speed_up": "dreamtune.pipeline.speed",
     "train": "dreamtune.training.train",
@@ -43,10 +49,13 @@ __all__ = [
     "Adapter",
     "Config",
     "InjectedAdapter",
+    "compare",
     "export",
     "inject",
     "load",
+    "read_results",
     "register",
+    "score",
     "slow_down",
     "speed_up",
     "train",

@@ -21,10 +21,13 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train": "teach a base model one subject from a few photos",
     "generate": "make images with a trained adapter",
+    "score": "score an adapter, a run or a folder of images by a named protocol",
+    "compare": "say whether two results of `dreamtune score` differ",
     "export": "write an adapter for other programs",
     "analyse": "say how far an adapter moved the weights, and how much of its bound it used",
     "info": "say what an adapter or LoRA file is",
     "methods": "list the adapter methods and their options",
+    "cache": "say what the cache of scored pictures' features holds, or clear it",
 }
 
 
@@ -69,10 +72,13 @@ def run_command(arguments: list[str]) -> int:
         return {
             "train": train,
             "generate": generate,
+            "score": score,
+            "compare": compare,
             "export": export,
             "info": info,
             "analyse": analyse,
             "methods": methods,
+            "cache": cache,
         }[command](arguments[1:])
     except KeyboardInterrupt as error:
         complain(f"\n{error}" if str(error) else "\nStopped.")
@@ -223,6 +229,50 @@ def generate(argv: Sequence[str]) -> int:
         output_dir=Path(a.output_dir),
     )
     say("\n".join(str(p) for p in paths))
+    return 0
+
+
+def score(argv: Sequence[str]) -> int:
+    quieten()
+    from dreamtune.pipeline.score_command import command
+
+    say(command(argv, COMMANDS["score"]))
+    return 0
+
+
+def compare(argv: Sequence[str]) -> int:
+    parser = parser_of("compare")
+    parser.add_argument("a", help="folder that `dreamtune score` wrote, or its results.json")
+    parser.add_argument("b", help="another; differences are B - A, paired by image")
+    a = parser.parse_args(argv)
+    from dreamtune.evaluation.compare import compare as run
+    from dreamtune.evaluation.results import read_results
+
+    say(run(read_results(a.a), read_results(a.b)).text(a.a, a.b))
+    return 0
+
+
+def cache(argv: Sequence[str]) -> int:
+    parser = parser_of("cache")
+    parser.add_argument("--clear", action="store_true", help="remove all of it")
+    parser.epilog = (
+        "`dreamtune score` keeps the features of pictures (no picture, no name) by what their "
+        "files hold, so that a second scoring encodes nothing. DREAMTUNE_CACHE names another "
+        "folder, or is off; DREAMTUNE_CACHE_MB is the cap, above which what was not used for "
+        "longest goes."
+    )
+    a = parser.parse_args(argv)
+    from dreamtune.metrics import feature_cache
+
+    folder = feature_cache.place()
+    if folder is None:
+        say(f"There is no cache: {feature_cache.PLACE} is {feature_cache.OFF}.")
+        return 0
+    if a.clear:
+        say(f"Removed {feature_cache.trim(folder, 0) / 1e6:.1f} MB from {folder}")
+    held = feature_cache.all_files(folder)
+    size, most = sum(size for _, size, _ in held) / 1e6, feature_cache.limit() / 1e6
+    say(f"{folder}: {len(held)} files, {size:.1f} MB of at most {most:.0f}")
     return 0
 
 

@@ -190,6 +190,12 @@ class Config:
         own=True,
     )
     num_validation_images: Count = opt(1, "images a prompt", "scoring")
+    holdout: str = opt(
+        "0",
+        "photos to score against that are not trained on, beside those in the folder's reference/; "
+        "auto: one of at least 6, two of at least 10, none if reference/ has some",
+        "scoring",
+    )
     validation_steps: CountOr0 | None = opt(
         None,
         "steps between scorings; 0: only the start and the end",
@@ -294,6 +300,8 @@ class Config:
             raise ValueError("`early_stop` goes by the scores, but `dino` or `clip` is none.")
         if self.slots != "auto" and not re.fullmatch("0*[1-9][0-9]{0,8}", self.slots):
             raise ValueError(f"`slots` must be auto or at least 1, got {shown(self.slots)}.")
+        if not re.fullmatch("auto|[0-9]{1,9}", self.holdout):
+            raise ValueError(f"`holdout` must be auto or at least 0, got {shown(self.holdout)}.")
         if self.subjects and self.instance_data_dir:
             raise ValueError("`subjects` and `instance_data_dir` are both set: leave one out.")
         photos = self.instance_data_dir or self.subjects

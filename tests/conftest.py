@@ -27,6 +27,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads what another has left, or writes to the user's own."""
+    monkeypatch.setenv("DREAMTUNE_CACHE", str(tmp_path.with_name(f"{tmp_path.name}-cache")))
+
+
+@pytest.fixture(autouse=True)
 def _one_thread() -> None:
     """Tests run side by side; more threads each would only wait for one another."""
     import torch

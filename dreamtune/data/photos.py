@@ -22,6 +22,9 @@ from dreamtune.textfile import read_bytes, read_text
 KOHYA = re.compile(r"(\d+)_(.+)")
 MAX_REPEATS = 1000
 CAPTIONS = (".txt", ".caption")  # the first is taken where both stand
+HELD_OUT = "reference"  # folder beside the photos, of those that nothing is trained on
+# Photos for `auto` to hold out one, or two: of fewer each is worth more in training.
+ENOUGH = (6, 10)
 # The short side that is kept of a photo: no scorer, and no base that we train, looks closer.
 KEPT_SIDE = 1024
 
@@ -51,13 +54,18 @@ class Photo:
 
 @dataclass(frozen=True)
 class Folder:
-    """The pictures of a folder and the names of what was left out."""
+    """The pictures of a folder and the names of what was left out. held_out: not to train on."""
 
     photos: list[Photo]
     skipped: list[str]
+    held_out: list[Photo] = field(default_factory=list)
 
     def summary(self) -> str:
         text = f"{len(self.photos)} photo{'s' * (len(self.photos) != 1)}"
+        if self.held_out:
+            places = [p.path.parts[-2:] for p in self.held_out]
+            names = listed(["/".join(p) if p[0] == HELD_OUT else p[1] for p in places])
+            text += f", {len(self.held_out)} held out of training ({names})"
         if self.skipped:
             count = len(self.skipped)
             text += f", {count} other file{'s' * (count != 1)} skipped ({listed(self.skipped)})"
@@ -72,7 +80,7 @@ def read_folder(folder: str | Path, need: int = 1, side: int = KEPT_SIDE) -> Fol
     """The photos of a folder, by name: its own files and those of kohya folders (`10_sks dog/`).
 
     A `.txt` (or `.caption`) file beside a photo is its caption; `views` falls back on the prompt,
-    then on the words of a kohya folder.
+    then on the words of a kohya folder. Pictures in `reference/` are held out.
 
     Args:
         need: photos that there must be.
@@ -91,9 +99,14 @@ def read_folder(folder: str | Path, need: int = 1, side: int = KEPT_SIDE) -> Fol
     for place, caption, repeats in places:
         found, others = read_files(place, caption, repeats, side)
         photos += found
-        others = [p for p in others if p not in [opened for opened, _, _ in places]]
+        own = [root / HELD_OUT, *(opened for opened, _, _ in places)]
+        others = [p for p in others if p not in own or not p.is_dir()]
         skipped += [p.relative_to(root).as_posix() + "/" * p.is_dir() for p in others]
     photos.sort(key=lambda p: p.path)
+    held_out: list[Photo] = []
+    if (root / HELD_OUT).is_dir():
+        held_out, others = read_files(root / HELD_OUT, None, 1, side)
+        skipped += [p.relative_to(root).as_posix() + "/" * p.is_dir() for p in others]
     if len(photos) < need:
         found_text = (
             f"it holds {len(skipped)} other files ({listed(skipped)})" if skipped else "it is empty"
@@ -102,19 +115,55 @@ def read_folder(folder: str | Path, need: int = 1, side: int = KEPT_SIDE) -> Fol
             f"no photo in `{root}`: {found_text}. Looked for images ({', '.join(sorted(SUFFIXES))})"
             " in it and in folders named like `10_sks dog`."
         )
-    return Folder(photos, sorted(skipped))
+    return Folder(photos, sorted(skipped), held_out)
 
 
-def statement(photos: Sequence[Photo]) -> dict[str, list[str]]:
+def hold_out(folder: Folder, asked: str) -> Folder:
+    """The folder with `asked` more photos held out, as `chosen` says."""
+    digests = chosen([p.digest for p in folder.photos], asked, bool(folder.held_out))
+    kept = [p for p in folder.photos if p.digest not in digests]
+    more = [p for p in folder.photos if p.digest in digests]
+    return replace(folder, photos=kept, held_out=[*folder.held_out, *more])
+
+
+def chosen(digests: Sequence[str], asked: str, others: bool = False) -> set[str]:
+    """Which of a subject's photos are held out: the same whatever their files are called, and none
+    that is there twice.
+
+    Args:
+        digests: of the photos.
+        asked: how many; "auto": one of at least 6, two of at least 10, none if there are `others`.
+        others: photos that are held out already.
+
+    Raises ValueError where none would be left to train on.
+    """
+    if asked == "auto":
+        count = 0 if others else sum(len(digests) >= enough for enough in ENOUGH)
+    elif (count := int(asked)) and count >= len(digests):
+        raise ValueError(
+            f"`holdout` is {count}, and there are {len(digests)} photos: at least one must be left "
+            "to train on."
+        )
+    single = sorted(digest for digest in digests if digests.count(digest) == 1)
+    return set(single[:count])
+
+
+def statement(photos: Sequence[Photo], held_out: Sequence[Photo] = ()) -> dict[str, list[str]]:
     """What a run keeps of its photos, to know them again: JSON values for its state."""
-    return {"photos": [p.digest for p in photos], "captions": [p.told for p in photos]}
+    found = {"photos": [p.digest for p in photos], "captions": [p.told for p in photos]}
+    return {**found, "held_out": [p.digest for p in held_out]} if held_out else found
 
 
-def changed(saved: Mapping[str, Any], photos: Sequence[Photo]) -> str | None:
-    """What is not as that `statement` has it, None if all is. Older runs keep no captions."""
-    here = statement(photos)
+def changed(
+    saved: Mapping[str, Any], photos: Sequence[Photo], held_out: Sequence[Photo] = ()
+) -> str | None:
+    """What is not as that `statement` has it, None if all is. Older runs keep no captions, and had
+    no photo held out."""
+    here = statement(photos, held_out)
     if saved["photos"] != here["photos"]:
         return "the photos"
+    if "held_out" in saved and saved["held_out"] != here.get("held_out"):
+        return "the photos held out"
     if "captions" not in saved or saved["captions"] == here["captions"]:
         return None
     told = zip(photos, saved["captions"], here["captions"])

@@ -35,17 +35,17 @@ def curve(
     shown = [y for _, y in points + others] + ([] if reference is None else [reference])
     if not points:
         return ""
-    low, high, ticks = _scale(min(shown), max(shown))
+    low, high, ticks = scale(min(shown), max(shown))
     plane = _Plane(low, high, max(max(steps), 1))
     parts = plane.grid(ticks)
     if reference is not None:
         level = plane.y(reference)
         parts.append(_rule("reference", level))
-        parts.append(_label(WIDTH - RIGHT, level - 5, reference_name, "end"))
+        parts.append(label(WIDTH - RIGHT, level - 5, reference_name, "end"))
     if others:
         parts.append(f'<polyline class="other" points="{plane.path(others)}"/>')
         x, y = plane.x(others[-1][0]), plane.y(others[-1][1])
-        parts.append(_label(x, y - 6, other_name, "end"))
+        parts.append(label(x, y - 6, other_name, "end"))
     parts.append(f'<polyline class="line" points="{plane.path(points)}"/>')
     parts += [
         f'<circle class="dot" cx="{plane.x(s):.1f}" cy="{plane.y(v):.1f}" r="2.6"/>'
@@ -123,13 +123,13 @@ def _finite(steps: Sequence[int], values: Sequence[float | None]) -> list[tuple[
     return [(s, v) for s, v in zip(steps, values) if v is not None and math.isfinite(v)]
 
 
-def _label(x: float, y: float, text: str, anchor: str) -> str:
+def label(x: float, y: float, text: str, anchor: str) -> str:
     return (
         f'<text class="name" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
     )
 
 
-def _scale(low: float, high: float) -> tuple[float, float, list[float]]:
+def scale(low: float, high: float) -> tuple[float, float, list[float]]:
     """(axis low, axis high, ticks) with two to five ticks at 1, 2 or 5 times a power of ten."""
     if high - low < 1e-3:
         low, high = low - 0.01, high + 0.01

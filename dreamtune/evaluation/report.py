@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -16,6 +14,8 @@ from PIL import Image
 
 from dreamtune.configfile import kind_and_place
 from dreamtune.evaluation.curves import curve
+from dreamtune.evaluation.inline import UNSCALED, img, style
+from dreamtune.evaluation.overfit import last_overfitting
 from dreamtune.evaluation.selection import RULE, Choice, Rating
 from dreamtune.files.whole import whole
 from dreamtune.metrics.table import Metric, scored
@@ -23,7 +23,6 @@ from dreamtune.version import __version__
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 PHOTO_SIDE, IMAGE_SIDE = 256, 448  # longest side in pixels of what is put into the page
-UNSCALED = 200  # images below this side are never shown larger than they are
 
 SHARES = ("Subject gained", "Prompt kept", "Product")
 FILES = {
@@ -78,16 +77,18 @@ def write_report(
     per_prompt = max((prompts.count(p) for p in set(prompts)), default=1)
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
+        style=style(),
         subtitle=_subtitle(settings, base, history),
         **_scores(history, choice),
         photos="".join(
-            _img(p, f"Photo {i + 1} of the subject", PHOTO_SIDE, crop=True)
+            img(p, f"Photo {i + 1} of the subject", PHOTO_SIDE, crop=True)
             for i, p in enumerate(photos)
         ),
         pairs=_pairs(prompts, base_images, adapted_images, choice.step),
         **_layout(base_images, per_prompt),
         strip=_strip(progress, choice.step),
         reason=escape(choice.reason),
+        warning=_warning(last_overfitting(history)),
         rule="".join(f"<p>{escape(paragraph)}</p>" for paragraph in RULE),
         protocol=_protocol(protocol),
         snippet=escape(snippet(run_dir, base, example_prompt, sample_settings or {})),
@@ -152,6 +153,10 @@ def _scores(history: Sequence[Mapping[str, Any]], choice: Choice) -> dict[str, s
     }
 
 
+def _warning(text: str | None) -> str:
+    return f'<p class="why">{escape(text[0].upper() + text[1:])}</p>' if text else ""
+
+
 def _facts(
     metrics: Sequence[Metric], rating: Rating, record: Mapping[str, Any], last_step: int
 ) -> str:
@@ -177,7 +182,7 @@ def _pairs(
         rows = [i for i, other in enumerate(prompts) if other == prompt]
         sides = []
         for kind, label, images in (("before", "Base", before), ("after", f"Step {step}", after)):
-            tiles = "".join(_img(images[i], f"{label}: {prompt}", IMAGE_SIDE) for i in rows)
+            tiles = "".join(img(images[i], f"{label}: {prompt}", IMAGE_SIDE) for i in rows)
             sides.append(
                 f'<div class="side {kind}"><p class="label">{label}</p>'
                 f'<div class="tiles">{tiles}</div></div>'
@@ -208,7 +213,7 @@ def _strip(progress: Sequence[tuple[int, Image.Image]], best_step: int) -> str:
         return ""
     figures = "".join(
         f'<figure class="{"won" if step == best_step else ""}">'
-        f"{_img(image, f'The same prompt and seed at step {step}', PHOTO_SIDE)}"
+        f"{img(image, f'The same prompt and seed at step {step}', PHOTO_SIDE)}"
         f"<figcaption>{step}{' best' if step == best_step else ''}</figcaption></figure>"
         for step, image in progress
     )
@@ -298,21 +303,3 @@ def _shown(value: Any) -> str:
         return ", ".join(map(_shown, value))
     kind, text = kind_and_place(str(value))
     return f"{kind}…/{Path(text).name}" if os.path.isabs(text) else f"{kind}{text}"
-
-
-def _img(image: Image.Image, alt: str, side: int, crop: bool = False) -> str:
-    """An <img> with the picture inside, shrunk to `side` if larger, never enlarged."""
-    image = image.convert("RGB")
-    small = min(image.size) < UNSCALED
-    if crop:
-        edge = min(image.size)
-        left, top = (image.width - edge) // 2, (image.height - edge) // 2
-        image = image.crop((left, top, left + edge, top + edge))
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=92 if small else 84, method=4)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return (
-        f'<img src="data:image/webp;base64,{data}" alt="{escape(alt)}" '
-        f'width="{image.width}" height="{image.height}">'
-    )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from dreamtune.models.base import Base
 from dreamtune.models.sample import Sampling, sample
 
 COLUMNS = 4
+# What is recorded beside the scores that choose: a hint of overfitting, and of what is beyond it.
+WATCHED = ("dino_nearest", "dino_held_out")
+OPTIONAL = ("dino_held_out", "dino_held_out_se")
 
 
 class Evaluator:
@@ -32,6 +36,7 @@ class Evaluator:
         folder: for the grids of images.
         scorers: None for none: then the record is empty.
         photos: what the images are scored against.
+        held_out: photos that nothing is trained on, for a score of their own.
     """
 
     def __init__(
@@ -45,11 +50,12 @@ class Evaluator:
         folder: Path,
         scorers: Any,
         photos: Sequence[Image.Image],
+        held_out: Sequence[Image.Image] = (),
     ) -> None:
         self.base, self.sampling, self.folder = base, sampling, folder
         self.prompts, self.plain, self.seeds = list(prompts), list(plain), list(seeds)
         self.scorers = scorers
-        self.references = scorers.references(list(photos)) if scorers else None
+        self.references = scorers.references(list(photos), list(held_out)) if scorers else None
 
     def __call__(self, step: int) -> tuple[list[Image.Image], dict[str, Any]]:
         images = self.sample()
@@ -73,7 +79,8 @@ class Evaluator:
         if self.scorers is None:
             return {}
         record: dict[str, Any] = self.scorers.score(images, self.plain, self.references).record()
-        return record
+        # a subject without held-out photos has no such score, rather than an empty one
+        return {k: v for k, v in record.items() if v is not None or k not in OPTIONAL}
 
     def saved(self, step: int) -> list[Image.Image] | None:
         """The images of an earlier scoring, read back from its grid; None where it is lost."""
@@ -112,20 +119,72 @@ def sample_slots(
     seeds = [s for e in evaluators for s in e.seeds]
     counts = torch.tensor([len(e.prompts) for e in evaluators])
     routes = torch.tensor(slots).repeat_interleave(counts).to(base.device)
-    repeats = base.rows_per_image(sampling.guidance_scale)
+    images = iter(routed(base, adapter, sampling, prompts, seeds, arguments, routes))
+    return [[next(images) for _ in e.prompts] for e in evaluators]
+
+
+def routed(
+    base: Base,
+    adapter: Any,
+    sampling: Sampling,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    arguments: Mapping[str, Tensor],
+    routes: Tensor,
+) -> list[Image.Image]:
+    """Images, each by its slot of an adapter of several: routes (N,) on the base's device."""
     made: list[Image.Image] = []
+    repeats = base.rows_per_image(sampling.guidance_scale)
     try:
         with base.sampling(sampling.sampler, prompts=False) as pipe:
             for start in range(0, len(prompts), sampling.batch_size):
                 rows = slice(start, start + sampling.batch_size)
-                adapter.route(routes[rows].repeat(repeats))
+                if adapter.slots > 1:
+                    adapter.route(routes[rows].repeat(repeats))
                 part = {name: x[rows] for name, x in arguments.items()}
                 options = sampling.options()
                 made += sample(pipe, prompts[rows], seeds[rows], arguments=part, **options)
     finally:
         adapter.route(None)
-    images = iter(made)
-    return [[next(images) for _ in e.prompts] for e in evaluators]
+    return made
+
+
+class BasePictures:
+    """What the base makes of prompts and seeds, for runs that ask for the same ones: made once,
+    and kept until the last of the runs has them.
+
+    asked: prompts and seeds of each run.
+    """
+
+    def __init__(self, asked: Iterable[tuple[Sequence[str], Sequence[int]]] = ()) -> None:
+        self.waiting = Counter(key for prompts, seeds in asked for key in zip(prompts, seeds))
+        self.images: dict[tuple[str, int], Image.Image] = {}
+
+    def sample(
+        self, base: Base, adapter: Any, evaluators: Sequence[Evaluator]
+    ) -> list[list[Image.Image]]:
+        """The images of each evaluator, by an adapter that is without effect (`at_step` 0). All
+        sample alike. Raises ValueError if one is not finite."""
+        new = {
+            key: (e, row)
+            for e in evaluators
+            for row, key in enumerate(zip(e.prompts, e.seeds))
+            if key not in self.images
+        }
+        if new:
+            names = evaluators[0].arguments
+            arguments = {
+                n: torch.stack([e.arguments[n][row] for e, row in new.values()]) for n in names
+            }
+            prompts, seeds = zip(*new)
+            routes = torch.zeros(len(new), dtype=torch.long, device=base.device)
+            sampling = evaluators[0].sampling
+            made = routed(base, adapter, sampling, prompts, seeds, arguments, routes)
+            self.images.update(zip(new, made, strict=True))
+        found = [[self.images[key] for key in zip(e.prompts, e.seeds)] for e in evaluators]
+        self.waiting.subtract(key for e in evaluators for key in zip(e.prompts, e.seeds))
+        self.images = {key: image for key, image in self.images.items() if self.waiting[key] > 0}
+        return found
 
 
 def load_scorers(settings: Mapping[str, Any], device: torch.device) -> Any:
@@ -149,6 +208,7 @@ def load_scorers(settings: Mapping[str, Any], device: torch.device) -> Any:
             "by both. Set both to none to train without scores."
         )
     asked = [m.key for m in metrics if weights.get(m.extractor.name) != "none"]
+    asked += [key for key in WATCHED if key not in asked]
     weights = {n: w for n, w in weights.items() if w != "none"}
     noise = io.StringIO()  # transformers prints a loading bar
     with contextlib.redirect_stderr(noise):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,13 @@ from dreamtune.metrics.extractor import TextExtractor, weights_hash
 from dreamtune.metrics.features import normalize
 from dreamtune.metrics.files import check_open_clip, never_asking
 from dreamtune.metrics.names import cache_if_unreachable, cannot_load, clip_arguments, public_name
-from dreamtune.metrics.similarity import photo_similarity, prompt_similarity
+from dreamtune.metrics.preprocess import Preprocess, Resizing, in_parallel, normalized
+from dreamtune.metrics.similarity import (
+    masked_prompt,
+    photo_similarity,
+    picture_metrics,
+    prompt_similarity,
+)
 from dreamtune.metrics.table import register
 from dreamtune.models.weights import read_by_library
 
@@ -32,6 +39,7 @@ class Clip(TextExtractor):
     Args:
         name: `local-dir:<folder>` (or just the folder), `hf-hub:<id>`, `<architecture>:<tag or
             file>` such as `ViT-B-32:openai`, an architecture alone (tag `openai`), or "embedded".
+        resizing: instead of the model's own.
 
     Raises:
         ValueError: nothing can be loaded by that name.
@@ -40,7 +48,11 @@ class Clip(TextExtractor):
     name, default, libraries = "clip", "ViT-B-32:openai", ("open_clip_torch",)
 
     def __init__(
-        self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        name: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        resizing: Resizing | None = None,
     ) -> None:
         import open_clip
         from open_clip.transformer import QuickGELU
@@ -49,10 +61,10 @@ class Clip(TextExtractor):
         arguments = clip_arguments(name)
         try:
             with cache_if_unreachable(arguments["model_name"]), never_asking():
-                options = _checked(arguments["model_name"])
+                config, options = _checked(arguments["model_name"])
                 local = arguments["model_name"].startswith("local-dir:")
                 with read_by_library(name) if local else nullcontext():
-                    self.model, self.transform = open_clip.create_model_from_pretrained(
+                    self.model, transform = open_clip.create_model_from_pretrained(
                         **arguments, weights_only=True
                     )
                     self.tokenizer = open_clip.get_tokenizer(arguments["model_name"], **options)
@@ -62,16 +74,32 @@ class Clip(TextExtractor):
         self._check_vocabulary(name)
         self._texts: dict[str, Tensor] = {}
         settings = self.model.visual.preprocess_cfg
-        self.protocol = {
-            "model": public_name(name),
-            "weights": weights_hash(self.model),
-            # what the model has, whichever of folder, hub, architecture and tag asked for it
-            "quick_gelu": any(isinstance(m, QuickGELU) for m in self.model.modules()),
+        self.mean_colour = tuple(settings["mean"])
+        seen: dict[str, Any] = {
             "resize": settings["size"],
             "resize_mode": settings["resize_mode"],
             "filter": f"PIL {settings['interpolation']}, antialiased",
             "mean": list(settings["mean"]),
             "std": list(settings["std"]),
+        }
+        self.preprocess: Preprocess | _Transform = _Transform(transform)
+        if resizing is not None:
+            filter = Image.Resampling[settings["interpolation"].upper()]
+            std = tuple(settings["std"])
+            self.preprocess = Preprocess(resizing, self.mean_colour, std, filter)
+            seen = self.preprocess.protocol()
+        vision = config.get("vision_cfg", {})
+        self.protocol = {
+            "model": public_name(name),
+            "architecture": {
+                "width": vision.get("width"),
+                "layers": vision.get("layers"),
+                "patch": vision.get("patch_size"),
+            },
+            "weights": weights_hash(self.model),
+            # what the model has, whichever of folder, hub, architecture and tag asked for it
+            "quick_gelu": any(isinstance(m, QuickGELU) for m in self.model.modules()),
+            **seen,
             "dtype": str(dtype).removeprefix("torch."),
         }
 
@@ -80,8 +108,7 @@ class Clip(TextExtractor):
         """Features (N, D) on the CPU."""
         rows = []
         for start in range(0, len(images), batch_size):
-            part = [self.transform(i.convert("RGB")) for i in images[start : start + batch_size]]
-            batch = torch.stack(part).to(self.device, self.dtype)
+            batch = self.preprocess(images[start : start + batch_size], self.device).to(self.dtype)
             rows.append(normalize(self.model.encode_image(batch).float().cpu()))
         return torch.cat(rows)
 
@@ -109,8 +136,28 @@ class Clip(TextExtractor):
             )
 
 
-def _checked(model_name: str) -> dict[str, Any]:
-    """Options of `open_clip.get_tokenizer`, after the config of a folder or a hub id was checked.
+@dataclass(frozen=True)
+class _Transform:
+    """open_clip's own preprocessing: a chain that ends in a tensor and its normalisation, which are
+    the same for a batch, where it is wanted."""
+
+    transform: Any
+
+    def __call__(self, images: Sequence[Image.Image], device: torch.device | str) -> Tensor:
+        from torchvision.transforms import Compose, Normalize, ToTensor
+
+        *first, to_tensor, last = self.transform.transforms
+        plain = isinstance(to_tensor, ToTensor) and isinstance(last, Normalize)
+        pictures = [image.convert("RGB") for image in images]
+        if not plain:
+            return torch.stack([self.transform(picture) for picture in pictures]).to(device)
+        small = in_parallel(Compose(first), pictures)
+        return normalized(small, last.mean, last.std, device)
+
+
+def _checked(model_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model's config, and options of `open_clip.get_tokenizer`, after the config of a folder or
+    a hub id was checked.
 
     Raises UnreadableFile for a config that asks for code, which open_clip would grant.
     """
@@ -126,8 +173,11 @@ def _checked(model_name: str) -> dict[str, Any]:
             file = Path(hf_hub_download(place, OPEN_CLIP_FILE))
         config = check_open_clip(file, f"{place.rstrip('/')}/{OPEN_CLIP_FILE}")
     named = (config or {}).get("text_cfg", {}).get("hf_tokenizer_name")
-    return {"trust_remote_code": False} if named else {}
+    return config or {}, {"trust_remote_code": False} if named else {}
 
 
 register(photo_similarity("clip_i", "CLIP-I", Clip))
 register(prompt_similarity("clip_t", "CLIP-T", Clip))
+for metric in picture_metrics("clip_i", "CLIP-I", Clip):
+    register(metric)
+register(masked_prompt("clip_t", "CLIP-T", Clip))

@@ -1,4 +1,5 @@
-"""DINO: how alike generated images and photos are to a self-supervised vision transformer.
+"""DINO, DINOv2, DINOv3: how alike generated images and photos are to a self-supervised vision
+transformer.
 
 Pictures are resized with PIL (antialiased; a tensor resize without antialiasing moves pixels by
 6/255 on average); features are L2-normalised float32 rows.
@@ -7,7 +8,7 @@ Pictures are resized with PIL (antialiased; a tensor resize without antialiasing
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -17,8 +18,15 @@ from dreamtune.fields import UnreadableFile
 from dreamtune.metrics.extractor import Extractor, weights_hash
 from dreamtune.metrics.features import normalize
 from dreamtune.metrics.files import VIT, never_asking, pixels, preprocessor
-from dreamtune.metrics.names import cache_if_unreachable, cannot_load, place_of, public_name
-from dreamtune.metrics.similarity import photo_similarity
+from dreamtune.metrics.names import (
+    cache_if_unreachable,
+    cannot_load,
+    check_local,
+    place_of,
+    public_name,
+)
+from dreamtune.metrics.preprocess import Preprocess, Resizing
+from dreamtune.metrics.similarity import photo_similarity, picture_metrics
 from dreamtune.metrics.table import register
 from dreamtune.models.folder import ModelFolder
 from dreamtune.models.quiet import quiet_diffusers
@@ -36,74 +44,99 @@ class Dino(Extractor):
 
     Args:
         name: folder, hub id (`facebook/dino-vits16`), or "embedded".
+        resizing: instead of the folder's own.
 
     Raises:
         ValueError: nothing can be loaded by that name, or the file lacks weights.
     """
 
     name, default, libraries = "dino", "facebook/dino-vits16", ("transformers",)
+    title: ClassVar[str] = "DINO"
+    local: ClassVar[bool] = False  # whether a folder on this machine is asked for
 
     def __init__(
-        self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        name: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        resizing: Resizing | None = None,
     ) -> None:
         self.device, self.dtype = torch.device(device), dtype
-        self.model, settings = _load_vit(place_of(self.name, name), name)
+        if self.local:
+            check_local(self.title, name, self.name, self.default)
+        self.model, settings = _load_vit(place_of(self.name, name), name, self)
         self.model.to(self.device, dtype).eval().requires_grad_(False)
-        side = pixels(self.model.config.image_size, f"{name}/config.json")
-        self.resize, self.crop = _sizes(settings, side, f"{name}/{PREPROCESSOR_FILE}")
-        patch = pixels(self.model.config.patch_size, f"{name}/config.json, patch_size")
-        if self.crop < patch:
+        config = self.model.config
+        side = pixels(config.image_size, f"{name}/config.json")
+        if resizing is None:
+            resize, crop = _sizes(settings, side, f"{name}/{PREPROCESSOR_FILE}")
+            resizing = Resizing("shortest", resize, crop)
+        patch = pixels(config.patch_size, f"{name}/config.json, patch_size")
+        if resizing.crop < patch:
             raise UnreadableFile(
-                f"`{name}/{PREPROCESSOR_FILE}` makes pictures of {self.crop} px, less than a patch "
-                f"of the model, {patch} px."
+                f"`{name}/{PREPROCESSOR_FILE}` makes pictures of {resizing.crop} px, less than a "
+                f"patch of the model, {patch} px."
             )
-        self.mean = tuple(settings.get("image_mean", IMAGENET_MEAN))
-        self.std = tuple(settings.get("image_std", IMAGENET_STD))
+        mean = tuple(settings.get("image_mean", IMAGENET_MEAN))
+        std = tuple(settings.get("image_std", IMAGENET_STD))
         if not settings.get("do_normalize", True):
-            self.mean, self.std = (0.0,) * 3, (1.0,) * 3
-        self.resample = Image.Resampling(settings.get("resample", Image.Resampling.BICUBIC))
+            mean, std = (0.0,) * 3, (1.0,) * 3
+        resample = Image.Resampling(settings.get("resample", Image.Resampling.BICUBIC))
+        self.preprocess = Preprocess(resizing, mean, std, resample)
+        self.mean_colour = self.preprocess.mean
         # Only the plain ViT refuses other sizes unless told; DINOv2 interpolates by itself.
-        other_size = self.model.config.model_type == "vit" and self.crop != side
+        other_size = config.model_type == "vit" and resizing.crop != side
         self._forward_options = {"interpolate_pos_encoding": True} if other_size else {}
         self.protocol = {
             "model": public_name(name),
+            "architecture": {
+                "model_type": config.model_type,
+                "width": config.hidden_size,
+                "layers": config.num_hidden_layers,
+                "patch": patch,
+            },
             "weights": weights_hash(self.model),
             "feature": "CLS of the last hidden state",
-            "resize": self.resize,
-            "crop": self.crop,
-            "filter": f"PIL {self.resample.name.lower()}, antialiased",
-            "mean": list(self.mean),
-            "std": list(self.std),
+            **self.preprocess.protocol(),
             "dtype": str(dtype).removeprefix("torch."),
         }
-
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """(3, crop, crop) float32."""
-        from torchvision.transforms import functional as vision
-
-        image = image.convert("RGB")
-        width, height = image.size
-        scale = self.resize / min(width, height)
-        size = (max(self.resize, round(width * scale)), max(self.resize, round(height * scale)))
-        image = vision.center_crop(image.resize(size, self.resample), [self.crop, self.crop])
-        return vision.normalize(vision.to_tensor(image), self.mean, self.std)
 
     @torch.no_grad()
     def images(self, images: Sequence[Image.Image], batch_size: int = 32) -> Tensor:
         """Features (N, D) on the CPU."""
         rows = []
         for start in range(0, len(images), batch_size):
-            batch = torch.stack([self.preprocess(i) for i in images[start : start + batch_size]])
-            batch = batch.to(self.device, self.dtype)
+            batch = self.preprocess(images[start : start + batch_size], self.device).to(self.dtype)
             hidden = self.model(pixel_values=batch, **self._forward_options).last_hidden_state
             rows.append(normalize(hidden[:, 0].float().cpu()))
         return torch.cat(rows)
 
 
-register(photo_similarity("dino", "DINO", Dino))
+class Dinov2(Dino):
+    """Oquab et al. 2023; with registers, Darcet et al. 2023. A folder of transformers."""
+
+    name, default, title, local = "dinov2", "facebook/dinov2-base", "DINOv2", True
 
 
-def _load_vit(source: str, name: str) -> tuple[Any, dict[str, Any]]:
+class Dinov3(Dino):
+    """Siméoni et al. 2025, the ViTs. A folder of transformers."""
+
+    name, default, title, local = (
+        "dinov3",
+        "facebook/dinov3-vitb16-pretrain-lvd1689m",
+        "DINOv3",
+        True,
+    )
+
+
+def register_all() -> None:
+    for kind in (Dino, Dinov2, Dinov3):
+        register(photo_similarity(kind.name, kind.title, kind, while_training=kind is Dino))
+        for metric in picture_metrics(kind.name, kind.title, kind):
+            register(metric)
+
+
+def _load_vit(source: str, name: str, kind: Dino) -> tuple[Any, dict[str, Any]]:
     """The model, and its preprocessor settings (empty where there are none)."""
     from transformers import AutoModel
 
@@ -121,7 +154,7 @@ def _load_vit(source: str, name: str) -> tuple[Any, dict[str, Any]]:
                 if "layers" in note:
                     raise UnreadableFile(note)
     except Exception as error:  # hub, HTTP and file errors of three libraries
-        raise cannot_load("DINO", name, "--dino", Dino.default, error) from error
+        raise cannot_load(kind.title, name, f"--{kind.name}", kind.default, error) from error
     return model, settings
 
 
@@ -130,3 +163,6 @@ def _sizes(settings: dict[str, Any], side: int, place: str) -> tuple[int, int]:
     resize = pixels(settings.get("size", side), f"{place}, size")
     crop = settings.get("crop_size") if settings.get("do_center_crop") else resize
     return resize, pixels(crop, f"{place}, crop_size")
+
+
+register_all()

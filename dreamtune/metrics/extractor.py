@@ -22,12 +22,15 @@ class Extractor(ABC):
         libraries: distributions whose versions a result depends on.
 
     `protocol` holds, as plain data, all that a feature depends on: weights, preprocessing, dtype.
+    `mean_colour` is what the encoder subtracts from a picture, in [0, 1]: what is painted with it
+    is nothing to the encoder.
     """
 
     name: ClassVar[str]
     default: ClassVar[str]
     libraries: ClassVar[tuple[str, ...]] = ()
     protocol: dict[str, Any]
+    mean_colour: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     @abstractmethod
     def __init__(

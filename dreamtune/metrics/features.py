@@ -96,3 +96,48 @@ def shuffled(images: Tensor, texts: Tensor, index: Tensor) -> Tensor | None:
     cosines = images @ texts.T
     own = cosines.gather(1, index[:, None])[:, 0]
     return (cosines.sum(dim=1) - own) / (len(texts) - 1)
+
+
+def nearest(a: Tensor, b: Tensor) -> Tensor:
+    """max_j cos(a_i, b_j): (N, D), (M, D) -> (N,)."""
+    return (a @ b.T).amax(dim=1)
+
+
+def nearest_among(a: Tensor) -> float | None:
+    """Mean over i of max_{j != i} cos(a_i, a_j) of rows (N, D), None for fewer than two."""
+    if len(a) < 2:
+        return None
+    return (a @ a.T).fill_diagonal_(-torch.inf).amax(dim=1).mean().item()
+
+
+def retrieved(images: Tensor, own: Tensor, others: Tensor, owners: Tensor) -> Tensor:
+    """1 where the subject that an image is nearest to is its own, else 0: (N,).
+
+    Near is the mean cosine to a subject's photos; a tie is not found.
+
+    Args:
+        images: (N, D).
+        own: (M, D), photos of the subject.
+        others: (G, D), photos of other subjects.
+        owners: (G,), the number of the subject that a photo is of, from 0.
+    """
+    one_hot = torch.nn.functional.one_hot(owners).to(others.dtype)  # (G, subjects)
+    means = (images @ others.T) @ one_hot / one_hot.sum(dim=0)
+    return (mean_to_set(images, own) > means.amax(dim=1)).float()
+
+
+def diversity(images: Tensor, index: Tensor) -> Tensor | None:
+    """1 - mean cosine of an image and the others of its prompt: (N,); nan for an image that is the
+    only one of its prompt, None where each is.
+
+    Args:
+        images: (N, D).
+        index: (N,), the number of the prompt of image i.
+    """
+    same = index[:, None] == index
+    same.fill_diagonal_(False)
+    counts = same.sum(dim=1)
+    if not counts.any():
+        return None
+    cosines = ((images @ images.T) * same).sum(dim=1) / counts
+    return torch.where(counts > 0, 1 - cosines, torch.nan)

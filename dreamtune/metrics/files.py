@@ -46,6 +46,10 @@ VIT = rules(
     num_attention_heads=Depth, image_size=Pixels | Pair, patch_size=Pixels | Pair,
     num_channels=Literal[3], layer_norm_eps=Positive, hidden_act=Text, qkv_bias=Flag,
 )  # fmt: skip
+SIGLIP = rules(
+    ("model_type", "text_config", "vision_config"),
+    model_type=Literal["siglip"], text_config=Sides, vision_config=Sides,
+)  # fmt: skip
 PREPROCESSOR = rules(
     image_mean=Colour, image_std=Spread, size=Pixels | Sides, crop_size=Pixels | Sides,
     resample=Annotated[int, Strict(), Field(ge=0, le=5)], do_center_crop=Flag,

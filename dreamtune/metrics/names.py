@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,34 @@ def cache_if_unreachable(name: str) -> Iterator[None]:
     finally:
         huggingface_hub.constants.HF_HUB_OFFLINE = before
         logging.root.setLevel(level)
+
+
+@contextmanager
+def offline(extractors: Collection[str]) -> Iterator[None]:
+    """Nothing is fetched for these extractors, whose weights nobody named; an error says how to."""
+    import huggingface_hub.constants
+
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    huggingface_hub.constants.HF_HUB_OFFLINE = before or bool(extractors)
+    try:
+        yield
+    except ValueError as error:
+        if extractors and not before:
+            names = " and ".join(f"--{name}" for name in sorted(extractors))
+            said = f"{error} Nothing is downloaded that was not named: give {names}."
+            raise type(error)(said) from None
+        raise
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = before
+
+
+def check_local(kind: str, name: str, flag: str, example: str) -> None:
+    """Raises ValueError for a name that is no folder: what is not there is not downloaded."""
+    if not Path(name).is_dir():
+        raise ValueError(
+            f"{kind} loads from a folder on this machine, and `{name}` is none: download the model "
+            f"once (`hf download {example} --local-dir FOLDER`) and name it with --{flag} FOLDER."
+        )
 
 
 def cannot_load(kind: str, name: str, flag: str, example: str, error: Exception) -> ValueError:

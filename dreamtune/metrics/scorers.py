@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dreamtune.metrics.extractor import Extractor, TextExtractor
 from dreamtune.metrics.features import mean_error
+from dreamtune.metrics.preprocess import Resizing
 from dreamtune.metrics.table import Features, Metric, error_key, find_metrics
 
 ERRORS = (
@@ -72,6 +73,7 @@ class Scorers:
         metrics: Iterable[str] | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        resizings: Mapping[str, Resizing] | None = None,
     ) -> Scorers:
         """Loads the extractors that the metrics need.
 
@@ -80,6 +82,7 @@ class Scorers:
                 extractor that is not in it loads its default.
             metrics: keys of the table; by default all that are computed while training.
             dtype: of the encoders; features are float32.
+            resizings: by extractor, instead of its own.
 
         Raises:
             ValueError: no such metric, weights for an extractor that no metric here has, or a model
@@ -92,10 +95,11 @@ class Scorers:
                 f"weights for `{min(unknown)}`, which none of the metrics asked for "
                 f"({', '.join(m.key for m in asked)}) uses; they use {', '.join(classes)}"
             )
-        extractors = {
-            name: kind(weights.get(name, kind.default), device, dtype)
-            for name, kind in classes.items()
-        }
+        extractors = {}
+        asked_for = resizings or {}
+        for name, kind in classes.items():
+            own = {"resizing": asked_for[name]} if name in asked_for else {}
+            extractors[name] = kind(weights.get(name, kind.default), device, dtype, **own)
         return cls(extractors, asked)
 
     def references(
@@ -140,17 +144,12 @@ class Scorers:
         errors: dict[str, float | None] = {}
         for metric in self.metrics:
             inputs = features[metric.extractor.name]
-            for key, (function, _) in metric.functions.items():
-                value = function(inputs)
+            for key, value in metric.values(inputs).items():
                 if isinstance(value, Tensor):
-                    if value.shape != (len(images),):
-                        raise ValueError(
-                            f"`{key}` gave values of shape {tuple(value.shape)} for {len(images)} "
-                            f"images; a tensor holds one an image, ({len(images)},)"
-                        )
                     per_image[key] = value
-                    errors[error_key(key)] = mean_error(value, index)
-                    value = value.mean().item()
+                    known = ~value.isnan()
+                    errors[error_key(key)] = mean_error(value[known], index[known])
+                    value = value[known].mean().item() if known.any() else None
                 means[key] = value
             against = metric.comparison
             if against is not None and against.error is not None:

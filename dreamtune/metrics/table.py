@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
+from dreamtune.fields import nearest
 from dreamtune.metrics.extractor import Extractor
 
 
@@ -23,6 +24,14 @@ class Features:
     images (N, D); photos (M, D); index (N,), the row of the distinct prompt that image i was made
     from; texts (P, D), one row for each distinct prompt, None of an extractor without texts;
     held_out (H, D), photos of the subject that nothing was trained on, None where there are none.
+
+    What only a scoring of finished pictures has, None where it is not there:
+        own_photo (N,): the row of `held_out` whose caption is the prompt of image i, -1 for none.
+        others (G, D), owners (G,): photos of other subjects, and the number of each one's subject.
+        base (N, D): what the base makes of the prompt and seed of image i.
+        inside (N, D), outside (N, D): images with all but the subject, and with the subject,
+            painted in the mean colour of the extractor; nan in rows of images without a mask.
+        photos_inside (m, D): the photos that have a mask, likewise.
     """
 
     images: Tensor
@@ -30,11 +39,20 @@ class Features:
     index: Tensor
     texts: Tensor | None = None
     held_out: Tensor | None = None
+    own_photo: Tensor | None = None
+    others: Tensor | None = None
+    owners: Tensor | None = None
+    base: Tensor | None = None
+    inside: Tensor | None = None
+    outside: Tensor | None = None
+    photos_inside: Tensor | None = None
 
 
 Score = Callable[[Features], "Tensor | float | None"]
-"""A tensor (N,) with one value an image, one number for all, or None where there is nothing to
-compare."""
+"""A tensor (N,) with one value an image, nan for one that has nothing to be compared with; one
+number for all; or None where no image has."""
+
+Kind = Literal["subject", "prompt", "other"]
 
 
 def error_key(key: str) -> str:
@@ -72,6 +90,13 @@ class Metric:
         comparison: what to read it against.
         format: of its numbers.
         while_training: computed at every validation; else only where asked for by key.
+        kind: of what it measures: likeness to the subject or obedience to the prompt (both the
+            higher the better), or something else.
+        pairs: comparisons behind the value of one image, its weight in a flat mean of all pairs.
+        unrelated: it is of pictures of prompts that do not name the subject.
+        masked: it needs masks.
+        bounds: of its mean, where an interval might go beyond what is possible.
+        brief: shown where there is room for a few numbers alone, as in the progress bar.
     """
 
     key: str
@@ -82,6 +107,12 @@ class Metric:
     comparison: Comparison | None = None
     format: str = ".3f"
     while_training: bool = True
+    kind: Kind = "other"
+    pairs: Callable[[Features], int] = lambda features: 1
+    unrelated: bool = False
+    masked: bool = False
+    bounds: tuple[float, float] | None = None
+    brief: bool = True
 
     @property
     def functions(self) -> dict[str, tuple[Score, str]]:
@@ -106,6 +137,18 @@ class Metric:
         """All that a record may hold of it."""
         numbers = list(self.functions)
         return numbers + [error_key(k) for k in (*numbers, self.difference_key) if k]
+
+    def values(self, features: Features) -> dict[str, Tensor | float | None]:
+        """What each of `functions` gives. Raises ValueError for a tensor that is not (N,)."""
+        found = {key: function(features) for key, (function, _) in self.functions.items()}
+        count = len(features.images)
+        for key, value in found.items():
+            if isinstance(value, Tensor) and value.shape != (count,):
+                raise ValueError(
+                    f"`{key}` gave values of shape {tuple(value.shape)} for {count} images; a "
+                    f"tensor holds one an image, ({count},)"
+                )
+        return found
 
     def text(self, record: Mapping[str, Any], missing: str = "–") -> str:
         """Its number in a record."""
@@ -154,7 +197,8 @@ def find_metrics(keys: Iterable[str] | None = None) -> list[Metric]:
         return [metric for metric in METRICS.values() if metric.while_training]
     keys = list(keys)
     if unknown := [key for key in keys if key not in METRICS]:
-        raise ValueError(f"unknown metric `{unknown[0]}`. Metrics: {', '.join(METRICS)}")
+        near = nearest(unknown[0], METRICS)
+        raise ValueError(f"unknown metric `{unknown[0]}`.{near} Metrics: {', '.join(METRICS)}")
     return [METRICS[key] for key in keys]
 
 
@@ -170,5 +214,5 @@ def scores_of(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def scores_text(record: Mapping[str, Any]) -> str:
-    """`DINO 0.512 CLIP-I 0.734`, of the metrics that the record has."""
-    return " ".join(f"{metric.title} {metric.text(record)}" for metric in scored([record]))
+    """`DINO 0.512 CLIP-I 0.734`, of the brief metrics that the record has."""
+    return " ".join(f"{m.title} {m.text(record)}" for m in scored([record]) if m.brief)

@@ -41,7 +41,7 @@ def progress_bar(start: int, total: int) -> Any:
 def table(results: dict[str, TrainResult], failed: dict[str, str]) -> str:
     """One line a run: steps, best step, its scores."""
     width = max(map(len, [*results, *failed, "run"]))
-    metrics = scored(r.scores for r in results.values())
+    metrics = [m for m in scored(r.scores for r in results.values()) if m.brief]
     heads = ["steps", "best", *(m.title for m in metrics)]
     lines = ["  ".join([f"{'run':<{width}}", *(f"{h:>{max(len(h), 6)}}" for h in heads)])]
     for label, r in results.items():

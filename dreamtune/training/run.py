@@ -13,8 +13,9 @@ from typing import Any
 
 from dreamtune.config import STACKED, Config, Settings
 from dreamtune.configfile import absolute, continued
-from dreamtune.data.photos import KEPT_SIDE, changed, read_folder, statement
+from dreamtune.data.photos import KEPT_SIDE, changed, hold_out, read_folder, statement
 from dreamtune.data.words import SubjectWords
+from dreamtune.evaluation.overfit import overfitting
 from dreamtune.evaluation.selection import Choice, choose_best
 from dreamtune.evaluation.validation import Evaluator, load_scorers
 from dreamtune.files.export import export
@@ -78,6 +79,7 @@ class Run:
         check_entries(self.method, config.target_modules, config.options)
         self.given, photo_dir = with_subject(config)
         folder = read_folder(photo_dir, side=max(KEPT_SIDE, config.resolution or 0))
+        folder = hold_out(folder, config.holdout)
         self.subject = subject_of(self.given, folder.photos)
         self.speed = choose_speed(config)
         name = config.name or f"{photo_dir.resolve().name}-{config.method}".replace(" ", "-")
@@ -87,16 +89,18 @@ class Run:
             run_folder.refuse_planted(self.dir)
             run_folder.sweep(self.dir)
         if self.checkpoint:
-            other = changed(records.read_state(self.checkpoint), folder.photos)
+            saved = records.read_state(self.checkpoint)
+            other = changed(saved, folder.photos, folder.held_out)
             if other:
                 raise ValueError(
                     f"{other} in `{photo_dir}` are not those that {self.dir} was started with."
                 )
         check_class_folder(self.given, folder.photos)
         self.photos, self.images = folder.photos, [p.image for p in folder.photos]
-        self.info: dict[str, Any] = statement(folder.photos)
+        self.held_out = [p.image for p in folder.held_out]
+        self.info: dict[str, Any] = statement(folder.photos, folder.held_out)
         self.history: list[dict[str, Any]] = []
-        self.choice = Choice(0, 0, "")
+        self.choice, self.warned = Choice(0, 0, ""), False
         self.config: Settings  # from `open` on
         folder = replace(folder, skipped=[n for n in folder.skipped if n not in read])
         say(f"Subject {self.subject.summary()}: {folder.summary()}. Run: {self.dir}")
@@ -143,6 +147,7 @@ class Run:
             folder=self.dir / "samples",
             scorers=scorers or load_scorers(c.to_dict(), base.device),
             photos=self.images,
+            held_out=self.held_out,
         )
         self.tracker = Tracker(self.config.report_to, self.dir)
         self.write_config()
@@ -241,6 +246,9 @@ class Run:
         }
         self.history.append(record)
         self.rank()
+        if not self.warned and (warning := overfitting(self.history)):
+            self.warned = True
+            say(f"Warning: {warning}")
         if self.best_step == k:
             self.save_files(slot, self.dir / run_folder.BEST, record)
         records.append_metrics(self.dir, record)

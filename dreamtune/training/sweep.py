@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,27 +34,44 @@ def expand(config: Config) -> dict[str, Config]:
             folder.name: {**common, **words(folder), "instance_data_dir": str(folder)}
             for folder in subject_folders(config.subjects)
         }
-    axes = [values_of(text) for text in config.sweep]
+    methods, runs = signatures(), {}
+    for label, (subject, chosen) in labels_of(config.sweep, list(named)).items():
+        values, swept = named[subject], {n: value for n, (_, value) in chosen.items()}
+        method = swept.get("method", values["method"])
+        for n in swept:
+            if n not in SWEPT and n not in methods.get(method, {}):
+                known = (*SWEPT, *methods.get(method, {}))
+                raise ValueError(
+                    f"`{n}` cannot be swept.{nearest(n, known)} Only {', '.join(known)} can "
+                    f"(with method {method})."
+                )
+        runs[label] = from_mapping({**values, **swept}, methods)
+    return runs
+
+
+Labelled = dict[str, tuple[str, dict[str, tuple[str, Any]]]]
+
+
+def labelled(config: Config) -> Labelled:
+    """Label -> (subject's folder name or "", name -> (value as written, value) of the sweep)."""
+    found = [p.name for p in subject_folders(config.subjects)] if config.subjects else [""]
+    return labels_of(config.sweep, found)
+
+
+def labels_of(sweep: Sequence[str], subjects: Sequence[str]) -> Labelled:
+    """The same of subjects' names. Raises ValueError for a name that is swept twice."""
+    axes = [values_of(text) for text in sweep]
     names = [name for name, _ in axes]
     if repeated := [n for n in names if names.count(n) > 1]:
         raise ValueError(f"`sweep` names `{repeated[0]}` twice: put its values into one list.")
-    methods, runs = signatures(), {}
-    for label, values in named.items():
+    found: Labelled = {}
+    for subject in subjects:
         for combination in itertools.product(*(v for _, v in axes)):
             chosen = dict(zip(names, combination, strict=True))
-            parts = [label] if label else []
+            parts = [subject] if subject else []
             parts += [f"{n}={shown}" for n, (shown, _) in chosen.items()]
-            swept = {n: value for n, (_, value) in chosen.items()}
-            method = swept.get("method", values["method"])
-            for n in swept:
-                if n not in SWEPT and n not in methods.get(method, {}):
-                    known = (*SWEPT, *methods.get(method, {}))
-                    raise ValueError(
-                        f"`{n}` cannot be swept.{nearest(n, known)} Only {', '.join(known)} can "
-                        f"(with method {method})."
-                    )
-            runs[",".join(parts)] = from_mapping({**values, **swept}, methods)
-    return runs
+            found[",".join(parts)] = subject, chosen
+    return found
 
 
 def subject_folders(parent: str) -> list[Path]:

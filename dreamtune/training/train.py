@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from dreamtune.config import CPU_SLOTS, Config
+from dreamtune.evaluation.summary import Entry, refuse_taken, write_summary
+from dreamtune.evaluation.validation import BasePictures
 from dreamtune.models.base import Base
 from dreamtune.models.load import load_base
 from dreamtune.training import run_folder
@@ -19,7 +21,7 @@ from dreamtune.training.output import say
 from dreamtune.training.resume import together
 from dreamtune.training.run import Run
 from dreamtune.training.run_folder import TrainResult
-from dreamtune.training.sweep import PROMPT_FILE, SETTINGS_FILE, expand, in_folder
+from dreamtune.training.sweep import PROMPT_FILE, SETTINGS_FILE, expand, in_folder, labelled
 from dreamtune.training.wave import Wave
 
 
@@ -99,8 +101,9 @@ def train_stacked(config: Config) -> StackedResult:
         root, runs, base = get_ready(config, stack)
         results: dict[str, TrainResult] = {}
         failed: dict[str, str] = {}
+        pictures = BasePictures((r.evaluator.prompts, r.evaluator.seeds) for r in runs.values())
         for part in waves(config, base, runs):
-            wave = Wave(base, part)
+            wave = Wave(base, part, pictures=pictures)
             try:
                 train_wave(wave, interrupts)
             except KeyboardInterrupt:
@@ -114,7 +117,26 @@ def train_stacked(config: Config) -> StackedResult:
             failed |= wave.failed
         in_order = {n: results[n] for n in runs if n in results}
         say(table(in_order, failed))
+        say(f"Summary: {write_summary(root, root.name, entries(config, runs, in_order, failed))}")
         return StackedResult(root, in_order, failed)
+
+
+def entries(
+    config: Config,
+    runs: Mapping[str, Run],
+    results: Mapping[str, TrainResult],
+    failed: Mapping[str, str],
+) -> list[Entry]:
+    """What the summary says of each run, in their order."""
+    found, named = [], labelled(config)
+    for label, run in runs.items():
+        subject, values = named.get(label, ("", {}))  # a folder may have gone meanwhile
+        done = results.get(label)
+        history = done.history if done else run.history
+        step, identity = done.best_step if done else 0, run.method.identity_at_start
+        failure = failed.get(label, "")
+        found.append(Entry(label, subject, values, history, step, failure, identity))
+    return found
 
 
 def get_ready(config: Config, stack: ExitStack) -> tuple[Path, dict[str, Run], Base]:
@@ -134,6 +156,8 @@ def get_ready(config: Config, stack: ExitStack) -> tuple[Path, dict[str, Run], B
     # the common folder has nothing of a run in it, whether new or gone on with
     lock = run_folder.take(config.output_dir, name)
     stack.callback(lock.release)
+    if not resume:
+        refuse_taken(lock.folder, list(configs))
     runs: dict[str, Run] = {}
     for label, own in configs.items():
         try:

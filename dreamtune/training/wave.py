@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dreamtune.evaluation.validation import at_step, sample_slots
+from dreamtune.evaluation.validation import BasePictures, at_step, sample_slots
 from dreamtune.fast.graphs import drive
 from dreamtune.models.base import Base
 from dreamtune.training.console import progress_bar, wave_text
@@ -26,14 +26,22 @@ SYNC_EVERY = 10  # rounds between reads of the loss: each waits for the device
 
 class Wave:
     """Adapter and step of several runs. One that is finished, or failed, leaves; the rest is packed
-    anew. `k`: steps done. began: when getting ready did, where that was before.
+    anew. `k`: steps done. began: when getting ready did, where that was before. pictures: of the
+    base, shared with other waves.
     """
 
-    def __init__(self, base: Base, runs: dict[str, Run], began: float | None = None) -> None:
+    def __init__(
+        self,
+        base: Base,
+        runs: dict[str, Run],
+        began: float | None = None,
+        pictures: BasePictures | None = None,
+    ) -> None:
         began = time.perf_counter() if began is None else began
         self.base, self.runs, self.config = base, runs, next(iter(runs.values())).config
         self.start = self.k = next(iter(runs.values())).start
         self.many = len(runs) > 1
+        self.pictures = BasePictures() if pictures is None else pictures
         self.results: dict[str, TrainResult] = {}
         self.failed: dict[str, str] = {}  # label -> what went wrong
         self.slots: dict[str, Slot] = {}
@@ -103,7 +111,10 @@ class Wave:
         try:
             slots = [self.slots[label].index for label in runs]
             evaluators = [r.evaluator for r in runs.values()]
-            images = sample_slots(self.base, self.adapter, slots, evaluators)
+            if self.k:
+                images = sample_slots(self.base, self.adapter, slots, evaluators)
+            else:
+                images = self.pictures.sample(self.base, self.adapter, evaluators)
             return dict(zip(runs, images, strict=True))
         except ValueError as error:
             if len(runs) == 1:

@@ -164,7 +164,7 @@ def config_of(loaded: Any, file: Path) -> dict[str, Any]:
     if isinstance(loaded, Dino):
         said = loaded.protocol
         about = {"image_mean": said["mean"], "image_std": said["std"]}
-        about["resample"] = loaded.resample.value
+        about["resample"] = loaded.preprocess.resample.value
         return {**loaded.model.config.to_dict(), **said, **about}
     if isinstance(loaded, Clip):
         return loaded.protocol

@@ -103,10 +103,10 @@ def test_other_files_are_skipped_and_named(tmp_path: Path) -> None:
     halves().save(tmp_path / "b.png")
     for name in (".DS_Store", "Thumbs.db", "notes.txt", "._b.png", "README"):
         (tmp_path / name).write_bytes(b"not a picture")
-    (tmp_path / "reference").mkdir()
+    (tmp_path / "others").mkdir()
     folder = read_folder(tmp_path)
     assert len(folder.photos) == 1
-    skipped = {".DS_Store", "Thumbs.db", "notes.txt", "._b.png", "README", "reference/"}
+    skipped = {".DS_Store", "Thumbs.db", "notes.txt", "._b.png", "README", "others/"}
     assert set(folder.skipped) == skipped
     assert folder.summary().startswith("1 photo, 6 other files skipped (")
 

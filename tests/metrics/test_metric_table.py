@@ -149,7 +149,7 @@ def test_a_made_up_metric_is_seen_everywhere(
     fact = f"<dt>Colour &amp; light</dt><dd>{best['colour']:.1f}<small>{note}</small></dd>"
     assert fact in page
     assert page.count("<figcaption>Colour &amp; light</figcaption>") == 1
-    assert page.count("<svg") == 4 and ">spread of the photos</text>" in page
+    assert page.count("<svg") == 5 and ">spread of the photos</text>" in page
     assert COLOUR.pairing.replace("'", "&#x27;") in page
     assert "&quot;pixels&quot;" in page and "&quot;numpy&quot;" in page
 
@@ -262,11 +262,11 @@ def test_too_few_images_or_photos_have_no_standard_error(scorer_names: dict[str,
 
 
 def test_the_table_holds_what_the_rule_needs_first() -> None:
-    assert list(METRICS) == ["dino", "clip_i", "clip_t"] == list(NEEDED)
-    assert {k for m in METRICS.values() for k in m.functions} == OLD_KEYS
+    assert [m.key for m in find_metrics()] == ["dino", "clip_i", "clip_t"] == list(NEEDED)
+    assert {k for m in find_metrics() for k in m.functions} == OLD_KEYS
     # A level such as the photos' has no error image by image to be paired with.
     possible = {"dino_minus_photos_se", "clip_i_minus_photos_se"}
-    assert {k for m in METRICS.values() for k in m.record_keys} == OLD_KEYS | ERROR_KEYS | possible
+    assert {k for m in find_metrics() for k in m.record_keys} == OLD_KEYS | ERROR_KEYS | possible
 
 
 def test_old_records_are_read() -> None:
@@ -293,8 +293,8 @@ def test_clashes_and_unknown_names_are_refused(plugged: None, scorer_names: dict
 
     with pytest.raises(ValueError, match="extractor name `pixels` is taken by `test_metric_table`"):
         register(Metric("other", "x", Other, off_colour, "x"))
-    with pytest.raises(ValueError, match="`lpips`. Metrics: dino, clip_i, clip_t, colour"):
-        Scorers.load(scorer_names, ["dino", "lpips"])
+    with pytest.raises(ValueError, match="`dyno`. Did you mean `dino`.* Metrics: dino, .*colour"):
+        Scorers.load(scorer_names, ["dino", "dyno"])
     with pytest.raises(ValueError, match="weights for `clip`, .* asked for \\(colour\\) .* pixels"):
         Scorers.load({"clip": "embedded"}, ["colour"])
 

@@ -158,9 +158,9 @@ def test_sweep_in_waves(common: dict[str, Any], photo_dir: Path, tmp_path: Path)
     sizes: list[int] = []
     original = Wave.__init__
 
-    def init(self: Wave, base: Any, runs: dict[str, Run], *rest: Any) -> None:
+    def init(self: Wave, base: Any, runs: dict[str, Run], *rest: Any, **more: Any) -> None:
         sizes.append(len(runs))
-        original(self, base, runs, *rest)
+        original(self, base, runs, *rest, **more)
 
     sweep = ["learning_rate=1e-3,1e-2", "seed=0,1,2"]
     with pytest.MonkeyPatch.context() as patch:
@@ -298,6 +298,7 @@ def test_of_step_0_no_adapter_is_blamed(k: int, monkeypatch: pytest.MonkeyPatch)
     wave, run = Wave.__new__(Wave), SimpleNamespace(evaluator=None)
     wave.k, wave.failed, wave.base, wave.adapter = k, {}, None, None
     wave.slots = {"a": SimpleNamespace(index=0)}
+    wave.pictures = SimpleNamespace(sample=fail)
     assert wave.sample({"a": run}) == {}
     base = "step 0 is the base without an adapter, so none diverged: "
     assert wave.failed == {"a": f"{'' if k else base}image 0 has pixels that are not finite"}
@@ -344,11 +345,11 @@ def test_cli(
     flags = [f"--{k}={v}" for k, v in common.items() if k not in lists]
     flags += ["--subjects", str(subjects), "--sweep", "seed=0,1", "--sweep", "lambda_init=2,4"]
     assert main(["train", *flags, "--max_train_steps", "1", "--slots", "8"]) == 0
-    names = {p.name for p in (tmp_path / "all").iterdir()}
+    names = {p.name for p in (tmp_path / "all").iterdir() if p.is_dir()}
     assert len(names) == 12 and "cat,seed=0,lambda_init=2" in names
     out = capsys.readouterr().out
     assert "Training 8 of 12 runs at once" in out and "prompt.txt" not in out
-    assert "fox,seed=1,lambda_init=4" in out.splitlines()[-1]
+    assert "fox,seed=1,lambda_init=4" in out.splitlines()[-2]
 
 
 def test_refusals_come_before_any_model(

@@ -1,0 +1,121 @@
+"""What a scoring had and what it lacked: counted, and said in sentences. Nothing is left out of the
+means in silence.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dreamtune.data.photos import listed
+from dreamtune.evaluation.layout import Found, Photos
+from dreamtune.evaluation.protocols import Protocol
+from dreamtune.evaluation.results import Row
+from dreamtune.metrics import METRICS, Metric
+from dreamtune.metrics.similarity import RETRIEVAL
+from dreamtune.metrics.store import FeatureStore
+
+LACKING = {
+    "_held_out": "there are no photos in `reference/`",
+    "_own_photo": "no photo in `reference/` has a prompt as its caption",
+    RETRIEVAL: "there is no gallery of other subjects",
+    "_diversity": "each prompt has one image",
+}
+FEW = 2  # subjects below which a result says nothing of others
+
+
+def coverage_of(
+    found: Found,
+    photos: Mapping[str, Photos],
+    rows: Sequence[Row],
+    protocol: Protocol,
+    store: FeatureStore,
+    skipped: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Counts, and the names of what lacks or is odd, as plain data."""
+    images = [image for image in found.images if not image.unrelated]
+    subjects = list(dict.fromkeys(image.subject for image in images))
+    prompts = list(dict.fromkeys(image.prompt for image in images))
+    counts = Counter((image.subject, image.prompt) for image in images)
+    expected = protocol.images_per_prompt
+    own = Counter(subject for subject, _ in counts)
+    most = max(own.values())
+    digests = Counter(image.picture.digest for image in found.images)
+    trained = {s: {p.digest for p in photos[s].photos} for s in subjects}
+    names = {image.picture.name for image in found.images}
+    related = {key: not METRICS[key].unrelated for key in protocol.metrics}
+    return {
+        "subjects": len(subjects),
+        "missing_subjects": sorted(set(photos) - set(subjects)),
+        "prompts": len(prompts),
+        "images": len(images),
+        "unrelated_images": len(found.images) - len(images),
+        "photos": {s: [len(photos[s].photos), len(photos[s].held_out)] for s in subjects},
+        "subjects_with_fewer_prompts": sorted(
+            f"{subject} ({count} of {most})" for subject, count in own.items() if count < most
+        ),
+        "images_per_prompt": [min(counts.values()), max(counts.values())],
+        "incomplete_prompts": sorted(
+            f"{subject}: {prompt} ({count} of {expected})"
+            for (subject, prompt), count in counts.items()
+            if count < expected
+        ),
+        "scored": {
+            key: [
+                sum(r.scores.get(key) is not None for r in rows),
+                sum(r.unrelated != of_subject for r in rows),
+            ]
+            for key, of_subject in related.items()
+        },
+        "black": sorted(names & set(store.black)),
+        "one_colour": sorted(names & set(store.plain)),
+        "repeated": sorted(i.picture.name for i in found.images if digests[i.picture.digest] > 1),
+        "copies_of_photos": sorted(
+            i.picture.name for i in images if i.picture.digest in trained[i.subject]
+        ),
+        "skipped_files": sorted([*found.skipped, *skipped]),
+    }
+
+
+def warnings_of(coverage: Mapping[str, Any]) -> list[str]:
+    """Sentences on what is odd in it."""
+    said = [
+        (coverage["black"], "images are black; they count in every mean"),
+        (coverage["one_colour"], "images are of one colour; they count in every mean"),
+        (coverage["repeated"], "images are byte for byte another one"),
+        (coverage["copies_of_photos"], "images are byte for byte a training photo"),
+        (coverage["incomplete_prompts"], "prompts have fewer images than the protocol makes"),
+        (coverage["subjects_with_fewer_prompts"], "subjects lack prompts that others have"),
+        (coverage["missing_subjects"], "subjects have photos and no images"),
+        (coverage["skipped_files"], "files or folders are no pictures, and were skipped"),
+    ]
+    warnings = [
+        f"{len(names)} {what}: {listed(names).removesuffix(', ...')}{', …' * (len(names) > 5)}."
+        for names, what in said
+        if names
+    ]
+    low, high = coverage["images_per_prompt"]
+    if low != high:
+        warnings.append(f"Prompts have {low} to {high} images: those with more weigh more.")
+    if coverage["subjects"] < FEW:
+        warnings.append(
+            "One subject: intervals are over its prompts, and say nothing of other subjects."
+        )
+    for key, (count, total) in coverage["scored"].items():
+        if not count:
+            warnings.append(f"{METRICS[key].title} is not known: {needs(METRICS[key])}.")
+        elif count < total:
+            warnings.append(f"{METRICS[key].title}: {count} of {total} images have it.")
+    return warnings
+
+
+def needs(metric: Metric) -> str:
+    if metric.masked:
+        return "there are no masks"
+    if metric.unrelated:
+        return "it needs images of unrelated prompts, of the method and of the base"
+    for ending, lacking in LACKING.items():
+        if metric.key.endswith(ending):
+            return lacking
+    return "there is nothing to compare the images with"

@@ -1,0 +1,245 @@
+"""Folders of generated images and of photos, as `dreamtune score` reads them.
+
+IMAGES/<subject>/<prompt>/<seed>.png            <prompt>: the words, or any name and prompt.txt
+IMAGES/<subject>/unrelated/<prompt>/<seed>.png  prompts that do not name the subject
+IMAGES/<subject>/<prompt>/masks/<seed>.png      white where the subject is
+PHOTOS/<subject>/*.jpg                          what was trained on
+PHOTOS/<subject>/reference/*.jpg                held out of training; <name>.txt: a caption
+PHOTOS/<subject>/masks/<name>.png, reference/masks/<name>.png
+PHOTOS/<subject>/prompt.txt                     "a sks dog", and the class prompt below it
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from dreamtune.data.photos import HELD_OUT, chosen, is_picture_name, listed
+from dreamtune.data.picture import MAX_BYTES
+from dreamtune.data.words import SubjectWords, read_words
+from dreamtune.metrics.store import Picture
+from dreamtune.textfile import read_bytes, read_text
+
+UNRELATED, MASKS, PROMPT = "unrelated", "masks", "prompt.txt"
+LAYOUT = __doc__.split("\n\n", 1)[1].rstrip()  # for --help
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One generated image. seed: a whole number where the file is named by one, else its name."""
+
+    subject: str
+    prompt: str
+    seed: int | str
+    picture: Picture
+    unrelated: bool = False
+
+    @property
+    def key(self) -> tuple[str, str, int | str, bool]:
+        """What pairs it with one of another method."""
+        return self.subject, self.prompt, self.seed, self.unrelated
+
+
+@dataclass(frozen=True)
+class Photos:
+    """A subject's photos; captions of the held-out ones; its words where prompt.txt tells them."""
+
+    name: str
+    photos: list[Picture]
+    held_out: list[Picture] = field(default_factory=list)
+    captions: list[str | None] = field(default_factory=list)
+    words: SubjectWords | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What folders hold. skipped: what else is in them, by name."""
+
+    images: list[Generated]
+    skipped: list[str]
+
+
+def read_images(folder: str | Path) -> Found:
+    """The generated images of a folder, by subject, prompt and seed.
+
+    Raises ValueError that names the place: no such folder, a subject or a prompt without an image,
+    a prompt that is not said, two of one wording, or two images of one name.
+    """
+    root = existing(Path(folder).expanduser(), "image folder")
+    images: list[Generated] = []
+    skipped: list[str] = []
+    for subject in folders(root):
+        found = prompts_of(root, subject, subject.name, False, skipped)
+        if (subject / UNRELATED).is_dir():
+            found += prompts_of(root, subject / UNRELATED, subject.name, True, skipped)
+        if not any(not image.unrelated for image in found):
+            raise ValueError(
+                f"the subject folder `{subject}` holds no image: they belong into a folder a "
+                f"prompt, `{subject.name}/<prompt>/<seed>.png`. Fill it, or take it away."
+            )
+        images += found
+    skipped += [p.name for p in sorted(root.iterdir()) if p.is_file() and visible(p)]
+    if not images:
+        raise ValueError(f"`{root}` holds no subject folder. It must look like this:\n{LAYOUT}")
+    return Found(images, skipped)
+
+
+def prompts_of(
+    root: Path, place: Path, subject: str, unrelated: bool, skipped: list[str]
+) -> list[Generated]:
+    """The images of the prompt folders in a place."""
+    images: list[Generated] = []
+    known: dict[str, Path] = {}
+    loose = [p for p in files(place) if p.name != PROMPT]
+    if pictures := [p for p in loose if is_picture_name(p)]:
+        raise ValueError(
+            f"`{pictures[0]}` ({len(pictures)} in all) lies in no prompt folder, so its prompt is "
+            f"not said: move it to `{place.name}/<prompt>/`."
+        )
+    skipped += [p.relative_to(root).as_posix() for p in loose]
+    for folder in folders(place):
+        if folder.name == UNRELATED and not unrelated:
+            continue
+        prompt = prompt_of(folder)
+        if prompt in known:
+            raise ValueError(f"`{known[prompt]}` and `{folder}` are of one prompt, `{prompt}`.")
+        known[prompt] = folder
+        found, others = pictures_of(root, folder)
+        skipped += [name for name in others if Path(name).name != PROMPT]
+        if not found:
+            raise ValueError(f"the prompt folder `{folder}` holds no image.")
+        for picture in found:
+            stem = picture.path.stem
+            seed = int(stem) if stem.isascii() and stem.isdigit() else stem
+            images.append(Generated(subject, prompt, seed, picture, unrelated))
+    return sorted(images, key=lambda i: (i.prompt, str(i.seed).rjust(20)))
+
+
+def prompt_of(folder: Path) -> str:
+    """Raises ValueError where nothing says the prompt."""
+    file = folder / PROMPT
+    said = file.is_file()
+    text = " ".join((read_text(file) if said else folder.name).split())
+    if not text or (not said and not any(c.isalpha() for c in text)):
+        where = f"`{file}` is empty" if said else f"`{folder.name}` is no prompt"
+        raise ValueError(
+            f"the prompt of `{folder}` is missing: {where}. Write it into `{PROMPT}` in that "
+            "folder, or name the folder by it."
+        )
+    if "{}" in text:
+        raise ValueError(f"the prompt of `{folder}` has {{}} in it: write the subject's words.")
+    return text
+
+
+def read_photos(folder: str | Path) -> tuple[dict[str, Photos], list[str]]:
+    """Photos by subject, and the names of files that are none.
+
+    Raises ValueError that names the place: no such folder, a subject without a photo.
+    """
+    root = existing(Path(folder).expanduser(), "photo folder")
+    skipped: list[str] = []
+    found = {}
+    for place in folders(root):
+        subject = read_subject(place, root, skipped)
+        found[subject.name] = subject
+    if not found:
+        raise ValueError(f"`{root}` holds no subject folder. It must look like this:\n{LAYOUT}")
+    return found, skipped
+
+
+def read_subject(place: Path, root: Path | None = None, skipped: list[str] | None = None) -> Photos:
+    """One subject's folder of photos. Raises ValueError where it holds none."""
+    root = root or place.parent
+    photos, others = pictures_of(root, place)
+    if not photos:
+        raise ValueError(f"the subject folder `{place}` holds no photo. Fill it, or take it away.")
+    held_out: list[Picture] = []
+    captions: list[str | None] = []
+    if (place / HELD_OUT).is_dir():
+        held_out, more = pictures_of(root, place / HELD_OUT)
+        captions = [caption_of(picture.path) for picture in held_out]
+        others += more
+    if skipped is not None:
+        skipped += [n for n in others if not n.endswith(".txt")]
+    return Photos(place.name, photos, held_out, captions, words_of(place))
+
+
+def without(photos: Photos, asked: str) -> Photos:
+    """The photos as a run with that `holdout` had them: what it held out is not what it saw."""
+    digests = chosen([p.digest for p in photos.photos], asked, bool(photos.held_out))
+    more = [p for p in photos.photos if p.digest in digests]
+    return replace(
+        photos,
+        photos=[p for p in photos.photos if p.digest not in digests],
+        held_out=[*photos.held_out, *more],
+        captions=[*photos.captions, *(caption_of(p.path) for p in more)],
+    )
+
+
+def words_of(place: Path) -> SubjectWords | None:
+    """From prompt.txt, as for training: the prompt, and the class prompt in a second line."""
+    if not (place / PROMPT).is_file():
+        return None
+    lines = [line.strip() for line in read_text(place / PROMPT).splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"`{place / PROMPT}` is empty: it holds the prompt, such as `a sks dog`.")
+    return read_words(lines[0], lines[1] if len(lines) > 1 else None)
+
+
+def caption_of(photo: Path) -> str | None:
+    file = photo.with_suffix(".txt")
+    return " ".join(read_text(file).split()) or None if file.is_file() else None
+
+
+def pictures_of(root: Path, folder: Path) -> tuple[list[Picture], list[str]]:
+    """The pictures of one folder alone with their masks, and the names of what else is in it.
+
+    Raises ValueError for two of one name, such as 0.png and 0.jpg, and for a mask without one.
+    """
+    there = files(folder)
+    paths = [p for p in there if is_picture_name(p)]
+    stems = [p.stem for p in paths]
+    if twice := next((s for s in stems if stems.count(s) > 1), None):
+        names = " and ".join(f"`{p.name}`" for p in paths if p.stem == twice)
+        raise ValueError(f"{names} in `{folder}` have one name: which is meant? Rename one.")
+    masks = {}
+    if (folder / MASKS).is_dir():
+        masks = {p.stem: read_file(root, p) for p in files(folder / MASKS) if is_picture_name(p)}
+        if alone := sorted(masks.keys() - set(stems)):
+            raise ValueError(
+                f"`{folder / MASKS}` has masks without a picture in `{folder.name}`: "
+                f"{listed(alone)}. Name each like its picture."
+            )
+    pictures = [read_file(root, p, masks.get(p.stem)) for p in paths]
+    others = [p.relative_to(root).as_posix() for p in there if not is_picture_name(p)]
+    inner = [p for p in folders(folder) if p.name not in (MASKS, HELD_OUT)]
+    return pictures, [*others, *(f"{p.relative_to(root).as_posix()}/" for p in inner)]
+
+
+def read_file(root: Path, path: Path, mask: Picture | None = None) -> Picture:
+    try:
+        digest = hashlib.sha256(read_bytes(path, MAX_BYTES)).hexdigest()
+    except ValueError as error:
+        raise ValueError(f"cannot read the image `{path}`: {error}.") from None
+    return Picture(path, path.relative_to(root).as_posix(), digest, mask)
+
+
+def existing(root: Path, what: str) -> Path:
+    if not root.is_dir():
+        how = "is a file, not a folder" if root.exists() else "does not exist"
+        raise ValueError(f"the {what} `{root}` {how}.")
+    return root
+
+
+def visible(path: Path) -> bool:
+    return not path.name.startswith(".")
+
+
+def folders(place: Path) -> Sequence[Path]:
+    return [p for p in sorted(place.iterdir()) if p.is_dir() and visible(p)]
+
+
+def files(place: Path) -> Sequence[Path]:
+    return [p for p in sorted(place.iterdir()) if not p.is_dir() and visible(p)]

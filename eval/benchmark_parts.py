@@ -1,0 +1,256 @@
+"""The parts of a benchmark that `dreambench.py` deals out: subjects that train stacked, then their
+images; and the scoring of all.
+
+A part is a function of files: run again it does what is missing, so it may be stopped anywhere and
+go on anywhere that sees the folder.
+
+    WORK/plan.json                                what is fixed by the first start
+    WORK/photos/<part>/<subject>/                 photos, reference/, prompt.txt
+    WORK/runs/<method>/seed-<n>/<part>/<subject>/ runs of the trainer
+    WORK/images/<method>/<subject>/<prompt>/      and of the base in images/base
+    WORK/done/                                    a file for each part that is finished
+    WORK/results/<method>/                        results.json, report.html
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dreamtune import embedded
+from dreamtune.config import Config
+from dreamtune.data.photos import is_picture_name
+from dreamtune.evaluation.compare import compare
+from dreamtune.evaluation.layout import Photos, read_images, read_photos
+from dreamtune.evaluation.prompts import templates, unrelated
+from dreamtune.evaluation.protocol_file import find_protocol
+from dreamtune.evaluation.protocols import Protocol
+from dreamtune.evaluation.results import Results, write_results
+from dreamtune.evaluation.scores_page import write_page
+from dreamtune.evaluation.scoring import Task, score_images
+from dreamtune.files.find import adapter_file
+from dreamtune.files.whole import whole
+from dreamtune.flags import train_config
+from dreamtune.pipeline.load import load
+from dreamtune.pipeline.sampled import Sampler, make, named_prompts
+from dreamtune.pipeline.score import load_scorers
+from dreamtune.training.train import train_stacked
+
+BASE = "base"
+PLAN, CLASSES, IDENTIFIER = "plan.json", "prompts_and_classes.txt", "sks"
+KEPT = ("benchmark", "subjects", "protocol", "training")  # what a continuation may not change
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is made. subjects: name -> class noun. parts: subjects that train at once. methods: each
+    a name and its options, `oft,blocks=4`. seeds: of training. training: flags of the trainer."""
+
+    benchmark: str
+    subjects: dict[str, str]
+    parts: list[list[str]]
+    methods: list[str]
+    seeds: list[int]
+    protocol: str
+    training: list[str] = field(default_factory=list)
+
+    def tasks(self) -> list[tuple[str, int, int]]:
+        """(method or BASE, training seed, number of the part), in an order that deals well."""
+        kinds = [BASE, *self.methods]
+        return [(m, s, p) for s in self.seeds for m in kinds for p in range(len(self.parts))]
+
+
+def name_of(task: tuple[str, int, int]) -> str:
+    method, seed, part = task
+    return f"{method}-seed-{seed}-part-{part:02}"
+
+
+def sources(benchmark: str, photos: Path | None) -> dict[str, tuple[Path, str]]:
+    """Subject -> (its photo folder, its class noun). Raises ValueError for what is not there."""
+    if benchmark == "emojibench":
+        return {s.id: (s.folder, s.class_word) for s in embedded.subjects("report")}
+    if photos is None or not photos.is_dir():
+        raise ValueError("`dreambooth` needs --photos: the data set, a folder a subject.")
+    lines = (photos / CLASSES).read_text().splitlines() if (photos / CLASSES).is_file() else []
+    nouns = dict(
+        line.strip().split(",") for line in lines if line.count(",") == 1 and "'" not in line
+    )
+    folders = [p for p in sorted(photos.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+    if without := [p.name for p in folders if p.name not in nouns]:
+        raise ValueError(
+            f"`{photos / CLASSES}` must say the class of each subject, a line `name,class`; it "
+            f"lacks {', '.join(without)}."
+        )
+    return {p.name: (p, nouns[p.name]) for p in folders}
+
+
+def prepare(work: Path, plan: Plan, found: dict[str, tuple[Path, str]]) -> None:
+    """Copies the photos, with the words of each subject, and writes the plan."""
+    for number, part in enumerate(plan.parts):
+        for subject in part:
+            source, noun = found[subject]
+            target = work / "photos" / f"{number:02}" / subject
+            target.mkdir(parents=True, exist_ok=True)
+            for place in (source, source / "reference"):
+                for path in sorted(place.iterdir()) if place.is_dir() else ():
+                    if is_picture_name(path) or path.suffix == ".txt":
+                        copy = target / path.relative_to(source)
+                        copy.parent.mkdir(exist_ok=True)
+                        shutil.copyfile(path, copy)
+            (target / "prompt.txt").write_text(f"a {IDENTIFIER} {noun}\na {noun}\n")
+    with whole(work / PLAN) as partial:
+        partial.write_text(json.dumps(asdict(plan), indent=1))
+
+
+def read_plan(work: Path, asked: Plan) -> Plan:
+    """The plan of the folder, with the methods and seeds asked for now. Raises ValueError where it
+    is of another benchmark."""
+    saved = Plan(**json.loads((work / PLAN).read_text()))
+    if other := [n for n in KEPT if getattr(saved, n) != getattr(asked, n)]:
+        told = "; ".join(
+            f"`{n}` was {getattr(saved, n)!r}, is {getattr(asked, n)!r}" for n in other
+        )
+        raise ValueError(f"`{work}` was started otherwise: {told}. Name another --work.")
+    return Plan(**{**asdict(asked), "parts": saved.parts})
+
+
+def do_task(
+    work: Path, plan: Plan, task: tuple[str, int, int], tell: Callable[[str], None] = print
+) -> str:
+    """Trains and samples what is missing of a part; says what was done. Marked when whole."""
+    done = work / "done" / f"{name_of(task)}.json"
+    if done.is_file():
+        return f"{name_of(task)}: was done"
+    method, seed, part = task
+    folder, protocol = work / "photos" / f"{part:02}", find_protocol(plan.protocol)
+    config = config_of(work, plan, task)
+    failed = {} if method == BASE else trained(config)
+    known = {n: p for n, p in read_photos(folder)[0].items() if n not in failed}
+    count, how = sampled(work, protocol, config, task, known) if known else (0, {})
+    done.parent.mkdir(exist_ok=True)
+    with whole(done) as partial:
+        partial.write_text(json.dumps({"failed": failed, "sampling": how}))
+    return f"{name_of(task)}: {count} images made" + (f", {len(failed)} failed" if failed else "")
+
+
+def config_of(work: Path, plan: Plan, task: tuple[str, int, int]) -> Config:
+    """Of the trainer, for the subjects of a part."""
+    method, seed, part = task
+    name, *options = method.split(",")
+    flags = [f"--{option}" for option in options]
+    flags += ["--method", name] if method != BASE else []
+    return train_config([
+        *plan.training, *flags, "--seed", str(seed),
+        "--subjects", str(work / "photos" / f"{part:02}"),
+        "--output_dir", str(work / "runs" / method / f"seed-{seed}" / f"{part:02}"),
+        "--resume_from_checkpoint", "latest",
+    ])  # fmt: skip
+
+
+def trained(config: Config) -> dict[str, str]:
+    """Subject -> why it could not be trained; trains what is not yet."""
+    assert config.output_dir is not None
+    mark = Path(config.output_dir) / "trained.json"
+    if not mark.is_file():
+        failed = train_stacked(config).failed
+        with whole(mark) as partial:
+            partial.write_text(json.dumps(failed))
+    found: dict[str, str] = json.loads(mark.read_text())
+    return found
+
+
+def sampled(
+    work: Path,
+    protocol: Protocol,
+    config: Config,
+    task: tuple[str, int, int],
+    known: dict[str, Photos],
+) -> tuple[int, dict[str, Any]]:
+    """(images made now, what a result says of them). Training seed n has image seeds of its own."""
+    method, seed, _ = task
+    assert config.output_dir is not None
+    files = {n: adapter_file(Path(config.output_dir) / n) for n in known} if method != BASE else {}
+    first = next(iter(files.values()), None)
+    sampler = Sampler.of(first, config.pretrained_model_name_or_path, protocol.sampling)
+    start = protocol.first_seed + seed * protocol.images_per_prompt
+    seeds, count = range(start, start + protocol.images_per_prompt), 0
+    alike: dict[tuple[str, ...], Path] = {}
+    with sampler.base.sampling(sampler.sampling.sampler) as pipe:
+        for subject, photos in known.items():
+            assert photos.words is not None
+            on_embedded, noun = sampler.base.embedded, photos.words.class_noun
+            own = templates(protocol.prompts, noun, on_embedded)
+            others = unrelated(protocol.unrelated, noun, on_embedded)
+            prompts = named_prompts(photos.words, own, others)
+            folder = work / "images" / method / subject
+            adapter = load(pipe, files[subject]) if files else None
+            if adapter is not None:
+                adapter.speed_up()  # nobody else has this pipeline
+            try:
+                if adapter is None and (same := alike.get(tuple(prompts.values()))):
+                    shutil.copytree(same, folder, dirs_exist_ok=True)  # subjects of one class
+                count += make(pipe, folder, prompts, seeds, sampler.sampling)
+            finally:
+                if adapter is not None:
+                    adapter.eject()
+            alike.setdefault(tuple(prompts.values()), folder)
+    return count, sampler.statement()
+
+
+def finish(
+    work: Path, plan: Plan, weights: dict[str, str], tell: Callable[[str], None] = print
+) -> dict[str, Results]:
+    """Scores each method's images, and says how the methods compare. Raises ValueError where a part
+    is not done."""
+    tasks = {task: work / "done" / f"{name_of(task)}.json" for task in plan.tasks()}
+    if missing := [name_of(task) for task, mark in tasks.items() if not mark.is_file()]:
+        raise ValueError(f"not done yet: {', '.join(missing)}.")
+    done = {task: json.loads(mark.read_text()) for task, mark in tasks.items()}
+    photos: dict[str, Photos] = {}
+    for number in range(len(plan.parts)):
+        photos |= read_photos(work / "photos" / f"{number:02}")[0]
+    protocol = find_protocol(plan.protocol)
+    scorers = load_scorers(protocol, weights, embedded_base(plan))
+    results: dict[str, Results] = {}
+    for method in plan.methods:
+        own = {task: d for task, d in done.items() if task[0] == method}
+        how = next((d["sampling"] for d in own.values() if d["sampling"]), {})
+        failed = {s: why for d in own.values() for s, why in d["failed"].items()}
+        about = {
+            "kind": plan.benchmark, "name": method, "training": plan.training,
+            "seeds": plan.seeds, "failed": failed,
+        }  # fmt: skip
+        images = read_images(work / "images" / method)
+        base = read_images(work / "images" / BASE)
+        job = Task(images, photos, about, base=base, identifier=IDENTIFIER, sampling=how)
+        results[method] = score_images(job, scorers, protocol)
+        folder = work / "results" / method
+        folder.mkdir(parents=True, exist_ok=True)
+        write_results(results[method], folder)
+        write_page(results[method], folder, {i.key: i.picture for i in images.images}, photos)
+        tell(f"{method}: {folder / 'report.html'}")
+    write_comparisons(work / "results" / "comparisons.txt", results, tell)
+    return results
+
+
+def write_comparisons(path: Path, results: dict[str, Results], tell: Callable[[str], None]) -> None:
+    """Of each pair of methods, in sentences."""
+    names: Sequence[str] = list(results)
+    texts = [
+        compare(results[a], results[b]).text(a, b)
+        for i, a in enumerate(names)
+        for b in names[i + 1 :]
+    ]
+    with whole(path) as partial:
+        partial.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    for text in texts:
+        tell(text)
+
+
+def embedded_base(plan: Plan) -> bool:
+    config = train_config([*plan.training, "--subjects", "photos"])
+    return config.pretrained_model_name_or_path == "embedded"

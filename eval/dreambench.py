@@ -1,0 +1,183 @@
+"""A whole benchmark of personalization: subjects x methods x training seeds, each subject's prompts
+x images, scored with intervals.
+
+    python eval/dreambench.py --work DIR --photos DREAMBOOTH --methods lora delora \
+        --pretrained_model_name_or_path sd15/ --max_train_steps 1000
+    python eval/dreambench.py --benchmark emojibench --work DIR --methods lora ether+
+
+dreambooth: the 30 subjects of DreamBooth (a folder a subject, and prompts_and_classes.txt with a
+line `name,class` for each), by the prompts of the protocol. emojibench: the 37 reporting subjects
+of the embedded base, 25 prompts x 4 images; its numbers compare with nothing else. What is no flag
+here is one of `dreamtune train`.
+
+The subjects of a part train stacked. Run again it goes on: what is done is not done again, what is
+half done is finished. Several processes share the parts:
+
+    accelerate launch --multi_gpu --num_processes 2 eval/dreambench.py ...   # each its own GPU
+    python eval/dreambench.py --ray local:2 ...             # N workers; or auto, or an address
+
+Ray (`pip install dreamtune[ray]`) does the parts of a worker that is lost again; on several hosts
+--work and --photos must be on a file system that all see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "eval"), str(ROOT)]
+
+from benchmark_parts import (  # noqa: E402
+    PLAN,
+    Plan,
+    do_task,
+    finish,
+    name_of,
+    prepare,
+    read_plan,
+    sources,
+)
+
+from dreamtune.fields import nearest  # noqa: E402
+from dreamtune.flags import train_config  # noqa: E402
+from dreamtune.metrics import METRICS  # noqa: E402
+
+RETRIES = 5  # of a part whose worker was lost
+SECONDS = 1.0  # between looks at what other processes have done
+EXTRACTORS = tuple(dict.fromkeys(metric.extractor.name for metric in METRICS.values()))
+OWN = ("subjects", "output_dir", "resume_from_checkpoint", "method", "seed", "sweep")
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(our flags, the trainer's). Raises ValueError for a trainer's flag that is set by us."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--benchmark", choices=("dreambooth", "emojibench"), default="dreambooth")
+    add("--work", type=Path, required=True, help="folder of all that is made; goes on where it is")
+    add("--photos", type=Path, help="the photos of dreambooth")
+    add("--methods", nargs="+", required=True, help="such as lora oft,blocks=4")
+    add("--seeds", nargs="+", type=int, default=[0], help="of training; each has its own images")
+    add("--only", nargs="+", help="subjects [default: all]")
+    add("--protocol", default="dreamtune", help="as of `dreamtune score`")
+    add("--at_once", type=int, help="subjects of a part [default: an equal share of the processes]")
+    add("--ray", metavar="WHERE", help="local:N for N workers here, auto, or a cluster's address")
+    for name in EXTRACTORS:
+        add(f"--score_{name}", metavar="WEIGHTS", help=f"weights of {name} for the scores")
+    args, training = parser.parse_known_args(argv)
+    for flag in training:
+        if flag.startswith("--") and flag[2:].partition("=")[0] in OWN:
+            raise ValueError(
+                f"{flag} is set for each part: use --methods, --seeds, --only, --work."
+            )
+    # what is not understood is an error here, not in a worker
+    train_config([*training, "--subjects", str(args.work)])
+    return args, training
+
+
+def planned(args: argparse.Namespace, training: list[str], workers: int) -> Plan:
+    found = sources(args.benchmark, args.photos)
+    for name in args.only or ():
+        if name not in found:
+            raise ValueError(f"no subject `{name}`.{nearest(name, found)}")
+    names = [name for name in found if not args.only or name in args.only]
+    size = args.at_once or -(-len(names) // workers)
+    parts = [names[start : start + size] for start in range(0, len(names), size)]
+    path = Path(args.protocol)
+    return Plan(
+        args.benchmark,
+        {name: found[name][1] for name in names},
+        parts,
+        args.methods,
+        args.seeds,
+        str(path.resolve()) if path.is_file() else args.protocol,
+        training,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args, training = parse(sys.argv[1:] if argv is None else argv)
+    # The trainer takes one process a subject, and refuses several: here each has its own subjects.
+    world, rank = int(os.environ.pop("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if world > 1 and torch.cuda.is_available():  # captured steps run on the current device
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    workers = int(args.ray[6:]) if (args.ray or "").startswith("local:") else world
+    work = args.work.resolve()
+    plan = planned(args, training, workers)
+    if rank == 0 and not (work / PLAN).is_file():
+        work.mkdir(parents=True, exist_ok=True)
+        prepare(work, plan, sources(args.benchmark, args.photos))
+    wait(work / PLAN)
+    plan = read_plan(work, plan)
+    if args.ray:
+        by_ray(args.ray, work, plan)
+    else:
+        for task in plan.tasks()[rank::world]:
+            print(do_task(work, plan, task), flush=True)
+    if rank:
+        return 0
+    for task in plan.tasks():
+        wait(work / "done" / f"{name_of(task)}.json")
+    weights = {name: w for name in EXTRACTORS if (w := getattr(args, f"score_{name}")) is not None}
+    results = finish(work, plan, weights)
+    failed = [f"{m}: {s}: {why}" for m, r in results.items() for s, why in failures(r.source)]
+    print("\n".join(f"failed: {text}" for text in failed))
+    return 1 if failed else 0
+
+
+def failures(source: Any) -> list[tuple[str, str]]:
+    return list(source["failed"].items())
+
+
+def wait(path: Path) -> None:
+    """Until another process has written it; the launcher ends us if that process fails."""
+    said = False
+    while not path.is_file():
+        if not said:
+            print(f"waiting for {path.name}", flush=True)
+        said = True
+        time.sleep(SECONDS)
+
+
+def by_ray(where: str, work: Path, plan: Plan) -> None:
+    """All parts, by Ray's scheduler; those of a lost worker are done again, from their files."""
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("--ray needs Ray: pip install 'dreamtune[ray]'.") from None
+    local = where.startswith("local:")
+    path = os.pathsep.join([str(ROOT / "eval"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    ray.init(
+        address=None if local else where,
+        num_cpus=int(where[6:]) if local else None,
+        include_dashboard=False if local else None,
+        runtime_env={"env_vars": {"PYTHONPATH": path}},
+    )
+    try:
+        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(do_task)
+        waiting = [remote.remote(work, plan, task) for task in plan.tasks()]
+        while waiting:
+            ready, waiting = ray.wait(waiting)
+            for text in ray.get(ready):
+                print(text, flush=True)
+    finally:
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        sys.exit(f"dreambench: {error}")

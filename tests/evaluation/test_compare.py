@@ -1,0 +1,152 @@
+"""Results on disk, and what a comparison says of two of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dreamtune.cli import main
+from dreamtune.evaluation.compare import compare, differing
+from dreamtune.evaluation.results import (
+    PER_IMAGE,
+    PER_SUBJECT,
+    RESULTS,
+    Results,
+    Row,
+    read_results,
+    write_results,
+)
+
+PROTOCOL = {
+    "name": "paper", "averaging": "pairs", "metrics": ["dino", "clip_t"],
+    "scorers": {"dino": {"weights": "aaaa"}, "clip": {"weights": "bbbb"}}, "sampling": None,
+}  # fmt: skip
+
+
+def results(shift: float = 0.0, noise: float = 0.02, seed: int = 1, **changes) -> Results:
+    """8 subjects x 3 prompts x 2 seeds; both scores vary by subject far more than by method."""
+    random, own = np.random.default_rng(0), np.random.default_rng(seed)
+    rows = []
+    for s in range(8):
+        level = random.normal(0.6, 0.1)
+        for p in ("on the beach", "in the snow", "=cmd()"):
+            for k in range(2):
+                dino = float(level + shift + own.normal(0, noise))
+                scores = {"dino": dino, "clip_t": float(0.3 + own.normal(0, noise))}
+                rows.append(
+                    Row(f"s{s}", p, k, False, f"s{s}/{p}/{k}.png", "00", scores, {"dino": 5})
+                )
+    inputs = {"photos": {f"s{s}": {"photos": "cc"} for s in range(8)}}
+    return Results(**{"source": {"kind": "folder"}, "protocol": PROTOCOL, "inputs": inputs,
+                      "images": rows, **changes})  # fmt: skip
+
+
+def test_a_difference_below_that_of_subjects_is_told():
+    found = compare(results(), results(shift=0.02, seed=2))
+    dino, clip = found.differences
+    assert dino.differs and not clip.differs
+    assert dino.estimate.mean == pytest.approx(dino.b - dino.a, abs=1e-12)
+    assert (dino.estimate.n, dino.estimate.clusters) == (48, 8)
+    assert dino.sentence().startswith("DINO: B is higher than A by 0.0")
+    assert "48 pairs of images from 8 subjects" in dino.sentence()
+    assert "CLIP-T: no difference can be told: B - A = " in found.text("a", "b")
+    assert "A and B differ in DINO (B higher); 1 of 2 scores." in found.verdict()
+    back = compare(results(shift=0.02, seed=2), results())
+    assert back.differences[0].sentence().startswith("DINO: B is lower than A by 0.0")
+
+
+def test_a_rerun_is_no_difference():
+    found = compare(results(), results(seed=3))
+    assert found.verdict() == "A and B cannot be told apart by any of 2 scores."
+    same = compare(results(), results())
+    assert "DINO: A and B are equal" in same.text("a", "b")
+
+
+def test_images_without_a_partner_are_counted_and_left_out():
+    whole = results()
+    part = replace(whole, images=[r for r in whole.images if r.seed == 0 or r.subject != "s0"])
+    found = compare(part, whole)
+    assert (found.alone_a, found.alone_b, found.differences[0].estimate.n) == (0, 3, 45)
+    assert "left out: 0 images of A, 3 of B" in found.text("a", "b")
+    other = replace(whole, images=[replace(r, seed=r.seed + 9) for r in whole.images])
+    with pytest.raises(ValueError, match=r"no image of A has a partner in B.*\(s0, `on the beach`"):
+        compare(whole, other)
+
+
+def test_other_protocols_are_refused_with_what_differs():
+    scorers = {**PROTOCOL["scorers"], "clip": {"weights": "dddd"}}
+    other = {**PROTOCOL, "name": "oft", "scorers": scorers, "about": "words"}
+    with pytest.raises(ValueError) as caught:
+        compare(results(), results(protocol=other))
+    for part in ("`name`: paper and oft", "`scorers.clip.weights`: bbbb and dddd"):
+        assert part in str(caught.value)
+    assert "about" not in str(caught.value)
+    steps = [{**PROTOCOL, "sampling": {"steps": n}} for n in (25, 50)]
+    with pytest.raises(ValueError, match="`sampling.steps`: 25 and 50"):
+        compare(results(protocol=steps[0]), results(protocol=steps[1]))
+    # of a folder of images nobody knows
+    assert "is not known" in compare(results(), results(protocol=steps[1])).notes[0]
+    photos = {"photos": {f"s{s}": {"photos": "cc" if s else "dd"} for s in range(8)}}
+    with pytest.raises(ValueError, match=r"against other photos of `s0` \(1 of 8"):
+        compare(results(), results(inputs=photos))
+    assert differing({"a": [1]}, {"a": [1], "b": None}) == []
+
+
+def test_files_hold_every_number_and_are_read_back(tmp_path, capsys):
+    levels = {"dino_photos": {"s0": 0.9}}
+    a = results(levels=levels, warnings=["odd"], versions={"torch": "2"}, seconds={"decode": 1.0})
+    b = results(shift=0.1, versions={"torch": "3"})
+    for name, result in (("a", a), ("b", b)):
+        (tmp_path / name).mkdir()
+        write_results(result, tmp_path / name)
+    back = read_results(tmp_path / "a")
+    assert back == replace(a, base=[])
+    stated = json.loads((tmp_path / "a" / RESULTS).read_text())["scores"]["dino"]
+    assert stated["mean"] == pytest.approx(np.mean([r.scores["dino"] for r in a.images]))
+    assert stated["low"] < stated["mean"] < stated["high"]
+    assert (stated["n"], stated["clusters"], stated["unit"]) == (48, 8, "subjects")
+    with (tmp_path / "a" / PER_IMAGE).open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 48
+    assert float(lines[5]["dino"]) == a.images[5].scores["dino"]
+    assert lines[5]["prompt"] == "'=cmd()"  # no formula
+    with (tmp_path / "a" / PER_SUBJECT).open(newline="") as file:
+        own = {(line["subject"], line["score"]): line for line in csv.DictReader(file)}
+    expected = np.mean([r.scores["dino"] for r in a.images if r.subject == "s3"])
+    assert float(own["s3", "dino"]["mean"]) == pytest.approx(expected)
+    assert own["s3", "dino"]["unit"] == "prompts"
+    assert float(own["s0", "dino_photos"]["mean"]) == 0.9
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b" / RESULTS)]) == 0
+    said = capsys.readouterr().out
+    assert "Note: torch was 2 for A and 3 for B." in said and "differ in DINO (B higher)" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.pop("images"), "`images` is missing"),
+        (lambda r: r.update(images=[]), "holds no images"),
+        (lambda r: r.update(format_version=2), "format version 2, this dreamtune reads up to 1"),
+        (lambda r: r["images"][3].pop("subject"), "`images`, 4: `subject` is missing"),
+        (lambda r: r["images"][0]["scores"].update(dino="x"), "`images`, 1: `scores`"),
+        (lambda r: r["protocol"].pop("averaging"), "`averaging` is missing"),
+    ],
+)
+def test_damaged_results_are_named(tmp_path, change, message):
+    write_results(results(), tmp_path)
+    file = tmp_path / RESULTS
+    stated = json.loads(file.read_text())
+    change(stated)
+    file.write_text(json.dumps(stated))
+    with pytest.raises(ValueError, match=message) as caught:
+        read_results(tmp_path)
+    assert str(file) in str(caught.value)
+
+
+def test_a_folder_without_results(tmp_path, capsys):
+    assert main(["compare", str(tmp_path), str(tmp_path)]) == 1
+    assert "give the folder that `dreamtune score` wrote" in capsys.readouterr().err

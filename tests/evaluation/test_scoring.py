@@ -1,0 +1,329 @@
+"""Folders to numbers: against naive loops, whatever the order and the batches; and bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from galleries import PROMPTS, SUBJECTS, mask, picture, save, write_images, write_photos
+from PIL import Image
+
+from dreamtune.data.words import without_identifier
+from dreamtune.evaluation.compare import compare
+from dreamtune.evaluation.layout import read_images, read_photos
+from dreamtune.evaluation.protocol_file import find_protocol
+from dreamtune.evaluation.protocols import Encoder, Protocol
+from dreamtune.evaluation.results import read_results, write_results
+from dreamtune.evaluation.scores_page import write_page
+from dreamtune.evaluation.scoring import Task, score_images
+from dreamtune.metrics import Scorers
+from dreamtune.metrics import store as store_module
+from dreamtune.metrics.preprocess import painted
+
+EVERY = find_protocol("dreamtune")
+
+
+@pytest.fixture(scope="module")
+def scorers(scorer_names):
+    return Scorers.load(scorer_names, EVERY.metrics)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """(photos with masks, images of which one has a mask, the base's images)"""
+    root = tmp_path_factory.mktemp("gallery")
+    photos, images = write_photos(root / "photos", masks=True), write_images(root / "images")
+    save(mask(3), images / "dog" / PROMPTS[0] / "masks" / "0.png")
+    return photos, images, write_images(root / "base", shift=7)
+
+
+def task_of(folders, **changes) -> Task:
+    photos, images, base = folders
+    found = {"images": read_images(images), "photos": read_photos(photos)[0],
+             "source": {"kind": "a folder of images"}, "base": read_images(base)}  # fmt: skip
+    return Task(**{**found, **changes})
+
+
+@pytest.fixture(scope="module")
+def results(folders, scorers):
+    return score_images(task_of(folders), scorers, EVERY)
+
+
+def inside(path, cover, colour):
+    return painted(Image.open(path), Image.open(cover), colour, subject=False)
+
+
+def test_every_score_equals_a_naive_loop(folders, scorers, results):
+    dino, clip = scorers.extractors["dino"], scorers.extractors["clip"]
+
+    def encode(path, extractor=dino):
+        return extractor.images([Image.open(path).convert("RGB")])[0]
+
+    photos, images, base = folders
+    own = {s: [encode(p) for p in sorted((photos / s).glob("*.png"))] for s in SUBJECTS}
+    held = {s: [encode(p) for p in sorted((photos / s / "reference").glob("*"))] for s in SUBJECTS}
+
+    def mean(x, rows):
+        return float(np.mean([x @ row for row in rows]))
+
+    for row in results.images:
+        x = encode(images / row.file)
+        if row.unrelated:
+            drift = 1 - float(x @ encode(base / row.file))
+            assert row.scores == {"dino_drift": pytest.approx(drift, abs=1e-5)}
+            continue
+        s, place = row.subject, (images / row.file).parent
+        twin = encode(place / f"{1 - row.seed}.png")
+        near = max((mean(x, rows), name) for name, rows in held.items())
+        y = encode(images / row.file, clip)
+        texts = clip.texts([without_identifier(p, "sks") for p in PROMPTS])
+        expected = {
+            "dino": mean(x, own[s]),
+            "dino_held_out": mean(x, held[s]),
+            "dino_nearest": max(float(x @ row) for row in own[s]),
+            "dino_retrieval": float(near[1] == s),
+            "dino_diversity": 1 - float(x @ twin),
+            "clip_t": float(y @ texts[PROMPTS.index(row.prompt)]),
+            "clip_t_shuffled": float(y @ texts[1 - PROMPTS.index(row.prompt)]),
+        }
+        for key, value in expected.items():
+            assert row.scores[key] == pytest.approx(value, abs=1e-5), key
+        masked = (s, row.prompt, row.seed) == ("dog", PROMPTS[0], 0)
+        assert (row.scores["masked_dino"] is not None) == masked
+        if masked:
+            paths = sorted((photos / s).glob("*.png"))
+            rows = dino.images(
+                [inside(p, p.parent / "masks" / p.name, dino.mean_colour) for p in paths]
+            )
+            cover = place / "masks" / "0.png"
+            found = dino.images([inside(images / row.file, cover, dino.mean_colour)])[0]
+            assert row.scores["masked_dino"] == pytest.approx(mean(found, rows), abs=1e-5)
+    by_hand = {s: np.mean([r.scores["dino"] for r in results.images
+                           if r.subject == s and not r.unrelated]) for s in SUBJECTS}  # fmt: skip
+    assert results.scores()["dino"].mean == pytest.approx(np.mean([*by_hand.values()]))
+    # a subject of 3, of 4 and of 5 photos
+    flat = (3 * by_hand["backpack"] + 4 * by_hand["backpack_dog"] + 5 * by_hand["dog"]) / 12
+    pairs = replace(results, protocol={**results.protocol, "averaging": "pairs"})
+    assert pairs.scores()["dino"].mean == pytest.approx(flat)
+
+
+def test_the_interval_of_a_share_is_a_share(results):
+    found = results.scores()["dino_retrieval"]
+    assert 0 <= found.low <= found.mean <= found.high <= 1
+
+
+def test_masks_paint_what_they_say():
+    image, cover = picture(1), mask(0)
+    inside = np.asarray(painted(image, cover, (1.0, 0.0, 0.0), subject=False))
+    outside = np.asarray(painted(image, cover, (1.0, 0.0, 0.0), subject=True))
+    on, pixels = np.asarray(cover) > 127, np.asarray(image)
+    assert (inside[on] == pixels[on]).all() and (inside[~on] == (255, 0, 0)).all()
+    assert (outside[~on] == pixels[~on]).all() and (outside[on] == (255, 0, 0)).all()
+
+
+def test_order_and_batches_change_nothing(folders, scorers, results, tmp_path, monkeypatch):
+    """Subjects and prompts under other folder names sort otherwise; batches are of three."""
+    photos, images, base = folders
+    shutil.copytree(images, tmp_path / "images")
+    for i, prompt in enumerate(PROMPTS):
+        for subject in SUBJECTS:
+            folder = tmp_path / "images" / subject / f"{9 - i}"
+            (tmp_path / "images" / subject / prompt).rename(folder)
+            (folder / "prompt.txt").write_text(f" {prompt}\n")
+    calls = []
+    for name, extractor in scorers.extractors.items():
+        original = extractor.images
+        monkeypatch.setattr(
+            extractor, "images", lambda i, f=original, n=name: calls.append((n, len(i))) or f(i)
+        )
+    monkeypatch.setattr(store_module, "AT_ONCE", 3)
+    again = score_images(task_of((photos, tmp_path / "images", base)), scorers, EVERY)
+    rows = {row.key: row.scores for row in results.images}
+    assert rows.keys() == {row.key for row in again.images}
+    for row in again.images:
+        for key, value in row.scores.items():
+            assert value == (
+                None if rows[row.key][key] is None else pytest.approx(rows[row.key][key], abs=1e-6)
+            )
+    assert compare(results, again).verdict().startswith("A and B cannot be told apart")
+    # each picture once: 12 photos, 6 held out, 15 images, 15 of the base; masks: 12 + 1, twice
+    assert sum(n for name, n in calls if name == "dino") == 48 + 26
+    assert again.inputs == results.inputs
+
+
+@pytest.mark.parametrize(
+    ("text_score", "identifier"),
+    [("100 cosine", "removed"), ("2.5 max(cosine, 0)", "removed"), ("cosine", "kept")],
+)
+def test_text_rules(folders, scorers, results, text_score, identifier):
+    rule = Protocol(
+        "t", "", ("clip_t",), {"clip": Encoder("x")}, text_score=text_score, identifier=identifier
+    )
+    text = Scorers(
+        {"clip": scorers.extractors["clip"]}, [m for m in scorers.metrics if m.key == "clip_t"]
+    )
+    found = {
+        r.key: r.scores["clip_t"]
+        for r in score_images(task_of(folders), text, rule).images
+        if not r.unrelated
+    }
+    plain = {r.key: r.scores["clip_t"] for r in results.images if not r.unrelated}
+    for key, value in plain.items():
+        if text_score == "100 cosine":
+            assert found[key] == pytest.approx(100 * value)
+        elif text_score == "cosine":  # with "sks" another text
+            assert found[key] != pytest.approx(value, abs=1e-6)
+        else:
+            assert found[key] == pytest.approx(2.5 * max(value, 0))
+
+
+def test_the_held_out_photo_of_a_prompt(folders, scorer_names, tmp_path):
+    photos = shutil.copytree(folders[0], tmp_path / "photos")
+    (photos / "dog" / "reference" / "1.txt").write_text(f"{PROMPTS[1]}\n")
+    scorers = Scorers.load({"dino": scorer_names["dino"]}, ["dino_own_photo"])
+    rule = Protocol("t", "", ("dino_own_photo",), {"dino": Encoder("x")})
+    found = score_images(task_of((photos, *folders[1:])), scorers, rule)
+    dino = scorers.extractors["dino"]
+    theirs = dino.images([Image.open(photos / "dog" / "reference" / "1.png")])[0]
+    for row in found.images:
+        value = row.scores.get("dino_own_photo")
+        if (row.subject, row.prompt) == ("dog", PROMPTS[1]):
+            own = dino.images([Image.open(folders[1] / row.file)])[0]
+            assert value == pytest.approx(float(own @ theirs), abs=1e-5)
+        else:
+            assert value is None
+    assert found.coverage["scored"] == {"dino_own_photo": [2, 12]}
+
+
+def test_what_is_odd_is_counted_and_said(folders, scorers, tmp_path):
+    images = shutil.copytree(folders[1], tmp_path / "images")
+    shutil.rmtree(images / "backpack")
+    place = images / "dog" / PROMPTS[0]
+    Image.new("RGB", (40, 40)).save(place / "2.png")
+    Image.new("RGB", (40, 40), "red").save(place / "3.png")
+    shutil.copy(place / "0.png", place / "4.png")
+    shutil.copy(folders[0] / "dog" / "0.png", place / "x.png")
+    (images / "notes.txt").write_text("notes")
+    shutil.copytree(place / "masks", place / "more")
+    shutil.rmtree(images / "backpack_dog" / PROMPTS[1])
+    found = score_images(task_of((folders[0], images, folders[2])), scorers, EVERY)
+    assert found.coverage["black"] == [f"dog/{PROMPTS[0]}/2.png"]
+    assert found.coverage["one_colour"] == [f"dog/{PROMPTS[0]}/3.png"]
+    assert len(found.coverage["repeated"]) == 2 and len(found.coverage["copies_of_photos"]) == 1
+    assert found.coverage["missing_subjects"] == ["backpack"]
+    assert found.scores()["dino"].n == 10  # none is dropped
+    text = "\n".join(found.warnings)
+    for part in (
+        "1 images are black; they count", "1 images are of one colour", "2 images are byte for",
+        "1 images are byte for byte a training photo", "1 subjects have photos and no images",
+        "2 files or folders are no pictures, and were skipped: dog/a sks thing on the beach/more/, "
+        "notes.txt", "1 subjects lack prompts that others have: backpack_dog (1 of 2)",
+        "Prompts have 2 to 6 images",
+        "2 prompts have fewer images than the protocol makes", "DINO, masked: 1 of 10 images",
+    ):  # fmt: skip
+        assert part in text, part
+
+
+def broken(images, photos, case):
+    place = images / "dog" / PROMPTS[0]
+    if case == "empty subject":
+        shutil.rmtree(images / "dog")
+        (images / "dog").mkdir()
+    elif case == "empty prompt":
+        shutil.rmtree(place)
+        place.mkdir()
+    elif case == "no prompt":
+        place.rename(place.with_name("00"))
+    elif case == "blank prompt":
+        (place / "prompt.txt").write_text(" \n")
+    elif case == "same prompt":
+        (shutil.copytree(place, place.with_name("b")) / "prompt.txt").write_text(PROMPTS[0])
+    elif case == "unreadable":
+        (place / "0.png").write_bytes((place / "0.png").read_bytes()[:200])
+    elif case == "two of one name":
+        picture(3).save(place / "0.jpg")
+    elif case == "loose":
+        shutil.copy(place / "0.png", images / "dog" / "7.png")
+    elif case == "no photos":
+        shutil.rmtree(photos / "dog")
+    elif case == "empty photos":
+        shutil.rmtree(photos / "dog" / "masks")
+        for file in (photos / "dog").glob("*.png"):
+            file.unlink()
+    elif case == "mask alone":
+        save(mask(0), place / "masks" / "9.png")
+    elif case == "template":
+        (place / "prompt.txt").write_text("a {} here")
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("empty subject", "the subject folder `.*dog` holds no image"),
+        ("empty prompt", "the prompt folder `.*beach` holds no image"),
+        ("no prompt", "the prompt of `.*00` is missing: `00` is no prompt"),
+        ("blank prompt", "the prompt of `.*` is missing: `.*prompt.txt` is empty"),
+        ("same prompt", "are of one prompt, `a sks thing on the beach`"),
+        ("unreadable", "cannot read the image `.*0.png`"),
+        ("two of one name", "`0.jpg` and `0.png` in `.*` have one name"),
+        ("loose", "`.*7.png` .* lies in no prompt folder"),
+        ("no photos", "no photos of `dog`; there are photos of backpack, backpack_dog"),
+        ("empty photos", "the subject folder `.*dog` holds no photo"),
+        ("mask alone", "has masks without a picture in `a sks thing on the beach`: 9"),
+        ("template", "has {} in it"),
+    ],
+)
+def test_bad_input_is_named(folders, scorers, tmp_path, case, message):
+    images = shutil.copytree(folders[1], tmp_path / "images")
+    photos = shutil.copytree(folders[0], tmp_path / "photos")
+    broken(images, photos, case)
+    with pytest.raises(ValueError, match=message):
+        score_images(task_of((photos, images, folders[2])), scorers, EVERY)
+
+
+def test_the_page_is_whole_and_escapes_what_people_wrote(folders, scorers, tmp_path):
+    images = shutil.copytree(folders[1], tmp_path / "images")
+    evil = '<script>alert("x")</script> & "more"'
+    (images / "dog" / PROMPTS[0] / "prompt.txt").write_text(evil)
+    task = task_of((folders[0], images, folders[2]))
+    found = score_images(task, scorers, EVERY)
+    write_results(found, tmp_path)
+    pictures = {i.key: i.picture for i in task.images.images}
+    page = write_page(found, tmp_path, pictures, task.photos).read_text()
+    assert "<script" not in page and "&lt;script&gt;alert(&quot;x&quot;)" in page
+    for outside in ("http://", "https://", 'src="/', str(tmp_path), str(folders[0])):
+        assert outside not in page
+    # three subjects: photos, held-out ones, and the first of three prompts of each
+    assert page.count("<img") == 12 + 6 + 9 + 24 + page.count("Suspected copies</h2>") * min(
+        12, sum(
+            r.scores["dino_nearest"] > found.levels["dino_nearest_photos"][r.subject]
+            for r in found.images if not r.unrelated
+        ),
+    )  # fmt: skip
+    for part in ("CLIP-T, masked", "95%", "backpack_dog", 'class="ellipse first"', "Lowest DINO"):
+        assert part in page
+    back = read_results(tmp_path)
+    assert [r.scores for r in back.images] == [dict(r.scores) for r in found.images]
+    assert str(tmp_path) not in (tmp_path / "results.json").read_text()
+    stated = json.loads((tmp_path / "results.json").read_text())
+    assert stated["protocol"]["scorers"]["dino"]["weights"] == scorers.protocol["dino"]["weights"]
+
+
+def test_features_of_a_gallery_alone(scorers):
+    """Retrieval against a naive loop: a tie is no find."""
+    from dreamtune.metrics.features import retrieved
+
+    torch.manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(9, 4), dim=1)
+    images, own, others = rows[:4], rows[4:6], rows[6:]
+    owners = torch.tensor([0, 1, 1])
+    expected = []
+    for x in images:
+        theirs = [float(x @ others[0]), float(np.mean([float(x @ o) for o in others[1:]]))]
+        expected.append(float(np.mean([float(x @ o) for o in own]) > max(theirs)))
+    assert retrieved(images, own, others, owners).tolist() == expected
+    assert retrieved(images, others[:1], others, owners).sum() < 4 and 0 < sum(expected) < 4

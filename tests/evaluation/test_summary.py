@@ -1,0 +1,83 @@
+"""The summary of several runs: numbers of their best checkpoints, links, curves, refusals."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from html import unescape
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+
+from dreamtune.config import Config
+from dreamtune.evaluation.summary import Entry, write_summary
+from dreamtune.evaluation.sweep_curves import places_of, swept_curve
+from dreamtune.training.train import train_stacked
+
+
+def test_a_sweep_leaves_a_summary_of_its_runs(
+    settings: dict[str, Any], scorer_names: dict[str, str], tmp_path: Path
+) -> None:
+    sweep = ["learning_rate=1e-3,1e-1", "seed=0,1"]
+    config = Config(**{**settings, **scorer_names, "max_train_steps": 2, "sweep": sweep})
+    result = train_stacked(config)
+    stated = json.loads((result.run_dir / "summary.json").read_text())["runs"]
+    assert [run["run"] for run in stated] == list(result.results)
+    for run, own in zip(stated, result.results.values(), strict=True):
+        assert (run["best_step"], run["steps"]) == (own.best_step, 2)
+        assert {k: run["scores"][k] for k in ("dino", "clip_i", "clip_t", "dino_nearest")} == {
+            k: own.scores[k] for k in ("dino", "clip_i", "clip_t", "dino_nearest")
+        }
+    assert [run["swept"]["learning_rate"] for run in stated] == [1e-3, 1e-3, 1e-1, 1e-1]
+    with (result.run_dir / "summary.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["dino"]) for row in rows] == [run["scores"]["dino"] for run in stated]
+    assert [row["seed"] for row in rows] == ["0", "1", "0", "1"]
+    page = (result.run_dir / "summary.html").read_text()
+    links = [unquote(unescape(link)) for link in re.findall('href="([^"]*)"', page)]
+    assert links == [f"{label}/report.html" for label in result.results]
+    assert all((result.run_dir / link).is_file() for link in links)
+    assert "CLIP-T against learning_rate" in page and "DINO against seed" in page
+    again = Config(**{**config.to_dict(), "output_dir": str(tmp_path / "other")})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "summary.csv").write_text("mine")
+    with pytest.raises(ValueError, match=r"summary.csv` is there already"):
+        train_stacked(again)
+    assert (tmp_path / "other" / "summary.csv").read_text() == "mine"
+
+
+def test_what_failed_and_what_a_name_holds(tmp_path: Path) -> None:
+    label = "a <b>,method=lora"
+    (tmp_path / label).mkdir()
+    (tmp_path / label / "report.html").write_text("")
+    history = [{"step": 0, "loss": None}, {"step": 4, "loss": 0.5, "seconds": 1.0}]
+    swept = {"method": ("lora", "lora")}
+    runs = [Entry(label, "a <b>", swept, history, 4), Entry("=dog", "=dog", failed="no <photo>")]
+    page = write_summary(tmp_path, "both & more", runs).read_text()
+    assert (
+        "<b>" not in page
+        and "<span>a &lt;b&gt;</span>,<wbr><span>method=lora</span>" in page
+        and "both &amp; more" in page
+    )
+    assert 'href="a%20%3Cb%3E%2Cmethod%3Dlora/report.html"' in page
+    assert "failed: no &lt;photo&gt;" in page and "2 runs, 1 failed" in page
+    stated = json.loads((tmp_path / "summary.json").read_text())["runs"]
+    assert [(r["steps"], r["best_step"], r["failed"]) for r in stated] == [
+        (4, 4, ""), (None, None, "no <photo>"),
+    ]  # fmt: skip
+    assert "'=dog" in (tmp_path / "summary.csv").read_text()  # no formula for a spreadsheet
+
+
+def test_where_swept_values_stand() -> None:
+    assert places_of([1e-4, 1e-2, 1e-3]) == pytest.approx({1e-4: 0, 1e-3: 0.5, 1e-2: 1})
+    assert places_of([2, 4, 8]) == pytest.approx({2: 0, 4: 1 / 3, 8: 1})
+    assert places_of(["lora", 3, "oft"]) == {"lora": 0, 3: 0.5, "oft": 1}
+    assert places_of([5]) == {5: 0.5}
+    points = [(1.0, "1", 0.2), (1.0, "1", 0.4), (2.0, "2", 0.5), (3.0, "3", float("nan"))]
+    drawn = swept_curve("DINO", "rank", points)
+    assert 'aria-label="DINO against rank: 1: 0.300; 2: 0.500"' in drawn
+    assert drawn.count("<circle") == 3
+    assert swept_curve("DINO", "rank", points[3:]) == ""

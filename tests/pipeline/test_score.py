@@ -1,0 +1,168 @@
+"""`dreamtune score` of a run, of files of other formats, of a pipeline and of folders; then
+`dreamtune compare`."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from galleries import write_images, write_photos
+from PIL import Image
+from tiny import tiny_unet
+
+import dreamtune
+from dreamtune.cli import main
+from dreamtune.config import Config
+from dreamtune.evaluation.results import read_results
+
+RULE = """
+like: dreamtune
+prompts: ["a {} on a red chair", "a {} in the snow", "a {}"]
+images_per_prompt: 2
+unrelated: [a red cat, a blue chair]
+sampling: {steps: 2, guidance_scale: 2.0}
+"""
+
+
+@pytest.fixture
+def rule(tmp_path: Path) -> Path:
+    (tmp_path / "quick.yaml").write_text(RULE)
+    return tmp_path / "quick.yaml"
+
+
+def scored(
+    scorers: dict[str, str], source: Path, rule: Path, out: Path, *flags: str
+) -> dict[str, Any]:
+    weights = [part for name, place in scorers.items() for part in (f"--{name}", place)]
+    given = ["score", str(source), "--protocol", str(rule), "--output_dir", str(out)]
+    assert main([*given, *weights, *flags]) == 0
+    found: dict[str, Any] = json.loads((out / "results.json").read_text())
+    return found
+
+
+def test_a_run_its_export_and_a_folder_of_pefts(
+    settings: dict[str, Any], scorer_names: dict[str, str], rule: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = dreamtune.train(Config(**settings | {"learning_rate": 0.3, "method": "lora"})).run_dir
+    photos = Path(settings["instance_data_dir"])
+    first = scored(scorer_names, run, rule, tmp_path / "a")
+    assert first["source"]["kind"] == "a run" and first["source"]["method"] == "lora"
+    assert (len(first["images"]), len(first["base_images"])) == (6 + 4, 6)
+    assert first["scores"]["dino"]["n"] == 6 and first["scores"]["dino_drift"]["n"] == 4
+    assert first["protocol"]["sampling"]["seeds"] == [0, 1]
+    assert (tmp_path / "a" / "images" / photos.name / "00" / "prompt.txt").read_text() == (
+        "a sks dog on a red chair\n"
+    )
+    prompts = {row["prompt"] for row in first["images"] if not row["unrelated"]}
+    assert prompts == {"a sks dog on a red chair", "a sks dog in the snow", "a sks dog"}
+    with (tmp_path / "a" / "per_image.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 10
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert "over its prompts, and say nothing of other subjects" in page
+
+    outside = ["--photos", str(photos), "--instance_prompt", "a sks dog"]
+    outside += ["--pretrained_model_name_or_path", settings["pretrained_model_name_or_path"]]
+    file = dreamtune.export(run, tmp_path / "exported")
+    second = scored(scorer_names, file, rule, tmp_path / "b", *outside)
+    assert second["source"]["kind"] == "an adapter"
+    for key, value in first["scores"].items():
+        assert second["scores"][key]["mean"] == pytest.approx(value["mean"], abs=2e-2), key
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "6 pairs of images from 3 prompts of one subject" in capsys.readouterr().out
+
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    peft.get_peft_model(tiny_unet(), config).save_pretrained(tmp_path / "peft")
+    third = scored(scorer_names, tmp_path / "peft", rule, tmp_path / "c", *outside)
+    assert third["scores"]["dino"]["n"] == 6
+    assert third["inputs"]["photos"] == first["inputs"]["photos"]
+
+
+def test_a_pipeline_folder(
+    settings: dict[str, Any], scorer_names: dict[str, str], rule: Path, tmp_path: Path
+) -> None:
+    base = Path(settings["pretrained_model_name_or_path"])
+    flags = ["--photos", settings["instance_data_dir"], "--instance_prompt", "a sks dog"]
+    found = scored(scorer_names, base, rule, tmp_path / "a", *flags)
+    assert found["source"]["kind"] == "a pipeline" and found["base_images"] == []
+    assert not (tmp_path / "a" / "base").exists()
+    assert "DINO, drift is not known" in "\n".join(found["warnings"])
+
+
+def test_folders_of_two_methods(
+    scorer_names: dict[str, str], rule: Path, tmp_path: Path, capsys: Any
+) -> None:
+    photos = write_photos(tmp_path / "photos")
+    a, b = write_images(tmp_path / "a"), write_images(tmp_path / "b", shift=7)
+    flags = ["--photos", str(photos), "--base_images", str(a)]
+    found = scored(scorer_names, b, rule, tmp_path / "scores", *flags)
+    assert found["coverage"]["subjects"] == 3 and found["scores"]["dino"]["unit"] == "subjects"
+    # its own base: no drift
+    same = scored(scorer_names, a, rule, tmp_path / "same", *flags)
+    assert same["scores"]["dino_drift"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert main(["compare", str(tmp_path / "same"), str(tmp_path / "scores")]) == 0
+    said = capsys.readouterr().out
+    assert "12 pairs of images from 3 subjects" in said
+    read = read_results(tmp_path / "scores")
+    assert read.keys[:3] == ["dino", "clip_i", "clip_t"]
+    # nothing is overwritten
+    assert main(["score", str(a), *flags, "--output_dir", str(tmp_path / "scores")]) == 1
+    assert "is not empty: name another" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["nowhere"], "no adapter at `nowhere`"),
+        (["IMAGES"], "a folder of images needs --photos"),
+        (["IMAGES", "--photos", "PHOTOS", "--instance_prompt", "a dog"], "`instance_prompt` has"),
+        (["IMAGES", "--photos", "PHOTOS", "--protocol", "papr"], "Did you mean `paper`"),
+        (["IMAGES", "--photos", "PHOTOS", "--dino", "embedded", "--clip", "embedded", "--protocol",
+          "paper"], "protocol `paper` scores with `facebook/dino-vits16`"),
+        (["IMAGES", "--photos", "PHOTOS", "--dinov2", "x"], "--dinov2 is of no metric of protocol"),
+        (["IMAGES", "--photos", "PHOTOS", "--protocol", "peft_image", "--dinov2", "a/b"],
+         "DINOv2 loads from a folder on this machine"),
+        (["IMAGES", "--photos", "PHOTOS", "--clip", "embedded"],
+         "Nothing is downloaded that was not named: give --dino."),
+        (["file.safetensors"], "an adapter outside a run needs --photos"),
+        (["file.safetensors", "--photos", "PHOTOS"], "is of one subject, and `PHOTOS` holds 3"),
+        (["IMAGES", "--photo", "PHOTOS"], "Did you mean `photos`"),
+    ],
+)  # fmt: skip
+def test_refusals(
+    flags: list[str], message: str, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_photos(Path("PHOTOS"))
+    write_images(Path("IMAGES"))
+    Path("file.safetensors").write_bytes(b"0")
+    assert main(["score", *flags]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("dreamtune score: ") and message in error
+    assert not Path("scores").exists()
+
+
+def test_an_unreadable_picture_is_named_before_anything_is_written(
+    scorer_names: dict[str, str], tmp_path: Path, capsys: Any
+) -> None:
+    photos, images = write_photos(tmp_path / "photos"), write_images(tmp_path / "images")
+    bad = images / "dog" / "a sks thing in the snow" / "1.png"
+    bad.write_bytes(b"not a picture")
+    flags = ["--photos", str(photos), "--output_dir", str(tmp_path / "out")]
+    weights = [part for name, place in scorer_names.items() for part in (f"--{name}", place)]
+    assert main(["score", str(images), *flags, *weights]) == 1
+    assert str(bad) in capsys.readouterr().err and not (tmp_path / "out").exists()
+    Image.new("RGB", (8, 8), "blue").save(bad)
+    assert main(["score", str(images), *flags, *weights]) == 0
+    assert "1 images are of one colour" in capsys.readouterr().out
+
+
+def test_help_states_the_layout_and_every_protocol(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(["score", "--help"])
+    said = capsys.readouterr().out
+    for part in ("IMAGES/<subject>/<prompt>/<seed>.png", "customconcept101", "peft_image"):
+        assert part in said

@@ -1,0 +1,174 @@
+"""The benchmark's driver in small: what is done is not done again, what is half done is finished;
+parts over processes, and over a cluster by Ray."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dreamtune.evaluation.results import read_results
+
+sys.path.append(str(Path(__file__).parents[1] / "eval"))
+
+import dreambench  # noqa: E402
+
+METHOD = "lora,rank=2"
+SUBJECTS = {"backpack": "backpack", "backpack_dog": "backpack", "dog": "dog"}
+
+
+@pytest.fixture(scope="session")
+def flags(
+    tiny_v_pipeline_dir: Path,
+    photo_dir: Path,
+    scorer_names: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[str]:
+    """All but --work: three subjects in two parts, two prompts, two images of each."""
+    root = tmp_path_factory.mktemp("bench")
+    for name in SUBJECTS:
+        shutil.copytree(photo_dir, root / "photos" / name)
+        (root / "photos" / name / "1.txt").unlink()
+    lines = "".join(f"{name},{noun}\n" for name, noun in SUBJECTS.items())
+    text = f"Classes\n\nsubject_name,class\n{lines}\nPrompts\n'a {{0}} {{1}}'.format(a, b),\n"
+    (root / "photos" / "prompts_and_classes.txt").write_text(text)
+    protocol = {
+        "like": "dreamtune", "name": "small", "metrics": ["dino", "clip_t", "dino_drift"],
+        "prompts": ["a {} in the snow", "a red {}"], "images_per_prompt": 2,
+        "unrelated": ["a pizza"], "sampling": {"steps": 2},
+    }  # fmt: skip
+    (root / "small.yaml").write_text(yaml.safe_dump(protocol))
+    return [
+        "--photos", str(root / "photos"), "--protocol", str(root / "small.yaml"), "--at_once", "2",
+        *(x for k, v in scorer_names.items() for x in (f"--score_{k}", v)),
+        "--pretrained_model_name_or_path", str(tiny_v_pipeline_dir), "--dino", "none", "--clip",
+        "none", "--max_train_steps", "2", "--num_inference_steps", "2", "--validation_prompt",
+        "a {}", "--validation_steps", "0", "--device", "cpu",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def alone(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes."""
+    work = tmp_path_factory.mktemp("alone")
+    assert dreambench.main(["--work", str(work), "--methods", METHOD, *flags]) == 0
+    return work
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.png")}
+
+
+def test_what_is_half_done_is_finished(
+    flags: list[str], alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tmp_path = tmp_path / "again"
+    shutil.copytree(alone, tmp_path)
+    asked = ["--work", str(tmp_path), "--methods", METHOD, *flags]
+    results = read_results(tmp_path / "results" / METHOD)
+    assert results.subjects == list(SUBJECTS)
+    # two steps of subjects that share photos and words: nothing else is missing
+    assert all("byte for byte" in warning for warning in results.warnings)
+    assert len(results.images) == 3 * (2 + 1) * 2  # and one unrelated prompt
+    assert results.scores()["dino"].n == len(results.base) == 3 * 2 * 2
+    assert results.scores()["dino"].unit == "subjects"
+    assert (tmp_path / "results" / METHOD / "report.html").is_file()
+    images, runs = tmp_path / "images", tmp_path / "runs" / METHOD / "seed-0"
+    before = files(images)
+    # one was cut off, one prompt is gone, and the mark of their part
+    cut = images / METHOD / "backpack" / "00" / "1.png"
+    cut.write_bytes(cut.read_bytes()[:90])
+    shutil.rmtree(images / METHOD / "backpack_dog" / "01")
+    (tmp_path / "done" / f"{METHOD}-seed-0-part-00.json").unlink()
+    trained = {p: p.stat().st_mtime_ns for p in runs.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert dreambench.main(asked) == 0
+    assert files(images) == before
+    assert {p: p.stat().st_mtime_ns for p in runs.rglob("*") if p.is_file()} == trained
+    out = capsys.readouterr().out
+    assert f"{METHOD}-seed-0-part-00: 4 images made" in out and out.count("was done") == 3
+    with pytest.raises(ValueError, match="`training` was .* is .*Name another --work"):
+        dreambench.main([*asked, "--learning_rate", "1e-3"])
+
+
+def test_parts_are_dealt_over_processes(
+    flags: list[str], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process does its share, whichever ends first; the first one scores."""
+    work = tmp_path / "two"
+    asked = ["--work", str(work), "--methods", METHOD, *flags]
+    args, training = dreambench.parse(asked)
+    plan = dreambench.planned(args, training, 2)
+    work.mkdir()
+    dreambench.prepare(work, plan, dreambench.sources("dreambooth", args.photos))
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert dreambench.main(asked) == 0
+        names = sorted(p.name for p in (work / "done").iterdir())
+        parts = ("01",) if rank == "1" else ("00", "01")
+        assert names == [f"{m}-seed-0-part-{p}.json" for m in ("base", METHOD) for p in parts]
+        assert (work / "results").is_dir() == (rank == "0")
+    assert files(work / "images") == files(alone / "images")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--max_train_stepz", "2"], "unknown flag --max_train_stepz. Did you mean"),
+        (["--seed", "3"], "--seed is set for each part"),
+        (["--only", "dogg"], "no subject `dogg`. Did you mean `dog`"),
+    ],
+)
+def test_refusals(flags: list[str], tmp_path: Path, more: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dreambench.main(["--work", str(tmp_path / "new"), "--methods", "lora", *flags, *more])
+    assert not (tmp_path / "new").exists()
+
+
+def test_ray_is_asked_for_by_name(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    asked = ["--work", str(tmp_path), "--methods", "lora", *flags, "--ray", "local:2"]
+    with pytest.raises(ValueError, match=r"pip install 'dreamtune\[ray\]'"):
+        dreambench.main(asked)
+
+
+def test_a_killed_worker_s_subjects_are_done_again(
+    flags: list[str], alone: Path, tmp_path: Path
+) -> None:
+    """On a local cluster of two processes; one kills itself while its subjects are half done."""
+    pytest.importorskip("ray", reason="Ray is an extra: pip install dreamtune[ray]")
+    asked = ["--methods", METHOD, *flags, "--ray", "local:2"]
+    mark = tmp_path / "killed"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dreambench, "do_task", _dying(str(mark)))
+        assert dreambench.main(["--work", str(tmp_path / "ray"), *asked]) == 0
+    assert mark.read_text()  # it did die
+    found = read_results(tmp_path / "ray" / "results" / METHOD)
+    assert found.images == read_results(alone / "results" / METHOD).images
+    assert files(tmp_path / "ray" / "images") == files(alone / "images")
+
+
+def _dying(mark: str) -> Any:
+    """`do_task` that takes its process down once, after training a part and before its images."""
+
+    def do_task(work: Path, plan: Any, task: Any) -> str:
+        import os
+        import signal
+        from pathlib import Path
+
+        import benchmark_parts
+
+        if task[0] != "base" and task[2] == 0 and not Path(mark).exists():
+            benchmark_parts.trained(benchmark_parts.config_of(work, plan, task))
+            Path(mark).write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return benchmark_parts.do_task(work, plan, task)
+
+    return do_task
