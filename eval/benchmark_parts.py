@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Container, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from dreamtune import embedded
 from dreamtune.config import Config
 from dreamtune.data.photos import is_picture_name
 from dreamtune.evaluation.compare import compare
-from dreamtune.evaluation.layout import Photos, read_images, read_photos
+from dreamtune.evaluation.layout import Found, Photos, read_images, read_photos, without
 from dreamtune.evaluation.prompts import templates, unrelated
 from dreamtune.evaluation.protocol_file import find_protocol
 from dreamtune.evaluation.protocols import Protocol
@@ -123,7 +123,7 @@ def do_task(
 ) -> str:
     """Trains and samples what is missing of a part; says what was done. Marked when whole."""
     done = work / "done" / f"{name_of(task)}.json"
-    if done.is_file():
+    if done.is_file() and not json.loads(done.read_text())["failed"]:  # what failed is tried again
         return f"{name_of(task)}: was done"
     method, seed, part = task
     folder, protocol = work / "photos" / f"{part:02}", find_protocol(plan.protocol)
@@ -156,7 +156,9 @@ def trained(config: Config) -> dict[str, str]:
     assert config.output_dir is not None
     mark = Path(config.output_dir) / "trained.json"
     if not mark.is_file():
-        failed = train_stacked(config).failed
+        failed: dict[str, str] = dict(train_stacked(config).failed)
+        if failed:
+            return failed
         with whole(mark) as partial:
             partial.write_text(json.dumps(failed))
     found: dict[str, str] = json.loads(mark.read_text())
@@ -175,9 +177,11 @@ def sampled(
     assert config.output_dir is not None
     files = {n: adapter_file(Path(config.output_dir) / n) for n in known} if method != BASE else {}
     first = next(iter(files.values()), None)
-    sampler = Sampler.of(first, config.pretrained_model_name_or_path, protocol.sampling)
-    start = protocol.first_seed + seed * protocol.images_per_prompt
-    seeds, count = range(start, start + protocol.images_per_prompt), 0
+    # the base as the runs of the same flags are sampled
+    settings = None if files else {k: v for k, v in config.to_dict().items() if v is not None}
+    name = config.pretrained_model_name_or_path
+    sampler = Sampler.of(first, name, protocol.sampling, settings)
+    seeds, count = image_seeds(protocol, seed), 0
     alike: dict[tuple[str, ...], Path] = {}
     with sampler.base.sampling(sampler.sampling.sampler) as pipe:
         for subject, photos in known.items():
@@ -201,6 +205,17 @@ def sampled(
     return count, sampler.statement()
 
 
+def image_seeds(protocol: Protocol, seed: int) -> range:
+    """Of the images of a training seed."""
+    start = protocol.first_seed + seed * protocol.images_per_prompt
+    return range(start, start + protocol.images_per_prompt)
+
+
+def of_seeds(found: Found, seeds: Container[int | str]) -> Found:
+    """The images of the seeds asked for; there may be those of an earlier plan."""
+    return replace(found, images=[i for i in found.images if i.seed in seeds])
+
+
 def finish(
     work: Path, plan: Plan, weights: dict[str, str], tell: Callable[[str], None] = print
 ) -> dict[str, Results]:
@@ -212,8 +227,12 @@ def finish(
     done = {task: json.loads(mark.read_text()) for task, mark in tasks.items()}
     photos: dict[str, Photos] = {}
     for number in range(len(plan.parts)):
-        photos |= read_photos(work / "photos" / f"{number:02}")[0]
+        known = read_photos(work / "photos" / f"{number:02}")[0]
+        holdout = config_of(work, plan, (BASE, plan.seeds[0], number)).holdout
+        photos |= {name: without(own, holdout) for name, own in known.items()}
     protocol = find_protocol(plan.protocol)
+    seeds = {s for seed in plan.seeds for s in image_seeds(protocol, seed)}
+    base_how = next((d["sampling"] for t, d in done.items() if t[0] == BASE), {})
     scorers = load_scorers(protocol, weights, embedded_base(plan))
     results: dict[str, Results] = {}
     for method in plan.methods:
@@ -224,8 +243,15 @@ def finish(
             "kind": plan.benchmark, "name": method, "training": plan.training,
             "seeds": plan.seeds, "failed": failed,
         }  # fmt: skip
-        images = read_images(work / "images" / method)
-        base = read_images(work / "images" / BASE)
+        if not (work / "images" / method).is_dir():
+            tell(f"{method}: no images, for training failed: {'; '.join(failed.values())}")
+            continue
+        if base_how and how != base_how:
+            raise ValueError(
+                f"the base was sampled by {base_how} and `{method}` by {how}: name another --work."
+            )
+        images = of_seeds(read_images(work / "images" / method), seeds)
+        base = of_seeds(read_images(work / "images" / BASE), seeds)
         job = Task(images, photos, about, base=base, identifier=IDENTIFIER, sampling=how)
         results[method] = score_images(job, scorers, protocol)
         folder = work / "results" / method

@@ -14,7 +14,7 @@ from dreamtune.evaluation.protocols import Protocol
 from dreamtune.evaluation.results import Row
 from dreamtune.metrics import METRICS, Metric
 from dreamtune.metrics.similarity import RETRIEVAL
-from dreamtune.metrics.store import FeatureStore
+from dreamtune.metrics.store import BLACK, PLAIN, FeatureStore
 
 LACKING = {
     "_held_out": "there are no photos in `reference/`",
@@ -43,7 +43,11 @@ def coverage_of(
     most = max(own.values())
     digests = Counter(image.picture.digest for image in found.images)
     trained = {s: {p.digest for p in photos[s].photos} for s in subjects}
-    names = {image.picture.name for image in found.images}
+
+    def looking(look: str) -> list[str]:
+        found_ = (i.picture for i in found.images if store.looks.get(i.picture.digest) == look)
+        return sorted(picture.name for picture in found_)
+
     related = {key: not METRICS[key].unrelated for key in protocol.metrics}
     return {
         "subjects": len(subjects),
@@ -68,8 +72,8 @@ def coverage_of(
             ]
             for key, of_subject in related.items()
         },
-        "black": sorted(names & set(store.black)),
-        "one_colour": sorted(names & set(store.plain)),
+        "black": looking(BLACK),
+        "one_colour": looking(PLAIN),
         "repeated": sorted(i.picture.name for i in found.images if digests[i.picture.digest] > 1),
         "copies_of_photos": sorted(
             i.picture.name for i in images if i.picture.digest in trained[i.subject]

@@ -113,6 +113,11 @@ def prompts_of(
         for picture in found:
             stem = picture.path.stem
             seed = int(stem) if stem.isascii() and stem.isdigit() else stem
+            if seed in (i.seed for i in images if i.prompt == prompt):
+                raise ValueError(
+                    f"two images of seed {seed} in `{folder}`, `{picture.path.name}` is one: "
+                    "which is meant? Rename one."
+                )
             images.append(Generated(subject, prompt, seed, picture, unrelated))
     return sorted(images, key=lambda i: (i.prompt, str(i.seed).rjust(20)))
 

@@ -64,6 +64,9 @@ def score_images(task: Task, scorers: Scorers, protocol: Protocol) -> Results:
     if task.base is not None:
         known = set(subjects)
         base = book.rows([i for i in task.base.images if i.subject in known and not i.unrelated])
+    if not any(value is not None for row in rows for value in row.scores.values()):
+        coverage = coverage_of(task.images, task.photos, rows, protocol, book.store, task.skipped)
+        raise ValueError(f"nothing can be scored. {' '.join(warnings_of(coverage))}")
     scored = scorers.protocol
     result = Results(
         source=task.source,

@@ -66,6 +66,11 @@ class Merged(ExportFormat):
                 " `name`, in the command --name"
             )
         assert change.network is not None
+        if not hasattr(change.network, "save_config"):
+            raise ValueError(
+                f"`merged` writes models of diffusers, got a `{type(change.network).__name__}`: use"
+                " `adapter.merge()` and save the model as its library does"
+            )
         weights = merged_weights(change, change.network)
         with whole_folder(path) as partial:
             place = partial
@@ -95,6 +100,11 @@ def merged_weights(change: Change, network: nn.Module) -> dict[str, Tensor]:
             raise ValueError(
                 f"the merged weight of `{path}` would not be finite in {change.dtype}: export"
                 " another `dtype`"
+            )
+        if f"{path}.weight" not in state:
+            raise ValueError(
+                f"the base has no `{path}.weight` to hold the change: the layer makes its weight"
+                " anew at each forward, by a weight norm or pruning"
             )
         state[f"{path}.weight"] = new
     return state

@@ -56,18 +56,18 @@ def ends_of(paths: Iterable[str]) -> tuple[str, ...]:
 
 def exact_names(
     paths: Collection[str], ends: Iterable[str], network: nn.Module | None
-) -> list[str]:
-    """The ends of names, where they mean these layers of the network and no other; else paths."""
-    ends = sorted(ends)
-    if network is not None:
-        meant = {
-            path
-            for path, _ in network.named_modules()
-            if any(path == end or path.endswith(f".{end}") for end in ends)
-        }
-        if meant == set(paths):
-            return ends
-    return sorted(paths)
+) -> list[str] | str:
+    """The ends of names, where they mean these layers of the network and no other; else paths;
+    where a path is the end of another's too, an expression for whole paths.
+    """
+    if network is None:
+        return sorted(paths)
+    there = [path for path, _ in network.named_modules()]
+    for names in (sorted(ends), sorted(paths)):
+        dotted = tuple(f".{name}" for name in names)
+        if {path for path in there if f".{path}".endswith(dotted)} == set(paths):
+            return names
+    return "|".join(re.escape(path) for path in sorted(paths))
 
 
 def of_module(name: str) -> str:

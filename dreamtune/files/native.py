@@ -23,7 +23,7 @@ from dreamtune.files.names import exact_names
 from dreamtune.files.tensors import FLOATS, TensorFile, read_tensors, write_new, write_tensors
 from dreamtune.injection.adapter_file import AdapterFile
 from dreamtune.injection.inject import InjectedAdapter
-from dreamtune.injection.targets import is_name
+from dreamtune.injection.targets import REGEX, is_name
 from dreamtune.models.load import prefixes_of
 from dreamtune.version import __version__
 
@@ -96,7 +96,8 @@ class Native(ExportFormat):
             )
         if file.some_layers:
             names = exact_names(file.shapes, file.target_modules, change.network)
-            file = replace(file, target_modules=tuple(names), some_layers=False)
+            entries = (f"{REGEX}{names}",) if isinstance(names, str) else tuple(names)
+            file = replace(file, target_modules=entries, some_layers=False)
         write_new(path, file.tensors, about_of(file), overwrite)
 
     def usage(self, path: Path) -> str:

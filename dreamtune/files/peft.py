@@ -56,7 +56,9 @@ class Peft(PlainLora):
         return in_peft_words(factors, PEFT)
 
     def write(self, path: Path, change: Change, overwrite: bool) -> None:
-        """Both files. At no time lie there new settings beside old tensors."""
+        """Both files, or neither. Between the two the header of the tensors tells that the settings
+        are others.
+        """
         form, settings = form_of(change), path.with_name(CONFIG)
         tensors = self.tensors(cast(change), change) if form is None else _own(form, change)
         values = _settings(form, change)
@@ -71,11 +73,9 @@ class Peft(PlainLora):
                 raise other_contents(settings)
             if path.exists() and not holds(path, tensors, about, strings):
                 raise other_contents(path)
-        if not same:
-            path.unlink(missing_ok=True)
         with whole(settings) as partial:
             partial.write_text(text)
-        write_new(path, tensors, about, overwrite, strings)
+            write_new(path, tensors, about, overwrite, strings)
 
     def name(self, key: str, prefixes: Prefixes) -> str | None:
         return key.removeprefix(PEFT) if key.startswith(PEFT) else None

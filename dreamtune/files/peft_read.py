@@ -21,6 +21,7 @@ from dreamtune.files.fingerprint import fingerprint
 from dreamtune.files.lora import about_of, warn_of_changes
 from dreamtune.files.names import PEFT, ends_of
 from dreamtune.files.native import SHAPES, check_tensors
+from dreamtune.files.stated import refuse_start
 from dreamtune.files.tensors import TensorFile
 from dreamtune.injection.adapter_file import AdapterFile
 from dreamtune.injection.targets import layers_of, weight_of
@@ -130,6 +131,8 @@ def read(file: TensorFile, config: Config, place: str, network: nn.Module | None
         raise UnreadableFile(
             f"{place}: `{more[0]}` is set, so that `{method}` here is another function. Use PEFT"
         )
+    if method == "dora":
+        refuse_start(config, place)
     needed = [name for name in rules if name in ("r", "lora_alpha")]
     checked = from_file(checker(rules, needed=needed, others=True), dict(config), place)
     layers = _by_layer(file, ends, shapes, prints or ())

@@ -146,6 +146,11 @@ def _refuse_more(values: Mapping[str, Any], place: str) -> None:
             f"{place}: {kind}`{more[0]}` is set, so that the file is more than a low-rank change."
             " Use `pipe.load_lora_weights`, or PEFT"
         )
+    refuse_start(values, place)
+
+
+def refuse_start(values: Mapping[str, Any], place: str) -> None:
+    """Raises UnreadableFile for a start that the base's weights lack since."""
     start = values.get("init_lora_weights")
     if not isinstance(start, bool | None) and start not in STARTS:
         raise UnreadableFile(

@@ -68,7 +68,8 @@ class JointProjections:
             parts = [by_head(attn.to_q(hidden_states), heads), *parts]
         query, key, value = parts
         y = F.scaled_dot_product_attention(query, key, value)
-        return attn.to_out[0](y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        out = attn.to_out._modules["0"]  # `[0]` makes a string of it, and looks it up twice
+        return out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 class _Signed:

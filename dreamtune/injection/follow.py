@@ -28,7 +28,8 @@ class Following:
         self.attentions = attentions_of(places.values())
         self.seen: object = None  # what the layers' factors were computed from
         self.values = Values()  # and the values of that
-        self.asked: Answer | None = None  # whether they still are, for the forward that runs
+        # whether they still are, for the forward that runs, and what that was called with
+        self.asked: tuple[Answer, Sequence[Any], Mapping[str, Any]] | None = None
         self.stacked: Stacked | None = None
         self.strengths: dict[tuple[object, ...], torch.Tensor] = {}
 
@@ -79,15 +80,15 @@ class Following:
             self.check()
             if not torch.compiler.is_compiling():  # what is compiled computes them itself
                 self._follow()
-        self._compare()
+        self._compare(args, kwargs)
 
-    def after_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def after_forward(self) -> Any:
         """The output, where it had to be computed again; else None."""
         asked, self.asked = self.asked, None
-        if asked is None or asked.same():
+        if asked is None or asked[0].same():
             return None
         self._renew()
-        return self.model.forward(*args, **kwargs)
+        return self.model.forward(*asked[1], **asked[2])
 
     def _strength_of_rows(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -122,7 +123,7 @@ class Following:
     def _state(self) -> tuple[object, ...]:
         return (self.use.state(), *((x.data_ptr(), version(x)) for x in self._read()))
 
-    def _compare(self) -> None:
+    def _compare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Whether values were written where no version shows it. Where that is known at once the
         factors are computed anew; a GPU is asked, and answers while the forward runs: waiting
         before it would cost more than the factors do.
@@ -135,7 +136,8 @@ class Following:
             return  # they were computed just now
         answer = self.values.ask(self._read(), often=self.stacked is not None)
         if answer.late:
-            self.asked = answer
+            # with what it was called with: diffusers' UNet takes residuals out of a caller's list
+            self.asked = answer, *_kept(args, kwargs)
         elif not answer.same():
             self._renew()
 
@@ -200,6 +202,14 @@ class Following:
             self.stacked.release()
         self.stacked = self.seen = None
         self.values = Values()
+
+
+def _kept(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    return [_copied(x) for x in args], {name: _copied(x) for name, x in kwargs.items()}
+
+
+def _copied(x: Any) -> Any:
+    return type(x)(x) if type(x) in (list, dict) else x
 
 
 def _capturing() -> bool:

@@ -153,7 +153,7 @@ class InjectedAdapter:
         self._following.before_forward(args, kwargs)
 
     def _after_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
-        return self._following.after_forward(args, kwargs)
+        return self._following.after_forward()
 
     def speed_up(self) -> None:
         """The same in fewer kernels: weights stacked, projections joint. Where somebody else
@@ -292,6 +292,12 @@ class InjectedAdapter:
         for group in self.groups:
             for name, layer, change in zip(group.names, group.layers, group.changes):
                 weight = weight_of(layer)
+                if layer._parameters.get("weight") is None:
+                    raise ValueError(
+                        f"the weight of `{name}` is made anew at each forward, and no change stays"
+                        " in it: call `remove_weight_norm`, `remove_spectral_norm` or"
+                        " `prune.remove` on the layer first"
+                    )
                 if weight.data_ptr() != weight_of(layer).data_ptr() or weight.device.type == "meta":
                     raise ValueError(
                         f"the weight of `{name}` is offloaded to where none is written"

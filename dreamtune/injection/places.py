@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from dreamtune.injection.layer import KINDS, Adapted, has_own_forward
 
-AROUND = ("_orig_mod", "base_layer")  # what a compiled module and one of PEFT hold
+# What a compiled module and a layer of PEFT hold, and what tells these from others' children.
+AROUND = {"_orig_mod": "dynamo_ctx", "base_layer": "get_base_layer"}
 PROJECTIONS = ("to_q", "to_k", "to_v")  # of what counts as an attention module
 
 
@@ -85,8 +86,8 @@ def _attends(module: nn.Module) -> bool:
 
 def _inside(module: nn.Module) -> nn.Module | None:
     """What a wrapper is around."""
-    for name in AROUND:
-        if name in module._modules:
+    for name, sign in AROUND.items():
+        if name in module._modules and hasattr(module, sign):
             return module._modules[name]
     return None
 

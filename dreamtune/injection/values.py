@@ -37,18 +37,14 @@ class Values:
         same = self.known and by_device.keys() == self.parts.keys()
         same = same and all(self.parts[d].is_of(some) for d, some in by_device.items())
         if same:
-            return Answer([part.ask(often) for part in self.parts.values()])
+            return Answer([self.parts[d].ask(some, often) for d, some in by_device.items()])
         answer = Answer([], same=not self.known)
         kept = {d: part for d, part in self.parts.items() if part.is_of(by_device.get(d, []))}
         self.parts = {d: kept.get(d) or _Part(some) for d, some in by_device.items()}
-        self.remember()
-        return answer
-
-    def remember(self) -> None:
-        """What they are now is what they were."""
-        for part in self.parts.values():
-            part.remember()
+        for device, some in by_device.items():
+            self.parts[device].remember(some)
         self.known = True
+        return answer
 
 
 class Answer:
@@ -70,11 +66,14 @@ class Answer:
 
 
 class _Part:
-    """Tensors of one device."""
+    """Tensors of one device. They are not held: a model that moves away leaves no memory here, but
+    for those of a recorded question, which are in a stack.
+    """
 
     @torch.inference_mode(False)
     def __init__(self, tensors: list[Tensor]) -> None:
-        self.tensors, self.places = [x.detach() for x in tensors], [_place(x) for x in tensors]
+        self.places = [_place(x) for x in tensors]
+        self.recorded: list[Tensor] = []
         self.device = tensors[0].device
         self.on_gpu = self.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.device) if self.on_gpu else None
@@ -88,42 +87,43 @@ class _Part:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def remember(self) -> None:
-        now = _numbers(self.tensors)
+    def remember(self, tensors: list[Tensor]) -> None:
+        now = _numbers(tensors)
         self.before = now if self.before is None else self.before.copy_(now)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def ask(self, often: bool) -> tuple[Tensor, torch.cuda.Event | None]:
+    def ask(self, tensors: list[Tensor], often: bool) -> tuple[Tensor, torch.cuda.Event | None]:
         """A place, and when the answer is in it."""
         if self.stream is None:
-            self._compare()
+            self._compare(tensors)
             return self.differs, None
         self.asked += 1
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):  # beside the forward, which leaves the GPU gaps
             if self.graph is None and often and self.asked > ASKED_BEFORE:
-                self.graph = self._recorded()
+                self.graph = self._record(tensors)
             if self.graph is None:
-                self._compare()
+                self._compare(tensors)
             else:
                 self.graph.replay()
             event = torch.cuda.Event()
             event.record()
         return self.differs, event
 
-    def _compare(self) -> None:
+    def _compare(self, tensors: list[Tensor]) -> None:
         assert self.before is not None
-        self.differs.copy_(_numbers(self.tensors).ne(self.before).any(), non_blocking=True)
+        self.differs.copy_(_numbers(tensors).ne(self.before).any(), non_blocking=True)
 
-    def _recorded(self) -> torch.cuda.CUDAGraph:
+    def _record(self, tensors: list[Tensor]) -> torch.cuda.CUDAGraph:
+        self.recorded = [x.detach() for x in tensors]
         graph = torch.cuda.CUDAGraph()
         collecting = gc.isenabled()
         gc.disable()  # what a collection would free now could end the recording
         try:
             graph.capture_begin(capture_error_mode="thread_local")
             try:
-                self._compare()
+                self._compare(self.recorded)
             finally:
                 graph.capture_end()
         finally:

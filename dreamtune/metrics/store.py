@@ -66,8 +66,6 @@ class FeatureStore:
         self.rows: dict[str, dict[tuple[str, str], Tensor]] = {n: {} for n in self.extractors}
         self.seconds = dict.fromkeys(("decode", *self.extractors), 0.0)
         self.looks: dict[str, str] = {}  # digest -> what was seen of a picture
-        self.black: list[str] = []
-        self.plain: list[str] = []
         self._seen: set[tuple[str, str]] = set()
 
     def add(self, pictures: Sequence[Picture], extractors: Sequence[str] | None = None) -> None:
@@ -107,7 +105,6 @@ class FeatureStore:
     def _look(self, picture: Picture, look: str) -> None:
         if look:
             self.looks[picture.digest] = look
-            {BLACK: self.black, PLAIN: self.plain}[look].append(picture.name)
 
     def _keys(self, name: str, picture: Picture) -> list[tuple[str, str]]:
         """Of all rows that an extractor makes of a picture."""

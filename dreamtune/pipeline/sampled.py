@@ -34,11 +34,18 @@ class Sampler:
     sampling: Sampling
 
     @classmethod
-    def of(cls, file: Path | None, name: str | None, fixed: Mapping[str, Any]) -> Sampler:
-        """Of an adapter's file: by the settings of its run, if it lies in one. name: of the base,
-        instead of the run's. fixed: what the protocol says of the sampling. Raises ValueError for
-        no base."""
-        settings = run_settings(file) if file else {}
+    def of(
+        cls,
+        file: Path | None,
+        name: str | None,
+        fixed: Mapping[str, Any],
+        settings: Mapping[str, Any] | None = None,
+    ) -> Sampler:
+        """Of an adapter's file: by the settings of its run, if it lies in one, or by those given.
+        name: of the base, instead of the run's. fixed: what the protocol says of the sampling.
+        Raises ValueError for no base."""
+        if settings is None:
+            settings = run_settings(file) if file else {}
         if name is None:
             name = base_of_run(file) if file else ""
         device, dtype = device_and_dtype(Config(pretrained_model_name_or_path="embedded"))
@@ -109,7 +116,7 @@ def is_made(folder: Path, seeds: Sequence[int]) -> bool:
         return False
     for seed in seeds:
         try:
-            with Image.open(folder / f"{seed}.png") as image:
+            with Image.open(folder / f"{seed}.png", formats=("PNG",)) as image:
                 image.load()
         except (OSError, ValueError, SyntaxError):  # what Pillow has for damage
             return False

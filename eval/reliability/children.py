@@ -4,6 +4,7 @@ the embedded base takes seconds, so that hundreds can be stopped, and gone on wi
 
 from __future__ import annotations
 
+import csv
 import ctypes
 import json
 import os
@@ -221,10 +222,19 @@ def differences(run_dir: Path, wanted: Path, more_checkpoints: bool = False) -> 
     return sorted(found)
 
 
+def _without_seconds(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if k != "seconds"}
+
+
 def contents(run_dir: Path, name: str) -> Any:
     path = run_dir / name
     if path.suffix == ".html":  # has times in it
         return path.read_text().rstrip().endswith("</html>")
+    if path.name == "summary.csv":
+        with path.open(newline="") as file:
+            return [{k: v for k, v in x.items() if k != "seconds"} for x in csv.DictReader(file)]
+    if path.name == "summary.json":
+        return json.loads(path.read_text(), object_hook=_without_seconds)
     if path.name == "metrics.jsonl":
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         return [{k: v for k, v in x.items() if not k.endswith("seconds")} for x in lines]

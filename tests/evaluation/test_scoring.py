@@ -228,6 +228,25 @@ def test_what_is_odd_is_counted_and_said(folders, scorers, tmp_path):
         assert part in text, part
 
 
+def test_a_black_picture_is_counted_where_it_is(folders, scorers, tmp_path):
+    """Copies too, as a safety checker leaves them; not one of the base of the same name."""
+    images, base = (shutil.copytree(folders[1], tmp_path / name) for name in ("images", "base"))
+    place = images / "dog" / PROMPTS[0]
+    for name in ("7.png", "8.png"):
+        Image.new("RGB", (40, 40)).save(place / name)
+    Image.new("RGB", (40, 40)).save(base / "dog" / PROMPTS[0] / "0.png")
+    found = score_images(task_of((folders[0], images, base)), scorers, EVERY)
+    assert found.coverage["black"] == [f"dog/{PROMPTS[0]}/{n}.png" for n in (7, 8)]
+
+
+def test_two_images_of_one_seed_are_refused(folders, tmp_path):
+    images = shutil.copytree(folders[1], tmp_path / "images")
+    place = images / "dog" / PROMPTS[0]
+    shutil.copy(place / "1.png", place / "01.png")
+    with pytest.raises(ValueError, match="two images of seed 1 in .*which is meant"):
+        read_images(images)
+
+
 def broken(images, photos, case):
     place = images / "dog" / PROMPTS[0]
     if case == "empty subject":

@@ -192,6 +192,12 @@ def test_peft_settings_and_tensors_go_together(delora: InjectedAdapter, tmp_path
         dreamtune.load(tiny_unet(), path)
     dreamtune.export(delora, tmp_path, "peft", overwrite=True)
     assert json.loads(config.read_text())["r"] == 32
+    before = config.read_bytes(), path.read_bytes()
+    large = dreamtune.inject(tiny_unet(), "lora", rank=3)
+    disturb(large, size=1e6)
+    with pytest.raises(ValueError, match="would not be finite"):
+        dreamtune.export(large, tmp_path, "peft", dtype="fp16", overwrite=True)
+    assert before == (config.read_bytes(), path.read_bytes())
 
 
 # A merged model

@@ -133,6 +133,10 @@ def test_what_is_another_function_is_refused(tmp_path: Path) -> None:
         config.write_text(json.dumps({**values, **edit}))
         with pytest.raises(UnreadableFile, match=f"`adapter_model.safetensors`.*{message}"):
             dreamtune.load(tiny_unet(), tmp_path / "p")
+    started = peft.LoraConfig(r=2, use_dora=True, init_lora_weights="olora", target_modules=LAYERS)
+    saved(tmp_path / "d", started)
+    with pytest.raises(UnreadableFile, match="it started as 'olora', which takes a part out"):
+        dreamtune.load(tiny_unet(), tmp_path / "d")
     uneven = peft.OFTConfig(r=0, oft_block_size=8, target_modules=LAYERS)
     saved(tmp_path / "q", uneven)
     with pytest.raises(UnreadableFile, match="its layers have 3, 4, 6 blocks: read is one number"):

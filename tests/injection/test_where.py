@@ -111,6 +111,44 @@ def test_the_weight_of_two_layers_is_not_merged():
     assert not torch.equal(net["a"].query.weight, net["b"].query.weight)
 
 
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_a_weight_that_is_made_anew_is_not_merged(norm):
+    made = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    norm(made[0])
+    adapter = dreamtune.inject(made, "lora", rank=2, target_modules="0")
+    with pytest.raises(ValueError, match="the weight of `0` is made anew at each forward"):
+        adapter.merge()
+
+
+def test_a_child_called_base_layer_is_a_child():
+    made = nn.ModuleDict({"base_layer": nn.Linear(4, 4), "level1": nn.Linear(4, 4)})
+    found = find_targets(nn.ModuleDict({"backbone": made}), "*")
+    assert list(found) == ["backbone.base_layer", "backbone.level1"]
+
+
+@pytest.mark.parametrize("form", ["native", "peft"])
+def test_a_path_that_is_the_end_of_another_means_itself_alone(form, tmp_path):
+    def nest():
+        torch.manual_seed(0)
+        inner = nn.ModuleDict({"proj": nn.Linear(4, 4)})
+        return nn.ModuleDict({"proj": nn.Linear(4, 4), "inner": inner})
+
+    adapter = dreamtune.inject(nest(), "lora", rank=2, target_modules="re:proj")
+    disturb(adapter)
+    file = dreamtune.export(adapter, tmp_path / "first", "peft")
+    if form == "native":
+        file = dreamtune.export(file, tmp_path / "second", form, base=nest())
+        loaded = dreamtune.load(nest(), file)
+        assert list(loaded.weights()) == ["proj"]
+        return
+    from peft import PeftModel
+
+    x = torch.randn(3, 4)
+    wrapped = PeftModel.from_pretrained(nest(), file.parent).base_model.model
+    torch.testing.assert_close(wrapped["proj"](x), adapter.model["proj"](x))
+    torch.testing.assert_close(wrapped["inner"]["proj"](x), adapter.model["inner"]["proj"](x))
+
+
 @pytest.mark.parametrize("fast", [False, True])
 def test_options_by_entry(fast, tmp_path):
     """Each layer is what it would be with its options alone; the file has them."""

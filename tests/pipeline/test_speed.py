@@ -3,8 +3,10 @@ warning as soon as somebody does.
 """
 
 import copy
+import gc
 import inspect
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -118,6 +120,38 @@ def test_touched_while_it_is_sped_up(name, method):
     close(call(unet), method, name)
     if name not in COPIES:
         adapter.eject()
+
+
+@pytest.mark.parametrize("speed", [lambda unet: None, dreamtune.speed_up], ids=["plain", "fast"])
+def test_a_forward_that_is_computed_again_has_what_the_first_took(speed, monkeypatch):
+    """diffusers' UNet takes a T2I adapter's residuals out of the caller's list."""
+    monkeypatch.setattr(Answer, "late", property(lambda answer: True))
+    unet = base()
+    adapter = adapt(unet, "delora")
+    speed(unet)
+    g = torch.Generator().manual_seed(0)
+    kinds = {"generator": g, "dtype": D}
+    sides = zip(unet.config.block_out_channels, (8, 4, 2))
+    given = [torch.randn(2, n, side, side, **kinds) for n, side in sides]
+
+    def called():
+        return call(unet, down_intrablock_additional_residuals=list(given))
+
+    want = called()
+    assert (call(unet) - want).abs().max() > 1e-2
+    for p in adapter.parameters():
+        p.data.mul_(1 + 1e-7)
+    torch.testing.assert_close(called(), want, rtol=0, atol=1e-5)
+
+
+def test_a_model_that_moves_away_is_let_go():
+    unet = base()
+    adapt(unet, "delora")
+    call(unet)
+    gone = [weakref.ref(x.untyped_storage()) for x in unet.parameters()]
+    unet.to(torch.float32)
+    gc.collect()
+    assert not [x for x in gone if x() is not None]
 
 
 def test_what_diffusers_asks_a_processor():
