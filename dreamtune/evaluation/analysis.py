@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from dreamtune.evaluation.curves import curve
-from dreamtune.files.export import adapter_of_layer, network_of_run, weights_of
+from dreamtune.files.export import network_of_run
 from dreamtune.files.find import adapter_file, run_of
 from dreamtune.files.fingerprint import check_base, fingerprint
 from dreamtune.files.formats import read_adapter
+from dreamtune.files.layers import adapter_of_layer, weights_of
 from dreamtune.files.names import block_of
 from dreamtune.files.whole import check_writable, whole
 from dreamtune.injection.adapter_file import AdapterFile

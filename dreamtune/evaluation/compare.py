@@ -120,7 +120,8 @@ def difference_of(key: str, pairs: list[tuple[Row, Row]], a: Results) -> Differe
     w = weights(a.averaging, subjects, [r.pairs.get(key, 1) for r in firsts])
     values = [tuple(float(row.scores[key] or 0.0) for row in pair) for pair in pairs]
     mean_a, mean_b = (float((w * [v[i] for v in values]).sum() / w.sum()) for i in (0, 1))
-    found = estimate([y - x for x, y in values], subjects, prompts, w)
+    tied = key in METRICS and METRICS[key].tied
+    found = estimate([y - x for x, y in values], subjects, prompts, w, tied=tied)
     return Difference(key, title_of(key), mean_a, mean_b, found)
 
 

@@ -103,8 +103,9 @@ def warnings_of(coverage: Mapping[str, Any]) -> list[str]:
     if low != high:
         warnings.append(f"Prompts have {low} to {high} images: those with more weigh more.")
     if coverage["subjects"] < FEW:
+        drawn = "prompts" if coverage["prompts"] > 1 else "images"
         warnings.append(
-            "One subject: intervals are over its prompts, and say nothing of other subjects."
+            f"One subject: intervals are over its {drawn}, and say nothing of other subjects."
         )
     for key, (count, total) in coverage["scored"].items():
         if not count:

@@ -1,4 +1,4 @@
-"""What a page holds in itself, so that one file is the whole of it: styles and pictures."""
+"""A page that holds all in itself, styles and pictures, so that one file is the whole of it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,37 @@ import base64
 import io
 from html import escape
 from pathlib import Path
+from string import Template
 
 from PIL import Image
+
+from dreamtune.files.whole import whole
+from dreamtune.version import __version__
 
 TEMPLATES = Path(__file__).parent / "templates"
 UNSCALED = 200  # images below this side are never shown larger than they are
 
 
-def style() -> str:
-    """The CSS that all pages share."""
-    return (TEMPLATES / "page.css").read_text(encoding="utf-8")
+def write_html(path: Path, name: str, title: str, **parts: str) -> Path:
+    """A page, whole or not at all: `<name>.html` of the templates inside what all pages share, with
+    `<name>.css` after the common style; parts: of both, as HTML.
+    """
+
+    def filled(file: str, **values: str) -> str:
+        text = (TEMPLATES / file).read_text(encoding="utf-8")
+        return Template(text).substitute(values)
+
+    title = escape(title)
+    page = filled(
+        "page.html",
+        title=title,
+        style=(TEMPLATES / "page.css").read_text(encoding="utf-8") + filled(f"{name}.css", **parts),
+        main=filled(f"{name}.html", title=title, **parts),
+        version=__version__,
+    )
+    with whole(path) as partial:
+        partial.write_text(page, encoding="utf-8")
+    return path
 
 
 def img(image: Image.Image, alt: str, side: int, crop: bool = False) -> str:

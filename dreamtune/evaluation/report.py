@@ -7,21 +7,17 @@ import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from PIL import Image
 
 from dreamtune.configfile import kind_and_place
 from dreamtune.evaluation.curves import curve
-from dreamtune.evaluation.inline import UNSCALED, img, style
+from dreamtune.evaluation.inline import UNSCALED, img, write_html
 from dreamtune.evaluation.overfit import last_overfitting
 from dreamtune.evaluation.selection import RULE, Choice, Rating
-from dreamtune.files.whole import whole
 from dreamtune.metrics.table import Metric, scored
-from dreamtune.version import __version__
 
-TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 PHOTO_SIDE, IMAGE_SIDE = 256, 448  # longest side in pixels of what is put into the page
 
 SHARES = ("Subject gained", "Prompt kept", "Product")
@@ -75,9 +71,10 @@ def write_report(
         )
     run_dir = Path(run_dir)
     per_prompt = max((prompts.count(p) for p in set(prompts)), default=1)
-    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=escape(title),
-        style=style(),
+    return write_html(
+        run_dir / "report.html",
+        "report",
+        title,
         subtitle=_subtitle(settings, base, history),
         **_scores(history, choice),
         photos="".join(
@@ -98,12 +95,7 @@ def write_report(
             for k, v in settings.items()
             if v is not None
         ),
-        version=__version__,
     )
-    path = run_dir / "report.html"
-    with whole(path) as partial:
-        partial.write_text(page, encoding="utf-8")
-    return path
 
 
 def snippet(run_dir: Path, base: str, prompt: str, sample_settings: Mapping[str, Any]) -> str:

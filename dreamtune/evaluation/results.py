@@ -133,8 +133,9 @@ def mean_of(
         return None
     subjects, prompts = [row.subject for row, _ in known], [row.prompt for row, _ in known]
     w = weights(averaging, subjects, [row.pairs.get(key, 1) for row, _ in known])
-    found = estimate([value for _, value in known], subjects, prompts, w, replicates)
-    bounds = METRICS[key].bounds if key in METRICS else None
+    metric = METRICS.get(key)
+    tied, bounds = (metric.tied, metric.bounds) if metric else (False, None)
+    found = estimate([value for _, value in known], subjects, prompts, w, replicates, tied)
     if bounds is None or found.low is None or found.high is None:
         return found
     return replace(found, low=max(found.low, bounds[0]), high=min(found.high, bounds[1]))

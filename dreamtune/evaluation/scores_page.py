@@ -7,19 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from statistics import fmean
-from string import Template
 from typing import Any
 
 from dreamtune.evaluation.compare import counted, difference_of, title_of
-from dreamtune.evaluation.inline import TEMPLATES, img, style
+from dreamtune.evaluation.inline import img, write_html
 from dreamtune.evaluation.layout import Photos
 from dreamtune.evaluation.results import Results, Row, mean_of
 from dreamtune.evaluation.scatter import cloud, scatter
 from dreamtune.evaluation.statistics import Estimate
-from dreamtune.files.whole import whole
 from dreamtune.metrics import METRICS
 from dreamtune.metrics.store import Picture, opened
-from dreamtune.version import __version__
 
 PAGE = "report.html"
 SIDE = 160  # of a picture, in pixels
@@ -46,9 +43,10 @@ def write_page(
         return figure(pictures[row.key], f"{row.subject}: {row.prompt}", captioned(row, kinds))
 
     unit = next(iter(scores.values()))
-    page = Template((TEMPLATES / "scores.html").read_text(encoding="utf-8")).substitute(
-        title=escape(f"Scores of {results.source.get('name', 'images')}"),
-        style=style(),
+    return write_html(
+        folder / PAGE,
+        "scores",
+        f"Scores of {results.source.get('name', 'images')}",
         subtitle=escape(subtitle(results)),
         facts="".join(fact(key, value, results) for key, value in scores.items() if key in METRICS),
         warnings=warnings(results.warnings),
@@ -71,11 +69,7 @@ def write_page(
         ),
         protocol=escape(json.dumps(results.protocol, indent=1)),
         coverage=escape(json.dumps(results.coverage, indent=1)),
-        version=__version__,
     )
-    with whole(folder / PAGE) as partial:
-        partial.write_text(page, encoding="utf-8")
-    return folder / PAGE
 
 
 def first_of(results: Results, kind: str) -> str | None:

@@ -65,13 +65,13 @@ def weights(averaging: Averaging, subjects: Sequence[Hashable], pairs: ArrayLike
 
 
 def clusters_of(
-    subjects: Sequence[Hashable], prompts: Sequence[Hashable]
+    subjects: Sequence[Hashable], prompts: Sequence[Hashable], tied: bool = False
 ) -> tuple[NDArray[np.int64], str]:
-    """((N,) number of each image's cluster, what the clusters are)."""
+    """((N,) number of each image's cluster, what the clusters are). tied: see `estimate`."""
     for unit, labels in (("subjects", subjects), ("prompts", prompts)):
         if len(set(labels)) > 1:
             return _numbered(labels), unit
-    return np.arange(len(subjects)), "images"
+    return np.zeros(len(subjects), np.int64) if tied else np.arange(len(subjects)), "images"
 
 
 def estimate(
@@ -80,12 +80,16 @@ def estimate(
     prompts: Sequence[Hashable],
     w: ArrayLike | None = None,
     replicates: int = REPLICATES,
+    tied: bool = False,
 ) -> Estimate:
     """The weighted mean of values (N,) with its interval; of differences it is the paired one.
 
     The percentiles of the bootstrap are taken away from the mean by t_{C-1} / z * sqrt(C / (C - 1))
     for C clusters: drawn from few, they are too narrow, as a normal interval without Student's t is
     (Hesterberg 2015, section 4.3.1).
+
+    tied: the values of a prompt's images are of the same pairs of them: one prompt alone has no
+    interval.
 
     Raises:
         ValueError: no values, one that is not finite, or lengths that differ.
@@ -99,7 +103,7 @@ def estimate(
         )
     if not np.isfinite(x).all():
         raise ValueError(f"{(~np.isfinite(x)).sum()} of {len(x)} values are not finite")
-    labels, unit = clusters_of(subjects, prompts)
+    labels, unit = clusters_of(subjects, prompts, tied)
     mean = float((w * x).sum() / w.sum())
     count = len(np.unique(labels))
     if count < 2:

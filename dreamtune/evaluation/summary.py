@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 from urllib.parse import quote
 
-from dreamtune.evaluation.inline import TEMPLATES, style
+from dreamtune.evaluation.inline import write_html
 from dreamtune.evaluation.results import write_csv
 from dreamtune.evaluation.selection import choose_best
 from dreamtune.evaluation.sweep_curves import Value, swept_curve
@@ -103,17 +102,14 @@ def write_summary(folder: Path, title: str, entries: Sequence[Entry]) -> Path:
     ]
     write_csv(folder / CSV, heads, rows)
     failed = sum(bool(entry.failed) for entry in entries)
-    page = Template((TEMPLATES / "summary.html").read_text(encoding="utf-8")).substitute(
-        title=escape(title),
-        style=style(),
+    return write_html(
+        folder / PAGE,
+        "summary",
+        title,
         subtitle=escape(f"{len(entries)} runs" + (f", {failed} failed" if failed else "")),
         table=table(folder, entries),
         charts=charts(entries),
-        version=__version__,
     )
-    with whole(folder / PAGE) as partial:
-        partial.write_text(page, encoding="utf-8")
-    return folder / PAGE
 
 
 def swept_names(entries: Sequence[Entry]) -> list[str]:

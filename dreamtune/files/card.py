@@ -15,6 +15,7 @@ from dreamtune.config import EMBEDDED
 from dreamtune.files.find import run_of
 from dreamtune.files.formats import Change, ExportFormat
 from dreamtune.files.header import trigger
+from dreamtune.files.lora import cut_in_words
 from dreamtune.files.tensors import hash_of_json
 from dreamtune.files.whole import whole
 from dreamtune.version import __version__
@@ -63,7 +64,7 @@ def text_of(
         f"An adapter{of_base}, trained by the method {_code(method)} with dreamtune, written as"
         f" {held} by dreamtune {__version__}.{known}{_code(_digest(prints)) if prints else ''}",
         *([f"Prompt of training: {_code(prompt)}"] if prompt else []),
-        _cut(change.about.get("cut")),
+        cut_in_words(change.about["cut"]) if "cut" in change.about else "",
         _scores(metadata),
         *(f"![{words}]({file})\n\n*{words}*" for words, file in pictures.items()),
         f"## Use\n\n```python\n{_with_pipe(target.usage(place), base)}\n```",
@@ -86,15 +87,6 @@ def _with_pipe(usage: str, base: Any) -> str:
 
 def _digest(prints: Mapping[str, Any]) -> str:
     return hash_of_json(prints)[:12]
-
-
-def _cut(cut: Any) -> str:
-    if not cut:
-        return ""
-    return (
-        f"Cut from rank {cut['from']} to {cut['rank']}: {cut['energy']:.2%} of the change's squared"
-        f" norm is kept, of the worst layer {cut['worst'][1]:.2%}."
-    )
 
 
 def _scores(metadata: Mapping[str, Any]) -> str:

@@ -22,12 +22,8 @@ from dreamtune.files.formats import (
     export_format,
     read_adapter,
 )
-from dreamtune.files.layers import adapter_of_layer as adapter_of_layer
-from dreamtune.files.layers import factors_of_adapter as factors_of_adapter
-from dreamtune.files.layers import factors_of_file as factors_of_file
-from dreamtune.files.layers import low_rank_of
-from dreamtune.files.layers import weights_of as weights_of
-from dreamtune.files.lora import cut, recompress, same_rank
+from dreamtune.files.layers import factors_of_adapter, low_rank_of, weights_of
+from dreamtune.files.lora import cut, cut_in_words, recompress, same_rank
 from dreamtune.files.tensors import naming
 from dreamtune.files.whole import check_writable
 from dreamtune.injection.adapter_file import Fingerprint
@@ -213,13 +209,14 @@ def _cut(change: Change, rank: int) -> tuple[Change, str]:
     kept, whole = (sum(column) for column in zip(*energies.values()))
     shares = {path: own / all_ if all_ else 1.0 for path, (own, all_) in energies.items()}
     worst = min(shares, key=shares.__getitem__)
-    energy = {"energy": kept / whole if whole else 1.0, "worst": [worst, shares[worst]]}
-    about = {**change.about, "cut": {"rank": rank, "from": before, **energy}}
-    words = (
-        f"Cut from rank {before} to {min(rank, before)}: {energy['energy']:.2%} of the change's"
-        f" squared norm is kept, of the worst layer, `{worst}`, {shares[worst]:.2%}."
-    )
-    return replace(change, low_rank=lambda: factors, about=about), words
+    about = {
+        "rank": min(rank, before),
+        "from": before,
+        "energy": kept / whole if whole else 1.0,
+        "worst": [worst, shares[worst]],
+    }
+    found = replace(change, low_rank=lambda: factors, about={**change.about, "cut": about})
+    return found, cut_in_words(about)
 
 
 def _opened(base: Any, whole: bool, **revision: Any) -> tuple[nn.Module, Any]:

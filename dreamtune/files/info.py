@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from dreamtune.adapters import find_method
-from dreamtune.files.export import factors_of_file
 from dreamtune.files.find import adapter_file, run_settings
 from dreamtune.files.fingerprint import compare_fingerprints, fingerprint
 from dreamtune.files.formats import (
@@ -22,6 +21,7 @@ from dreamtune.files.formats import (
     Prefixes,
     open_adapter,
 )
+from dreamtune.files.layers import factors_of_file
 from dreamtune.files.lora import LoraFormat
 from dreamtune.files.names import block_of
 from dreamtune.files.parts import method_of, scale_of

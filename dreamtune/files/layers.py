@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from dreamtune.adapters import Adapter, find_method
+from dreamtune.adapters import Adapter, find_method, resolve_options
 from dreamtune.files.fingerprint import check_base, fingerprint
 from dreamtune.files.formats import LayerFactors
 from dreamtune.injection.adapter_file import AdapterFile, Fingerprint
@@ -69,14 +69,17 @@ def adapter_of_layer(file: AdapterFile, path: str, weight: Tensor) -> Adapter:
     return adapter
 
 
-def on_meta(file: AdapterFile) -> Adapter:
-    """The method of a file on the first of its layers, without values: for what it says of itself,
-    its options with defaults filled in.
+def on_meta(file: AdapterFile, path: str | None = None) -> Adapter:
+    """The method of a file on one of its layers, the first by default, without values: for what it
+    says of itself, its options with defaults filled in.
+
+    Raises ValueError for options that are none, or do not fit; RuntimeError, torch's, for sizes
+    beyond its integers.
     """
-    path, shape = next(iter(file.shapes.items()))
-    weight = torch.empty(shape, device="meta").flatten(1)
-    adapter: Adapter = find_method(file.method)(weight, **file.options_at(path))  # type: ignore[arg-type]
-    return adapter
+    method, path = find_method(file.method), path or next(iter(file.shapes))
+    weight = torch.empty(file.shapes[path], device="meta").flatten(1)
+    options = resolve_options(method, file.options_at(path))
+    return method(weight, **options)  # type: ignore[arg-type]
 
 
 def weights_of(file: AdapterFile, model: nn.Module) -> dict[str, Tensor]:

@@ -92,6 +92,15 @@ def cut(factors: LayerFactors, rank: int) -> tuple[LayerFactors, dict[str, tuple
     return found, energies
 
 
+def cut_in_words(about: Mapping[str, Any]) -> str:
+    """Of `cut` in our header."""
+    layer, share = about["worst"]
+    return (
+        f"Cut from rank {about['from']} to {about['rank']}: {about['energy']:.2%} of the change's"
+        f" squared norm is kept, of the worst layer, `{layer}`, {share:.2%}."
+    )
+
+
 class LoraFormat(Format):
     """What the formats of plain LoRA share in reading: a file has the factors of a layer, and its
     alpha if any, under keys that begin with the layer's name.

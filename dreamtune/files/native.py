@@ -13,11 +13,11 @@ import torch
 from pydantic import AfterValidator, Field, PositiveInt
 from torch import Tensor, nn
 
-from dreamtune.adapters import find_method, resolve_options
 from dreamtune.fields import UnreadableFile, checker, from_file
 from dreamtune.files.find import adapter_file
 from dreamtune.files.fingerprint import PRINTS, fingerprint, uncovered
 from dreamtune.files.formats import Change, ExportFormat, Prefixes
+from dreamtune.files.layers import on_meta
 from dreamtune.files.lora import check_low_rank
 from dreamtune.files.names import exact_names
 from dreamtune.files.tensors import FLOATS, TensorFile, read_tensors, write_new, write_tensors
@@ -165,22 +165,14 @@ def _expected(file: AdapterFile) -> dict[str, str]:
         own = file.layer_options.get(path, {})
         key = out, math.prod(inner), json.dumps(own, sort_keys=True)
         if key not in known:
-            known[key] = _made(file, path, key[:2])
+            try:
+                known[key] = on_meta(file, path).state_dict()
+            except (ValueError, RuntimeError) as error:
+                raise UnreadableFile(f"`{file.source}`: {error}") from error
         for name, tensor in known[key].items():
             kind = _words(tuple(tensor.shape[1:]), tensor.dtype in FLOATS)
             expected[f"{path}.{name}"] = kind
     return expected
-
-
-def _made(file: AdapterFile, path: str, shape: tuple[int, int]) -> Mapping[str, Tensor]:
-    """The tensors of a layer, without values."""
-    method = find_method(file.method)
-    try:
-        options = resolve_options(method, file.options_at(path))
-        weight = torch.empty(shape, device="meta")
-        return method(weight, **options).state_dict()  # type: ignore[arg-type]
-    except (ValueError, RuntimeError) as error:  # torch's: sizes beyond its integers
-        raise UnreadableFile(f"`{file.source}`: {error}") from error
 
 
 def _kind(file: AdapterFile, key: str) -> str | None:

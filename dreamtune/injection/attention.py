@@ -29,8 +29,8 @@ class JointProjections:
 
     def __init__(self, original: Any, many: Projection) -> None:
         self.original, self.many, self.cross = original, many, len(many.layers) == 2
-        # diffusers asks for the signature of `processor.__call__` at every call of an attention;
-        # of a method it is made anew each time, which takes longer than the attention's products.
+        # diffusers asks for the signature of `processor.__call__` at every call of an attention; of
+        # a method it is made anew each time: 40 us on a CPU core, and 4 where it is at hand.
         self.__dict__["__call__"] = _Signed(self)
 
     @property  # type: ignore[misc]

@@ -129,11 +129,10 @@ class Following:
         before it would cost more than the factors do.
         """
         self.asked = None
-        unasked = torch.compiler.is_compiling() or _capturing()
-        if unasked or (self.stacked is not None and not self.stacked.watched):
+        if self.stacked is not None and not self.stacked.watched:
             return
-        if self._training():
-            return  # they were computed just now
+        if torch.compiler.is_compiling() or _capturing() or self._training():
+            return  # training has computed them just now
         answer = self.values.ask(self._read(), often=self.stacked is not None)
         if answer.late:
             # with what it was called with: diffusers' UNet takes residuals out of a caller's list

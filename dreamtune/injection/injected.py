@@ -60,7 +60,7 @@ class InjectedAdapter:
         self._following = Following(model, self.groups, places, self._use)
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            model.register_forward_hook(self._after_forward, with_kwargs=True, prepend=True),
+            model.register_forward_hook(self._after_forward, prepend=True),
         ]
         if fast:
             self._following.stack(watched=False)
@@ -152,7 +152,7 @@ class InjectedAdapter:
     def _before_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._following.before_forward(args, kwargs)
 
-    def _after_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
+    def _after_forward(self, model: nn.Module, args: Any, out: Any) -> Any:
         return self._following.after_forward()
 
     def speed_up(self) -> None:

@@ -90,13 +90,17 @@ class Projection:
         blocks = blocks_of(len(input), self.factors.down.shape[1], self.use.rows is not None)
         return input.reshape(blocks, -1, input.shape[-1])
 
+    def own(self, layer: Any) -> Factors:
+        """Of one layer."""
+        return Factors(*(None if x is None else x[layer.index] for x in self.factors))
+
     def one(self, layer: Any, input: Tensor) -> Tensor:
         """What `layer` gives alone."""
         if self.single and self.together(input.device.type):
             if self.wide is not None and not torch.is_grad_enabled():
                 return self.wide.one(input).view(*input.shape[:-1], layer.out_features)
             return self(input)[0]
-        own = Factors(*(None if x is None else x[layer.index] for x in self.factors))
+        own = self.own(layer)
         up, down, *_ = own
         if up is None or down is None or not self.plain():
             return combined(input, layer.weight, layer.bias, [(own, self.use)])
@@ -112,8 +116,7 @@ class Convolution(Projection):
     """A convolution alone: it computes as a plain one does, with the factors of the group."""
 
     def one(self, layer: Any, input: Tensor) -> Tensor:
-        own = Factors(*(None if x is None else x[layer.index] for x in self.factors))
-        return convolved(layer, input, [(own, self.use)])
+        return convolved(layer, input, [(self.own(layer), self.use)])
 
 
 class Wide:

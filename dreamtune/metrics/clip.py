@@ -72,7 +72,6 @@ class Clip(TextExtractor):
             raise cannot_load("CLIP", name, "--clip", self.default, error) from error
         self.model.to(self.device, dtype).eval().requires_grad_(False)
         self._check_vocabulary(name)
-        self._texts: dict[str, Tensor] = {}
         settings = self.model.visual.preprocess_cfg
         self.mean_colour = tuple(settings["mean"])
         seen: dict[str, Any] = {
@@ -103,23 +102,12 @@ class Clip(TextExtractor):
             "dtype": str(dtype).removeprefix("torch."),
         }
 
-    @torch.no_grad()
-    def images(self, images: Sequence[Image.Image], batch_size: int = 32) -> Tensor:
-        """Features (N, D) on the CPU."""
-        rows = []
-        for start in range(0, len(images), batch_size):
-            batch = self.preprocess(images[start : start + batch_size], self.device).to(self.dtype)
-            rows.append(normalize(self.model.encode_image(batch).float().cpu()))
-        return torch.cat(rows)
+    def encode(self, pixels: Tensor) -> Tensor:
+        return normalize(self.model.encode_image(pixels).float().cpu())
 
-    @torch.no_grad()
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        """Features (N, D) on the CPU; each distinct text is encoded once in this object's life."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
-        if new:
-            features = self.model.encode_text(self.tokenizer(new).to(self.device))
-            self._texts.update(zip(new, normalize(features.float().cpu())))
-        return torch.stack([self._texts[text] for text in texts])
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        features = self.model.encode_text(self.tokenizer(texts).to(self.device))
+        return normalize(features.float().cpu())
 
     def _check_vocabulary(self, name: str) -> None:
         # Without `hf_tokenizer_name` in its text_cfg, open_clip gives a folder the tokenizer of

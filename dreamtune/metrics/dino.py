@@ -7,7 +7,6 @@ Pictures are resized with PIL (antialiased; a tensor resize without antialiasing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from dreamtune.fields import UnreadableFile
 from dreamtune.metrics.extractor import Extractor, weights_hash
 from dreamtune.metrics.features import normalize
-from dreamtune.metrics.files import VIT, never_asking, pixels, preprocessor
+from dreamtune.metrics.files import PREPROCESSOR_FILE, VIT, pixels, transformers_model
 from dreamtune.metrics.names import (
     cache_if_unreachable,
     cannot_load,
@@ -28,10 +27,7 @@ from dreamtune.metrics.names import (
 from dreamtune.metrics.preprocess import Preprocess, Resizing
 from dreamtune.metrics.similarity import photo_similarity, picture_metrics
 from dreamtune.metrics.table import register
-from dreamtune.models.folder import ModelFolder
-from dreamtune.models.quiet import quiet_diffusers
 
-PREPROCESSOR_FILE = "preprocessor_config.json"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -101,15 +97,9 @@ class Dino(Extractor):
             "dtype": str(dtype).removeprefix("torch."),
         }
 
-    @torch.no_grad()
-    def images(self, images: Sequence[Image.Image], batch_size: int = 32) -> Tensor:
-        """Features (N, D) on the CPU."""
-        rows = []
-        for start in range(0, len(images), batch_size):
-            batch = self.preprocess(images[start : start + batch_size], self.device).to(self.dtype)
-            hidden = self.model(pixel_values=batch, **self._forward_options).last_hidden_state
-            rows.append(normalize(hidden[:, 0].float().cpu()))
-        return torch.cat(rows)
+    def encode(self, pixels: Tensor) -> Tensor:
+        hidden = self.model(pixel_values=pixels, **self._forward_options).last_hidden_state
+        return normalize(hidden[:, 0].float().cpu())
 
 
 class Dinov2(Dino):
@@ -138,24 +128,13 @@ def register_all() -> None:
 
 def _load_vit(source: str, name: str, kind: Dino) -> tuple[Any, dict[str, Any]]:
     """The model, and its preprocessor settings (empty where there are none)."""
-    from transformers import AutoModel
-
+    # A ViT trained as DINO has no pooler; without this one comes up random, with a warning.
+    options = lambda c: {"add_pooling_layer": False} if c["model_type"] == "vit" else {}  # noqa: E731
     try:
-        with cache_if_unreachable(source), never_asking(), quiet_diffusers():
-            folder = ModelFolder.open(source, None, None, [""])
-            # A ViT trained as DINO has no pooler; without this one comes up random, with a warning.
-            config = folder.config("", VIT)
-            options = {"add_pooling_layer": False} if config["model_type"] == "vit" else {}
-            model = folder.load("", AutoModel, torch.float32, trust_remote_code=False, **options)
-            settings = preprocessor(
-                folder.path / PREPROCESSOR_FILE, folder.place("", PREPROCESSOR_FILE)
-            )
-            for note in folder.notes:
-                if "layers" in note:
-                    raise UnreadableFile(note)
+        with cache_if_unreachable(source):
+            return transformers_model(source, VIT, "AutoModel", options)
     except Exception as error:  # hub, HTTP and file errors of three libraries
         raise cannot_load(kind.title, name, f"--{kind.name}", kind.default, error) from error
-    return model, settings
 
 
 def _sizes(settings: dict[str, Any], side: int, place: str) -> tuple[int, int]:

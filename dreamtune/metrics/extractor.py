@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +24,8 @@ class Extractor(ABC):
     `protocol` holds, as plain data, all that a feature depends on: weights, preprocessing, dtype.
     `mean_colour` is what the encoder subtracts from a picture, in [0, 1]: what is painted with it
     is nothing to the encoder.
+
+    A subclass gives `encode`, `preprocess`, `device` and `dtype`; or `images` as a whole.
     """
 
     name: ClassVar[str]
@@ -31,6 +33,9 @@ class Extractor(ABC):
     libraries: ClassVar[tuple[str, ...]] = ()
     protocol: dict[str, Any]
     mean_colour: tuple[float, ...] = (0.5, 0.5, 0.5)
+    preprocess: Callable[[Sequence[Image.Image], torch.device | str], Tensor]
+    device: torch.device
+    dtype: torch.dtype
 
     @abstractmethod
     def __init__(
@@ -38,17 +43,40 @@ class Extractor(ABC):
     ) -> None:
         """name: of the weights; ValueError with a way out if nothing loads by it."""
 
-    @abstractmethod
-    def images(self, images: Sequence[Image.Image]) -> Tensor:
+    @torch.no_grad()
+    def images(self, images: Sequence[Image.Image], batch_size: int = 32) -> Tensor:
         """Features (N, D), float32 on the CPU; each row depends on its own picture alone."""
+        rows = []
+        for start in range(0, len(images), batch_size):
+            batch = self.preprocess(images[start : start + batch_size], self.device)
+            rows.append(self.encode(batch.to(self.dtype)).float().cpu())
+        return torch.cat(rows)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Features (N, D) of preprocessed pictures (N, 3, H, W), where they are."""
+        raise NotImplementedError(f"{type(self).__name__} must give `encode` or `images`")
 
 
 class TextExtractor(Extractor):
-    """An extractor whose features of texts compare with those of pictures."""
+    """An extractor whose features of texts compare with those of pictures.
 
-    @abstractmethod
+    A subclass gives `encode_texts`, or `texts` as a whole.
+    """
+
+    @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Features (N, D), float32 on the CPU, with the D of `images`."""
+        """Features (N, D), float32 on the CPU, with the D of `images`; each distinct text is
+        encoded once in this object's life.
+        """
+        known = self.__dict__.setdefault("_texts", {})
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        if new:
+            known.update(zip(new, self.encode_texts(new).float().cpu()))
+        return torch.stack([known[text] for text in texts])
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Features (N, D) of texts, where they are."""
+        raise NotImplementedError(f"{type(self).__name__} must give `encode_texts` or `texts`")
 
 
 def weights_hash(model: nn.Module) -> str:

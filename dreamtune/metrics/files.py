@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import AfterValidator, Field, Strict
 from pydantic_core import PydanticCustomError
 
 from dreamtune.fields import UnreadableFile, from_file, shown
+from dreamtune.models.folder import ModelFolder
+from dreamtune.models.quiet import quiet_diffusers
 from dreamtune.models.rules import (
     NAMED,
     Depth,
@@ -25,6 +28,8 @@ from dreamtune.models.rules import (
     read_config,
     rules,
 )
+
+PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
 def exactly_three(values: list[Any]) -> list[Any]:
@@ -83,6 +88,29 @@ def preprocessor(path: Path, place: str) -> dict[str, Any]:
     if ("image_mean" in found) != ("image_std" in found):
         raise UnreadableFile(f"`{place}` must say both `image_mean` and `image_std`, or neither.")
     return found
+
+
+def transformers_model(
+    source: str, kind: Any, auto: str, options: Callable[[dict[str, Any]], dict[str, Any]]
+) -> tuple[Any, dict[str, Any]]:
+    """A model of transformers in float32, and its preprocessor settings, empty where there are
+    none. kind: rules of its config; auto: the class that loads it; options: of loading, by config.
+
+    Raises what the libraries raise, and UnreadableFile where the files lack layers.
+    """
+    import transformers
+
+    with never_asking(), quiet_diffusers():
+        folder = ModelFolder.open(source, None, None, [""])
+        given = options(folder.config("", kind))
+        loader = getattr(transformers, auto)
+        model = folder.load("", loader, torch.float32, trust_remote_code=False, **given)
+        place = folder.place("", PREPROCESSOR_FILE)
+        settings = preprocessor(folder.path / PREPROCESSOR_FILE, place)
+        for note in folder.notes:
+            if "layers" in note:
+                raise UnreadableFile(note)
+    return model, settings
 
 
 def pixels(value: Any, place: str) -> int:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -71,20 +70,15 @@ class Lpips(Extractor):
             "dtype": str(dtype).removeprefix("torch."),
         }
 
-    @torch.no_grad()
-    def images(self, images: Sequence[Image.Image], batch_size: int = 32) -> Tensor:
-        """Features (N, D) on the CPU, not of unit length."""
-        rows = []
-        for start in range(0, len(images), batch_size):
-            x = self.preprocess(images[start : start + batch_size], self.device).to(self.dtype)
-            parts = []
-            for stage, weight in zip(self.stages, self.weights):
-                x = stage(x)
-                unit = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
-                scale = weight.reshape(1, -1, 1, 1) / (x.shape[2] * x.shape[3])
-                parts.append((unit * scale.sqrt()).flatten(1))
-            rows.append(torch.cat(parts, 1).float().cpu())
-        return torch.cat(rows)
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Not of unit length."""
+        x, parts = pixels, []
+        for stage, weight in zip(self.stages, self.weights):
+            x = stage(x)
+            unit = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+            scale = weight.reshape(1, -1, 1, 1) / (x.shape[2] * x.shape[3])
+            parts.append((unit * scale.sqrt()).flatten(1))
+        return torch.cat(parts, 1)
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
@@ -154,6 +148,7 @@ register(
         Lpips,
         score=apart,
         pairing="mean LPIPS of an image and the other images of its prompt",
+        tied=True,
         while_training=False,
     )
 )

@@ -10,10 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dreamtune.fields import UnreadableFile
 from dreamtune.metrics.extractor import TextExtractor, weights_hash
 from dreamtune.metrics.features import normalize
-from dreamtune.metrics.files import SIGLIP, never_asking, pixels, preprocessor
+from dreamtune.metrics.files import (
+    PREPROCESSOR_FILE,
+    SIGLIP,
+    never_asking,
+    pixels,
+    transformers_model,
+)
 from dreamtune.metrics.names import cannot_load, check_local, public_name
 from dreamtune.metrics.preprocess import Preprocess, Resizing
 from dreamtune.metrics.similarity import (
@@ -23,10 +28,8 @@ from dreamtune.metrics.similarity import (
     prompt_similarity,
 )
 from dreamtune.metrics.table import register
-from dreamtune.models.folder import ModelFolder
 from dreamtune.models.quiet import quiet_diffusers
 
-PREPROCESSOR_FILE = "preprocessor_config.json"
 HALF = (0.5, 0.5, 0.5)  # its mean and its standard deviation
 
 
@@ -54,22 +57,14 @@ class Siglip(TextExtractor):
         dtype: torch.dtype = torch.float32,
         resizing: Resizing | None = None,
     ) -> None:
-        from transformers import AutoTokenizer, SiglipModel
+        from transformers import AutoTokenizer
 
         self.device, self.dtype = torch.device(device), dtype
         check_local(self.title, name, self.name, self.default)
         try:
+            self.model, settings = transformers_model(name, SIGLIP, "SiglipModel", lambda c: {})
             with never_asking(), quiet_diffusers():
-                folder = ModelFolder.open(name, None, None, [""])
-                folder.config("", SIGLIP)
-                self.model = folder.load("", SiglipModel, torch.float32, trust_remote_code=False)
-                settings = preprocessor(
-                    folder.path / PREPROCESSOR_FILE, folder.place("", PREPROCESSOR_FILE)
-                )
                 self.tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
-                for note in folder.notes:
-                    if "layers" in note:
-                        raise UnreadableFile(note)
         except Exception as error:  # file errors of three libraries
             raise cannot_load(self.title, name, f"--{self.name}", self.default, error) from error
         config = self.model.config
@@ -91,7 +86,6 @@ class Siglip(TextExtractor):
         # Positions are interpolated only where the size asks for it.
         other_size = resizing.crop != config.vision_config.image_size
         self._options = {"interpolate_pos_encoding": True} if other_size else {}
-        self._texts: dict[str, Tensor] = {}
         self.protocol = {
             "model": public_name(name),
             "architecture": {
@@ -105,31 +99,20 @@ class Siglip(TextExtractor):
             "dtype": str(dtype).removeprefix("torch."),
         }
 
-    @torch.no_grad()
-    def images(self, images: Sequence[Image.Image], batch_size: int = 32) -> Tensor:
-        """Features (N, D) on the CPU."""
-        rows = []
-        for start in range(0, len(images), batch_size):
-            batch = self.preprocess(images[start : start + batch_size], self.device).to(self.dtype)
-            found = self.model.vision_model(pixel_values=batch, **self._options).pooler_output
-            rows.append(normalize(found.float().cpu()))
-        return torch.cat(rows)
+    def encode(self, pixels: Tensor) -> Tensor:
+        found = self.model.vision_model(pixel_values=pixels, **self._options).pooler_output
+        return normalize(found.float().cpu())
 
-    @torch.no_grad()
-    def texts(self, texts: Sequence[str]) -> Tensor:
-        """Features (N, D) on the CPU; each distinct text is encoded once in this object's life."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
-        if new:
-            ids = self.tokenizer(
-                [text.lower() for text in new],
-                padding="max_length",
-                truncation=True,
-                max_length=self._length,
-                return_tensors="pt",
-            ).input_ids
-            found = self.model.text_model(input_ids=ids.to(self.device)).pooler_output
-            self._texts.update(zip(new, normalize(found.float().cpu())))
-        return torch.stack([self._texts[text] for text in texts])
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        ids = self.tokenizer(
+            [text.lower() for text in texts],
+            padding="max_length",
+            truncation=True,
+            max_length=self._length,
+            return_tensors="pt",
+        ).input_ids
+        found = self.model.text_model(input_ids=ids.to(self.device)).pooler_output
+        return normalize(found.float().cpu())
 
 
 register(photo_similarity("siglip2_i", "SigLIP 2 image", Siglip, while_training=False))

@@ -48,6 +48,9 @@ def _own_prompt(f: Features) -> Tensor:
     return matched(f.images, f.texts[f.index])
 
 
+COSINE, APART = (-1.0, 1.0), (0.0, 2.0)  # what a cosine can be, and 1 less it
+
+
 SHUFFLED = Comparison(
     suffix="shuffled",
     title="with other prompts",
@@ -70,6 +73,7 @@ def photo_similarity(
         comparison=PHOTOS,
         while_training=while_training,
         kind="subject",
+        bounds=COSINE,
         pairs=lambda f: len(f.photos),
     )
 
@@ -108,6 +112,7 @@ def picture_metrics(key: str, title: str, extractor: type[Extractor]) -> list[Me
             lambda f: None if f.held_out is None else mean_to_set(f.images, f.held_out),
             "mean cosine of all (generated image, photo held out of training) pairs",
             kind="subject",
+            bounds=COSINE,
             pairs=lambda f: 1 if f.held_out is None else len(f.held_out),
         ),
         metric(
@@ -116,12 +121,14 @@ def picture_metrics(key: str, title: str, extractor: type[Extractor]) -> list[Me
             own_photo,
             "cosine of an image and the held-out photo whose caption is its prompt",
             kind="subject",
+            bounds=COSINE,
         ),
         metric(
             f"{key}_nearest",
             f"{title}, nearest training photo",
             lambda f: nearest(f.images, f.photos),
             "largest cosine of an image to a training photo",
+            bounds=COSINE,
             comparison=NEAREST_PHOTOS,
         ),
         metric(
@@ -138,6 +145,8 @@ def picture_metrics(key: str, title: str, extractor: type[Extractor]) -> list[Me
             f"{title}, diversity",
             lambda f: diversity(f.images, f.index),
             "1 - mean cosine of an image and the other images of its prompt",
+            tied=True,
+            bounds=APART,
         ),
         metric(
             f"{key}_drift",
@@ -146,6 +155,7 @@ def picture_metrics(key: str, title: str, extractor: type[Extractor]) -> list[Me
             "1 - cosine of an image of a prompt that does not name the subject and the base's "
             "image of that prompt and seed",
             unrelated=True,
+            bounds=APART,
         ),
         metric(
             f"masked_{key}",
@@ -158,6 +168,7 @@ def picture_metrics(key: str, title: str, extractor: type[Extractor]) -> list[Me
             "mean cosine of all (generated image, photo) pairs, both with all but the subject "
             "painted in the mean colour of the encoder",
             kind="subject",
+            bounds=COSINE,
             pairs=lambda f: 1 if f.photos_inside is None else len(f.photos_inside),
             masked=True,
         ),

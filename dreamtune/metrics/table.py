@@ -95,6 +95,7 @@ class Metric:
         pairs: comparisons behind the value of one image, its weight in a flat mean of all pairs.
         unrelated: it is of pictures of prompts that do not name the subject.
         masked: it needs masks.
+        tied: an image is compared with the others of its prompt, so their values share pairs.
         bounds: of its mean, where an interval might go beyond what is possible.
         brief: shown where there is room for a few numbers alone, as in the progress bar.
     """
@@ -111,6 +112,7 @@ class Metric:
     pairs: Callable[[Features], int] = lambda features: 1
     unrelated: bool = False
     masked: bool = False
+    tied: bool = False
     bounds: tuple[float, float] | None = None
     brief: bool = True
 

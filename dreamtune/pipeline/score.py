@@ -26,7 +26,7 @@ from dreamtune.evaluation.protocols import Protocol, check_encoders
 from dreamtune.evaluation.results import RESULTS, Results, write_results
 from dreamtune.evaluation.scores_page import PAGE, write_page
 from dreamtune.evaluation.scoring import Task, score_images
-from dreamtune.files.find import adapter_file, name_of, run_of, run_settings
+from dreamtune.files.find import CONFIG, adapter_file, name_of, run_of, run_settings
 from dreamtune.files.formats import read_adapter
 from dreamtune.files.whole import check_writable
 from dreamtune.metrics import METRICS, Scorers
@@ -177,7 +177,7 @@ def what_is(path: Path) -> tuple[Path | None, str]:
     try:
         file = adapter_file(path)
     except ValueError:
-        if path.is_dir():
+        if path.is_dir() and not (path / CONFIG).exists() and not any(path.glob("*.safetensors")):
             return None, "folder"
         raise
     return file, "run" if run_of(file) else "adapter"

@@ -20,7 +20,7 @@ from dreamtune.evaluation.protocols import Encoder, Protocol
 from dreamtune.evaluation.results import read_results, write_results
 from dreamtune.evaluation.scores_page import write_page
 from dreamtune.evaluation.scoring import Task, score_images
-from dreamtune.metrics import Scorers
+from dreamtune.metrics import METRICS, Scorers
 from dreamtune.metrics import store as store_module
 from dreamtune.metrics.preprocess import painted
 
@@ -237,6 +237,14 @@ def test_a_black_picture_is_counted_where_it_is(folders, scorers, tmp_path):
     Image.new("RGB", (40, 40)).save(base / "dog" / PROMPTS[0] / "0.png")
     found = score_images(task_of((folders[0], images, base)), scorers, EVERY)
     assert found.coverage["black"] == [f"dog/{PROMPTS[0]}/{n}.png" for n in (7, 8)]
+
+
+def test_no_interval_goes_beyond_what_a_score_can_be(results):
+    for key, e in results.scores().items():
+        if e.low is None or key not in METRICS or (bounds := METRICS[key].bounds) is None:
+            continue
+        assert bounds[0] <= e.low <= e.mean <= e.high <= bounds[1], key
+    assert METRICS["dino"].bounds == (-1, 1) and METRICS["dino_diversity"].bounds == (0, 2)
 
 
 def test_two_images_of_one_seed_are_refused(folders, tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dreamtune.evaluation.statistics import Estimate, estimate, student_cdf, student_t, weights
+from dreamtune.metrics import METRICS
 
 
 def drawn(random, subjects, images, between=1.0, within=1.0):
@@ -73,6 +74,17 @@ def test_what_is_drawn_without_several_subjects():
     alone = estimate([0.3], ["dog"], ["snow"])
     assert (alone.mean, alone.low, alone.high) == (0.3, None, None)
     assert not alone.excludes_zero
+
+
+def test_values_that_share_pairs_have_no_interval_within_one_prompt():
+    """Diversity of two images is one number, twice."""
+    values, one, two = [0.4, 0.4, 0.5, 0.5], ["a"] * 4, ["a", "a", "b", "b"]
+    alone = estimate(values, ["dog"] * 4, one, tied=True)
+    assert (alone.low, alone.high, alone.clusters) == (None, None, 1) and not alone.excludes_zero
+    assert estimate(values, ["dog"] * 4, one).low is not None
+    assert estimate(values, ["dog"] * 4, two, tied=True).unit == "prompts"
+    tied = {key for key, metric in METRICS.items() if metric.tied}
+    assert tied == {key for key in METRICS if key.endswith("_diversity")} and len(tied) > 3
 
 
 def test_order_and_names_change_nothing():

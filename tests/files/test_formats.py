@@ -19,7 +19,6 @@ import dreamtune
 from dreamtune import METHODS
 from dreamtune.cli import main
 from dreamtune.files import formats as formats_module
-from dreamtune.files.export import factors_of_adapter
 from dreamtune.files.find import adapter_file
 from dreamtune.files.formats import (
     EXPORTS,
@@ -30,6 +29,7 @@ from dreamtune.files.formats import (
     formats,
     read_adapter,
 )
+from dreamtune.files.layers import factors_of_adapter
 from dreamtune.files.tensors import TensorFile, read_tensors, write_new
 from dreamtune.injection.adapter_file import AdapterFile
 from dreamtune.injection.inject import InjectedAdapter

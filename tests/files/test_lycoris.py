@@ -12,7 +12,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from loras import assert_same, flat, in_peft, ours, stock, targets, unet_of, write
+from loras import (
+    assert_same,
+    flat,
+    in_peft,
+    loads_or_is_named,
+    ours,
+    stock,
+    targets,
+    unet_of,
+    write,
+)
 from tiny import tiny_unet, unet_inputs
 from torch import Tensor
 
@@ -193,13 +203,4 @@ def test_a_file_that_fails_leaves_the_model_bit_for_bit(
     rng = random.Random(seed)
     path = write(tmp_path_factory.getbasetemp() / "lycoris", FILES[kind][0])
     path.write_bytes(rng.choice(damage.TENSORS)(path.read_bytes(), rng))
-    unet = unet_of("ours")
-    before = {k: t.clone() for k, t in unet.state_dict().items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        try:
-            dreamtune.load(unet, path).eject()
-        except UnreadableFile as error:
-            assert path.name in str(error)
-    assert not any("Adapted" in type(m).__name__ for m in unet.modules())
-    assert all(torch.equal(t, before[k]) for k, t in unet.state_dict().items())
+    loads_or_is_named(path)

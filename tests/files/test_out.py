@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import dreamtune
 from dreamtune.cli import main
-from dreamtune.files.export import factors_of_adapter
+from dreamtune.files.layers import factors_of_adapter
 from dreamtune.injection.inject import InjectedAdapter
 
 

@@ -5,6 +5,7 @@ convolution is (out, in * kh * kw).
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,8 @@ from tiny import tiny_pipeline, tiny_unet
 from torch import Tensor, nn
 
 import dreamtune
-from dreamtune.files.export import factors_of_adapter
+from dreamtune.fields import UnreadableFile
+from dreamtune.files.layers import factors_of_adapter
 from dreamtune.injection.targets import find_targets
 
 Pairs = dict[str, tuple[Tensor, Tensor]]  # module path -> up, down
@@ -162,3 +164,19 @@ def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     for path, change in wanted.items():
         torch.testing.assert_close(got[path], change, rtol=0, atol=1e-5)
         assert float(change.abs().max()) > 1e-3
+
+
+def loads_or_is_named(path: Path) -> None:
+    """A damaged file loads and leaves again, or the error has its name; then the model is as it
+    was, bit for bit.
+    """
+    unet = unet_of("ours")
+    before = {k: t.clone() for k, t in unet.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            dreamtune.load(unet, path).eject()
+        except UnreadableFile as error:
+            assert path.name in str(error)
+    assert not any("Adapted" in type(m).__name__ for m in unet.modules())
+    assert all(torch.equal(t, before[k]) for k, t in unet.state_dict().items())

@@ -118,6 +118,7 @@ def test_folders_of_two_methods(
     [
         (["nowhere"], "no adapter at `nowhere`"),
         (["IMAGES"], "a folder of images needs --photos"),
+        (["ADAPTERS"], "`ADAPTERS` holds several adapters: give one of"),
         (["IMAGES", "--photos", "PHOTOS", "--instance_prompt", "a dog"], "`instance_prompt` has"),
         (["IMAGES", "--photos", "PHOTOS", "--protocol", "papr"], "Did you mean `paper`"),
         (["IMAGES", "--photos", "PHOTOS", "--dino", "embedded", "--clip", "embedded", "--protocol",
@@ -139,6 +140,9 @@ def test_refusals(
     write_photos(Path("PHOTOS"))
     write_images(Path("IMAGES"))
     Path("file.safetensors").write_bytes(b"0")
+    Path("ADAPTERS").mkdir()
+    for name in ("a", "b"):
+        Path(f"ADAPTERS/{name}_kohya.safetensors").write_bytes(b"0")
     assert main(["score", *flags]) == 1
     error = capsys.readouterr().err
     assert error.startswith("dreamtune score: ") and message in error
