@@ -3,6 +3,7 @@ parts over processes, and over a cluster by Ray."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -47,7 +48,8 @@ def flags(
         *(x for k, v in scorer_names.items() for x in (f"--score_{k}", v)),
         "--pretrained_model_name_or_path", str(tiny_v_pipeline_dir), "--dino", "none", "--clip",
         "none", "--max_train_steps", "2", "--num_inference_steps", "2", "--validation_prompt",
-        "a {}", "--validation_steps", "0", "--device", "cpu",
+        "a {}", "--validation_steps", "0", "--device", "cpu", "--guidance_scale", "3",
+        "--holdout", "1",
     ]  # fmt: skip
 
 
@@ -77,7 +79,13 @@ def test_what_is_half_done_is_finished(
     assert results.scores()["dino"].n == len(results.base) == 3 * 2 * 2
     assert results.scores()["dino"].unit == "subjects"
     assert (tmp_path / "results" / METHOD / "report.html").is_file()
+    # what a run held out is no photo that it saw; the base is sampled by the runs' flags
+    assert {held for _, held in results.coverage["photos"].values()} == {1}
+    marks = [json.loads(p.read_text()) for p in (tmp_path / "done").iterdir()]
+    assert [m["sampling"]["guidance_scale"] for m in marks] == [3.0] * 4
     images, runs = tmp_path / "images", tmp_path / "runs" / METHOD / "seed-0"
+    of_no_seed = images / METHOD / "dog" / "00" / "7.png"
+    shutil.copy(of_no_seed.with_name("0.png"), of_no_seed)
     before = files(images)
     # one was cut off, one prompt is gone, and the mark of their part
     cut = images / METHOD / "backpack" / "00" / "1.png"
@@ -90,6 +98,7 @@ def test_what_is_half_done_is_finished(
     assert files(images) == before
     assert {p: p.stat().st_mtime_ns for p in runs.rglob("*") if p.is_file()} == trained
     out = capsys.readouterr().out
+    assert len(read_results(tmp_path / "results" / METHOD).images) == len(results.images)
     assert f"{METHOD}-seed-0-part-00: 4 images made" in out and out.count("was done") == 3
     with pytest.raises(ValueError, match="`training` was .* is .*Name another --work"):
         dreambench.main([*asked, "--learning_rate", "1e-3"])
