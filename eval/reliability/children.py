@@ -202,10 +202,11 @@ def tree(folder: Path) -> dict[str, bytes | None]:
     }
 
 
-def differences(run_dir: Path, wanted: Path, more_checkpoints: bool = False) -> list[str]:
+def differences(run_dir: Path, wanted: Path, stopped_at: int | None = None) -> list[str]:
     """What of a run's folder is not what an uninterrupted run left; seconds are left out.
 
-    more_checkpoints: there may be some that the other lacks, and the other way round.
+    stopped_at: the step of a checkpoint that a signal made, which may be of before its scoring;
+    there may be others too, and some that took their places.
     """
     files = [
         {str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir()}
@@ -213,8 +214,10 @@ def differences(run_dir: Path, wanted: Path, more_checkpoints: bool = False) -> 
     ]
     common = files[0] & files[1]
     other = files[0] ^ files[1]
-    if more_checkpoints:
+    if stopped_at is not None:
         other = {name for name in other if "checkpoint-" not in name or "/." in f"/{name}"}
+        if stopped_at != max(int(p.name.split("-")[1]) for p in wanted.rglob("checkpoint-*")):
+            common = {n for n in common if f"checkpoint-{stopped_at}" not in Path(n).parts}
     found = [f"{name} is {'not there' if name in files[1] else 'too many'}" for name in other]
     for name in sorted(common):
         if contents(run_dir, name) != contents(wanted, name):

@@ -157,11 +157,11 @@ def case(kind: Kind, rng: random.Random, ways: Sequence[str]) -> tuple[int, str,
     return kills, *to_the_end(kind)
 
 
-def to_the_end(kind: Kind, more_checkpoints: bool = False) -> tuple[str, str]:
+def to_the_end(kind: Kind, stopped_at: int | None = None) -> tuple[str, str]:
     ended = kind.launch(True)
     if ended.crashed or ended.status:
         return CRASH if ended.crashed else REFUSED, ended.text[-400:]
-    found = differences(kind.folder, kind.whole, more_checkpoints)
+    found = differences(kind.folder, kind.whole, stopped_at)
     return (OTHER, "; ".join(found[:5])) if found else (EQUAL, "")
 
 
@@ -175,7 +175,8 @@ def asked_to_stop(kind: Kind, rng: random.Random, number: int) -> tuple[str, str
         return CRASH if ended.crashed else REFUSED, what
     if problem := not_saved(kind.folder, ended.text):
         return OTHER, f"{problem} {what}"
-    outcome, seen = to_the_end(kind, more_checkpoints=True)
+    stopped = re.search(r"Stopped after step (\d+)", ended.text)
+    outcome, seen = to_the_end(kind, int(stopped[1]) if stopped else 0)
     return outcome, f"{seen} {what}" if seen else ""
 
 

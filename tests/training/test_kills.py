@@ -83,6 +83,15 @@ def test_signals_in_the_middle_of_a_checkpoint(single: Kind, name: str) -> None:
     assert not_saved(single.folder, ended.text) == "" and not litter(single.folder)
 
 
+def test_a_signal_in_the_middle_of_a_scoring(single: Kind) -> None:
+    """The record is written, its mean loss with it, and the next one counts from there."""
+    single.fresh()
+    first = next(n for n, what, path in single.writes if "000002.png" in path)
+    ended = single.launch(False, signal_at(single.folder, first, signal.SIGTERM))
+    assert ended.status == 143 and not_saved(single.folder, ended.text) == ""
+    assert to_the_end(single, stopped_at=2) == (EQUAL, "")
+
+
 def test_a_file_that_cannot_be_written_whole(single: Kind) -> None:
     """A limit of the files' size takes the place of a full disk: a sentence, the last checkpoint
     whole, nothing half written; with room again on to the end.
