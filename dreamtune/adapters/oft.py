@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dreamtune.adapters.base import Adapter, Generators, WeightChange, register
 from dreamtune.adapters.maths import blocks_of
@@ -58,17 +59,27 @@ class OFT(Adapter):
         self.register_buffer("above", row * size + column, persistent=False)
 
     def change(self, weight: Tensor, *constants: Tensor) -> WeightChange:
-        upper = self.q.new_zeros(*self.q.shape[:-1], self.size**2)
-        upper = upper.index_copy(-1, self.above, self.q).unflatten(-1, (self.size, self.size))
+        if not (torch.is_grad_enabled() and self.q.requires_grad):
+            return WeightChange(rotation=self._rotation(self.q))
+        # Its powers, each twice the size of q, are computed again in the backward.
+        rotation: Tensor = checkpoint(
+            self._rotation, self.q, use_reentrant=False, preserve_rng_state=False
+        )
+        return WeightChange(rotation=rotation)
+
+    def _rotation(self, values: Tensor) -> Tensor:
+        """R - I, of the values above the diagonal."""
+        upper = values.new_zeros(*values.shape[:-1], self.size**2)
+        upper = upper.index_copy(-1, self.above, values).unflatten(-1, (self.size, self.size))
         q = upper - upper.mT
         if self.options["exact"]:
             eye = torch.eye(self.size, dtype=q.dtype, device=q.device)
-            return WeightChange(rotation=torch.linalg.solve_ex(eye - q, 2 * q)[0])
+            return torch.linalg.solve_ex(eye - q, 2 * q)[0]
         power, rotation = q, torch.zeros_like(q)
         for _ in range(2, self.options["terms"]):
             rotation = rotation + 2 * power
             power = power @ q
-        return WeightChange(rotation=rotation + power)
+        return rotation + power
 
     def share_of_bound(self, weight: Tensor) -> Tensor | None:
         """Of the distance `2 sqrt(in)` of R from I; the sum of powers bounds nothing."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from dreamtune.injection.change import Factors, Use, blocks_of, combined
 from dreamtune.injection.convolution import convolved
 from dreamtune.injection.layer import AdaptedLayer
+from dreamtune.injection.scaled_rows import ScaledRows
 
 ALIGN = 8  # values: rows of fewer are no rows for a GPU's fast kernels
 
@@ -49,10 +50,12 @@ class Projection:
         return self.layers[0].bias if self.single else None
 
     def together(self, device: str) -> bool:
-        """Whether `__call__` gives what the layers would: it is plain, nothing of the weights asks
-        for a gradient, and all is of one dtype.
-        """
-        if not self.plain() or torch.is_autocast_enabled(device):
+        """Whether `__call__` gives what the layers would."""
+        return self.plain() and self.frozen(device)
+
+    def frozen(self, device: str) -> bool:
+        """Whether nothing of the weights asks for a gradient, and all is of one dtype."""
+        if torch.is_autocast_enabled(device):
             return False
         return not torch.is_grad_enabled() or not any(
             p is not None and p.requires_grad for m in self.layers for p in (m.weight, m.bias)
@@ -86,8 +89,8 @@ class Projection:
         """(T, in), or (K, T, in) for K factors."""
         if not split:
             return input.reshape(-1, input.shape[-1])
-        assert self.factors.down is not None
-        blocks = blocks_of(len(input), self.factors.down.shape[1], self.use.rows is not None)
+        some = next(x for x in self.factors if x is not None)
+        blocks = blocks_of(len(input), some.shape[1], self.use.rows is not None)
         return input.reshape(blocks, -1, input.shape[-1])
 
     def own(self, layer: Any) -> Factors:
@@ -101,7 +104,12 @@ class Projection:
                 return self.wide.one(input).view(*input.shape[:-1], layer.out_features)
             return self(input)[0]
         own = self.own(layer)
-        up, down, *_ = own
+        up, down, gain, rotation = own
+        same_for_all_rows = rotation is None and self.use.at is None
+        if gain is not None and same_for_all_rows and self.frozen(input.device.type):
+            x = self.rows(input, gain.dim() == 2)
+            y = ScaledRows.apply(x, layer.weight, layer.bias, gain, up, down)
+            return y.view(*input.shape[:-1], layer.out_features)  # type: ignore[no-any-return]
         if up is None or down is None or not self.plain():
             return combined(input, layer.weight, layer.bias, [(own, self.use)])
         x = self.rows(input, down.dim() == 3)
