@@ -21,7 +21,7 @@ from dreamtune.evaluation.rating import (
 )
 from dreamtune.metrics import METRICS
 
-__all__ = ["MIN_PROMPT_KEPT", "NEEDED", "RULE", "Choice", "Rating", "choose_best", "rate"]
+__all__ = ["MIN_PROMPT_KEPT", "NEEDED", "RULE", "Choice", "Rating", "choose_best", "rate", "stale"]
 
 RULE = (
     "The best checkpoint has the highest product of two shares, subject gained and prompt kept. "
@@ -84,6 +84,11 @@ def choose_best(history: Sequence[Mapping[str, Any]], identity_at_start: bool = 
     if best == zero and not identity_at_start:
         best = last
     return Choice(best, history[best]["step"], reason, ratings)
+
+
+def stale(history: Sequence[Mapping[str, Any]], best_step: int, patience: int | None) -> bool:
+    """Whether the best of the records has `patience` scorings after it; None never has."""
+    return patience is not None and sum(r["step"] > best_step for r in history) >= patience
 
 
 @dataclass(frozen=True)

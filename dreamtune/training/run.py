@@ -16,7 +16,7 @@ from dreamtune.configfile import absolute, continued
 from dreamtune.data.photos import KEPT_SIDE, changed, hold_out, read_folder, statement
 from dreamtune.data.words import SubjectWords
 from dreamtune.evaluation.overfit import overfitting
-from dreamtune.evaluation.selection import Choice, choose_best
+from dreamtune.evaluation.selection import Choice, choose_best, stale
 from dreamtune.evaluation.validation import Evaluator, load_scorers
 from dreamtune.files.export import export
 from dreamtune.files.whole import whole, whole_folder
@@ -226,8 +226,7 @@ class Run:
 
     def done(self, k: int) -> bool:
         """The last step is reached, or no scoring has ranked better for `early_stop` scorings."""
-        since = sum(r["step"] > self.best_step for r in self.history)
-        stopping = self.config.early_stop is not None and since >= self.config.early_stop
+        stopping = stale(self.history, self.best_step, self.config.early_stop)
         return k >= self.config.max_train_steps or stopping
 
     def record(self, slot: Slot, k: int, images: Sequence[Any], loss: float, began: float) -> None:
