@@ -13,6 +13,8 @@ from dreamtune.adapters.base import Adapter, Generators, WeightChange, register
 from dreamtune.adapters.maths import blocks_of
 from dreamtune.fields import Count, Terms
 
+AT_ONCE = 2**21  # values above the diagonal
+
 
 @register
 class OFT(Adapter):
@@ -61,11 +63,14 @@ class OFT(Adapter):
     def change(self, weight: Tensor, *constants: Tensor) -> WeightChange:
         if not (torch.is_grad_enabled() and self.q.requires_grad):
             return WeightChange(rotation=self._rotation(self.q))
-        # Its powers, each twice the size of q, are computed again in the backward.
-        rotation: Tensor = checkpoint(
-            self._rotation, self.q, use_reentrant=False, preserve_rng_state=False
-        )
-        return WeightChange(rotation=rotation)
+        # Its powers, each twice the size of q, are computed again in the backward, of a few layers
+        # at a time: of all at once they would be the peak of a step's memory.
+        rows = max(1, AT_ONCE // max(1, self.q[:1].numel()))
+        rotations = [
+            checkpoint(self._rotation, part, use_reentrant=False, preserve_rng_state=False)
+            for part in self.q.split(rows)
+        ]
+        return WeightChange(rotation=torch.cat(rotations) if len(rotations) > 1 else rotations[0])
 
     def _rotation(self, values: Tensor) -> Tensor:
         """R - I, of the values above the diagonal."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dreamtune.adapters import METHODS
+from dreamtune.adapters import METHODS, oft
 from dreamtune.injection.change import Factors, Use, combined
 from dreamtune.injection.scaled_rows import ScaledRows
 
@@ -72,3 +72,16 @@ def test_a_rotation_keeps_its_parameters_alone(exact):
     weight = torch.randn(2, 48, 64)
     adapter = METHODS["oft"](weight, exact=exact)
     assert bytes_kept(lambda: adapter.change(weight)) <= adapter.q.nbytes + adapter.above.nbytes
+
+
+def test_a_rotation_in_parts_is_the_whole(monkeypatch):
+    weight = torch.randn(5, 12, 16, dtype=torch.float64)
+    adapter = METHODS["oft"](weight, blocks=2)
+    torch.nn.init.normal_(adapter.q, std=0.1)
+    rotation = adapter.change(weight).rotation
+    into = torch.randn_like(rotation)
+    (whole,) = torch.autograd.grad(rotation, adapter.q, into)
+    monkeypatch.setattr(oft, "AT_ONCE", 2 * adapter.q[0].numel())
+    parts = adapter.change(weight).rotation
+    assert torch.equal(parts, rotation)
+    assert torch.equal(torch.autograd.grad(parts, adapter.q, into)[0], whole)
