@@ -1,5 +1,5 @@
 """The parts of a benchmark that `dreambench.py` deals out: subjects that train stacked, then their
-images; and the scoring of all.
+images. `benchmark_scores` scores them.
 
 A part is a function of files: run again it does what is missing, so it may be stopped anywhere and
 go on anywhere that sees the folder.
@@ -10,13 +10,14 @@ go on anywhere that sees the folder.
     WORK/images/<method>/<subject>/<prompt>/      and of the base in images/base
     WORK/done/                                    a file for each part that is finished
     WORK/results/<method>/                        results.json, report.html
+    WORK/scored/                                  what each method's results are of
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,20 +25,15 @@ from typing import Any
 from dreamtune import embedded
 from dreamtune.config import Config
 from dreamtune.data.photos import is_picture_name
-from dreamtune.evaluation.compare import compare
-from dreamtune.evaluation.layout import Found, Photos, read_images, read_photos, without
+from dreamtune.evaluation.layout import Found, Photos, read_photos
 from dreamtune.evaluation.prompts import templates, unrelated
 from dreamtune.evaluation.protocol_file import find_protocol
 from dreamtune.evaluation.protocols import Protocol
-from dreamtune.evaluation.results import Results, write_results
-from dreamtune.evaluation.scores_page import write_page
-from dreamtune.evaluation.scoring import Task, score_images
 from dreamtune.files.find import adapter_file
 from dreamtune.files.whole import whole
 from dreamtune.flags import train_config
 from dreamtune.pipeline.load import load
 from dreamtune.pipeline.sampled import Sampler, make, named_prompts
-from dreamtune.pipeline.score import load_scorers
 from dreamtune.training.train import train_stacked
 
 BASE = "base"
@@ -214,67 +210,6 @@ def image_seeds(protocol: Protocol, seed: int) -> range:
 def of_seeds(found: Found, seeds: Container[int | str]) -> Found:
     """The images of the seeds asked for; there may be those of an earlier plan."""
     return replace(found, images=[i for i in found.images if i.seed in seeds])
-
-
-def finish(
-    work: Path, plan: Plan, weights: dict[str, str], tell: Callable[[str], None] = print
-) -> dict[str, Results]:
-    """Scores each method's images, and says how the methods compare. Raises ValueError where a part
-    is not done."""
-    tasks = {task: work / "done" / f"{name_of(task)}.json" for task in plan.tasks()}
-    if missing := [name_of(task) for task, mark in tasks.items() if not mark.is_file()]:
-        raise ValueError(f"not done yet: {', '.join(missing)}.")
-    done = {task: json.loads(mark.read_text()) for task, mark in tasks.items()}
-    photos: dict[str, Photos] = {}
-    for number in range(len(plan.parts)):
-        known = read_photos(work / "photos" / f"{number:02}")[0]
-        holdout = config_of(work, plan, (BASE, plan.seeds[0], number)).holdout
-        photos |= {name: without(own, holdout) for name, own in known.items()}
-    protocol = find_protocol(plan.protocol)
-    seeds = {s for seed in plan.seeds for s in image_seeds(protocol, seed)}
-    base_how = next((d["sampling"] for t, d in done.items() if t[0] == BASE), {})
-    scorers = load_scorers(protocol, weights, embedded_base(plan))
-    results: dict[str, Results] = {}
-    for method in plan.methods:
-        own = {task: d for task, d in done.items() if task[0] == method}
-        how = next((d["sampling"] for d in own.values() if d["sampling"]), {})
-        failed = {s: why for d in own.values() for s, why in d["failed"].items()}
-        about = {
-            "kind": plan.benchmark, "name": method, "training": plan.training,
-            "seeds": plan.seeds, "failed": failed,
-        }  # fmt: skip
-        if not (work / "images" / method).is_dir():
-            tell(f"{method}: no images, for training failed: {'; '.join(failed.values())}")
-            continue
-        if base_how and how != base_how:
-            raise ValueError(
-                f"the base was sampled by {base_how} and `{method}` by {how}: name another --work."
-            )
-        images = of_seeds(read_images(work / "images" / method), seeds)
-        base = of_seeds(read_images(work / "images" / BASE), seeds)
-        job = Task(images, photos, about, base=base, identifier=IDENTIFIER, sampling=how)
-        results[method] = score_images(job, scorers, protocol)
-        folder = work / "results" / method
-        folder.mkdir(parents=True, exist_ok=True)
-        write_results(results[method], folder)
-        write_page(results[method], folder, {i.key: i.picture for i in images.images}, photos)
-        tell(f"{method}: {folder / 'report.html'}")
-    write_comparisons(work / "results" / "comparisons.txt", results, tell)
-    return results
-
-
-def write_comparisons(path: Path, results: dict[str, Results], tell: Callable[[str], None]) -> None:
-    """Of each pair of methods, in sentences."""
-    names: Sequence[str] = list(results)
-    texts = [
-        compare(results[a], results[b]).text(a, b)
-        for i, a in enumerate(names)
-        for b in names[i + 1 :]
-    ]
-    with whole(path) as partial:
-        partial.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
-    for text in texts:
-        tell(text)
 
 
 def embedded_base(plan: Plan) -> bool:

@@ -26,7 +26,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "eval"), str(ROOT)]
 
 from benchmark_parts import (  # noqa: E402
+    BASE,
     PLAN,
     Plan,
     do_task,
-    finish,
     name_of,
     prepare,
     read_plan,
     sources,
 )
+from benchmark_scores import finish, is_scored, mark_of, score_method  # noqa: E402
 
 from dreamtune.fields import nearest  # noqa: E402
 from dreamtune.flags import train_config  # noqa: E402
@@ -120,17 +121,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare(work, plan, sources(args.benchmark, args.photos))
     wait(work / PLAN)
     plan = read_plan(work, plan)
+    weights = {name: w for name in EXTRACTORS if (w := getattr(args, f"score_{name}")) is not None}
     if args.ray:
-        by_ray(args.ray, work, plan)
+        by_ray(args.ray, work, plan, weights)
     else:
         for task in plan.tasks()[rank::world]:
             print(do_task(work, plan, task), flush=True)
+        for method in plan.methods[rank::world]:
+            for task in plan.tasks():
+                if task[0] in (BASE, method):
+                    wait(work / "done" / f"{name_of(task)}.json")
+            print(score_method(work, plan, method, weights), flush=True)
     if rank:
         return 0
-    for task in plan.tasks():
-        wait(work / "done" / f"{name_of(task)}.json")
-    weights = {name: w for name in EXTRACTORS if (w := getattr(args, f"score_{name}")) is not None}
-    results = finish(work, plan, weights)
+    for method in plan.methods:
+        wait(mark_of(work, method), lambda m=method: is_scored(work, plan, m, weights))
+    results = finish(work, plan)
     failed = [f"{m}: {s}: {why}" for m, r in results.items() for s, why in failures(r.source)]
     print("\n".join(f"failed: {text}" for text in failed))
     return 1 if failed else 0
@@ -140,18 +146,20 @@ def failures(source: Any) -> list[tuple[str, str]]:
     return list(source["failed"].items())
 
 
-def wait(path: Path) -> None:
-    """Until another process has written it; the launcher ends us if that process fails."""
+def wait(path: Path, ready: Callable[[], bool] | None = None) -> None:
+    """Until another process has written it, and it is `ready`; the launcher ends us if that process
+    fails."""
     said = False
-    while not path.is_file():
+    while not (path.is_file() and (ready is None or ready())):
         if not said:
             print(f"waiting for {path.name}", flush=True)
         said = True
         time.sleep(SECONDS)
 
 
-def by_ray(where: str, work: Path, plan: Plan) -> None:
-    """All parts, by Ray's scheduler; those of a lost worker are done again, from their files."""
+def by_ray(where: str, work: Path, plan: Plan, weights: dict[str, str]) -> None:
+    """All parts, then all scores, by Ray's scheduler; those of a lost worker are done again, from
+    their files."""
     try:
         import ray
     except ImportError:
@@ -166,14 +174,22 @@ def by_ray(where: str, work: Path, plan: Plan) -> None:
     )
     try:
         gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
-        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(do_task)
-        waiting = [remote.remote(work, plan, task) for task in plan.tasks()]
-        while waiting:
-            ready, waiting = ray.wait(waiting)
-            for text in ray.get(ready):
-                print(text, flush=True)
+        part, score = (
+            ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(function)
+            for function in (do_task, score_method)
+        )
+        tell_all(ray, [part.remote(work, plan, task) for task in plan.tasks()])
+        tell_all(ray, [score.remote(work, plan, m, weights) for m in plan.methods])
     finally:
         ray.shutdown()
+
+
+def tell_all(ray: Any, waiting: list[Any]) -> None:
+    """Prints what each remote call says, as they end."""
+    while waiting:
+        ready, waiting = ray.wait(waiting)
+        for text in ray.get(ready):
+            print(text, flush=True)
 
 
 if __name__ == "__main__":

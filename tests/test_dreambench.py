@@ -100,6 +100,9 @@ def test_what_is_half_done_is_finished(
     out = capsys.readouterr().out
     assert len(read_results(tmp_path / "results" / METHOD).images) == len(results.images)
     assert f"{METHOD}-seed-0-part-00: 4 images made" in out and out.count("was done") == 3
+    assert f"{METHOD}: was scored" not in out
+    assert dreambench.main(asked) == 0
+    assert f"{METHOD}: was scored" in capsys.readouterr().out
     with pytest.raises(ValueError, match="`training` was .* is .*Name another --work"):
         dreambench.main([*asked, "--learning_rate", "1e-3"])
 

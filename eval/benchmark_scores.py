@@ -1,0 +1,133 @@
+"""The scores of a benchmark's methods, each beside the base's, and how they compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmark_parts import (
+    BASE,
+    IDENTIFIER,
+    Plan,
+    config_of,
+    embedded_base,
+    image_seeds,
+    name_of,
+    of_seeds,
+)
+
+from dreamtune.evaluation.compare import compare
+from dreamtune.evaluation.layout import Photos, read_images, read_photos, without
+from dreamtune.evaluation.protocol_file import find_protocol
+from dreamtune.evaluation.results import Results, read_results, write_results
+from dreamtune.evaluation.scores_page import write_page
+from dreamtune.evaluation.scoring import Task, score_images
+from dreamtune.files.whole import whole
+from dreamtune.pipeline.score import load_scorers
+
+
+def scored_by(work: Path, plan: Plan, method: str, weights: dict[str, str]) -> dict[str, Any]:
+    """What the results of a method depend on, for its mark. Raises ValueError where a part is not
+    done."""
+    tasks = {
+        t: work / "done" / f"{name_of(t)}.json" for t in plan.tasks() if t[0] in (BASE, method)
+    }
+    if missing := [name_of(task) for task, mark in tasks.items() if not mark.is_file()]:
+        raise ValueError(f"not done yet: {', '.join(missing)}.")
+    done = {name_of(task): mark.stat().st_mtime_ns for task, mark in tasks.items()}
+    return {"seeds": plan.seeds, "weights": weights, "done": done}
+
+
+def mark_of(work: Path, method: str) -> Path:
+    return work / "scored" / f"{method}.json"
+
+
+def is_scored(work: Path, plan: Plan, method: str, weights: dict[str, str]) -> bool:
+    mark = mark_of(work, method)
+    return mark.is_file() and json.loads(mark.read_text()) == scored_by(work, plan, method, weights)
+
+
+def score_method(work: Path, plan: Plan, method: str, weights: dict[str, str]) -> str:
+    """Scores the images of a method whose parts are done, unless that was done; says so. Raises
+    ValueError where they were sampled otherwise than the base's."""
+    if is_scored(work, plan, method, weights):
+        return f"{method}: was scored"
+    wanted = scored_by(work, plan, method, weights)
+    done = {
+        task: json.loads((work / "done" / f"{name_of(task)}.json").read_text())
+        for task in plan.tasks()
+        if task[0] in (BASE, method)
+    }
+    how = next((d["sampling"] for t, d in done.items() if t[0] == method and d["sampling"]), {})
+    base_how = next((d["sampling"] for t, d in done.items() if t[0] == BASE), {})
+    failed = {s: why for t, d in done.items() if t[0] == method for s, why in d["failed"].items()}
+    folder, text = work / "results" / method, ""
+    if (work / "images" / method).is_dir():
+        if base_how and how != base_how:
+            raise ValueError(
+                f"the base was sampled by {base_how} and `{method}` by {how}: name another --work."
+            )
+        about = {
+            "kind": plan.benchmark, "name": method, "training": plan.training,
+            "seeds": plan.seeds, "failed": failed,
+        }  # fmt: skip
+        write_scores(work, plan, method, weights, about, how)
+        text = f"{method}: {folder / 'report.html'}"
+    else:
+        text = f"{method}: no images, for training failed: {'; '.join(failed.values())}"
+    mark_of(work, method).parent.mkdir(exist_ok=True)
+    with whole(mark_of(work, method)) as partial:
+        partial.write_text(json.dumps(wanted))
+    return text
+
+
+def write_scores(
+    work: Path,
+    plan: Plan,
+    method: str,
+    weights: dict[str, str],
+    about: dict[str, Any],
+    how: dict[str, Any],
+) -> None:
+    photos: dict[str, Photos] = {}
+    for number in range(len(plan.parts)):
+        known = read_photos(work / "photos" / f"{number:02}")[0]
+        holdout = config_of(work, plan, (BASE, plan.seeds[0], number)).holdout
+        photos |= {name: without(own, holdout) for name, own in known.items()}
+    protocol = find_protocol(plan.protocol)
+    seeds = {s for seed in plan.seeds for s in image_seeds(protocol, seed)}
+    scorers = load_scorers(protocol, weights, embedded_base(plan))
+    images = of_seeds(read_images(work / "images" / method), seeds)
+    base = of_seeds(read_images(work / "images" / BASE), seeds)
+    job = Task(images, photos, about, base=base, identifier=IDENTIFIER, sampling=how)
+    results, folder = score_images(job, scorers, protocol), work / "results" / method
+    folder.mkdir(parents=True, exist_ok=True)
+    write_results(results, folder)
+    write_page(results, folder, {i.key: i.picture for i in images.images}, photos)
+
+
+def finish(work: Path, plan: Plan, tell: Callable[[str], None] = print) -> dict[str, Results]:
+    """The results of the methods that have images, all scored, and how they compare."""
+    results = {
+        method: read_results(work / "results" / method)
+        for method in plan.methods
+        if (work / "images" / method).is_dir()
+    }
+    write_comparisons(work / "results" / "comparisons.txt", results, tell)
+    return results
+
+
+def write_comparisons(path: Path, results: dict[str, Results], tell: Callable[[str], None]) -> None:
+    """Of each pair of methods, in sentences."""
+    names: Sequence[str] = list(results)
+    texts = [
+        compare(results[a], results[b]).text(a, b)
+        for i, a in enumerate(names)
+        for b in names[i + 1 :]
+    ]
+    with whole(path) as partial:
+        partial.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    for text in texts:
+        tell(text)
