@@ -13,7 +13,7 @@ from dreamtune.adapters.base import Adapter, Generators, WeightChange, register
 from dreamtune.adapters.maths import blocks_of
 from dreamtune.fields import Count, Terms
 
-AT_ONCE = 2**21  # values above the diagonal
+AT_ONCE = 2**20  # values above the diagonal
 
 
 @register

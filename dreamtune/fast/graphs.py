@@ -93,7 +93,7 @@ class CapturedStep:
         step, changing = self.step, self.step.changes()
         device = changing[0].device
         with torch.cuda.device(device):
-            before = [t.detach().clone() for t in changing]
+            before = [t.detach().cpu() for t in changing]  # here it would be the peak of memory
             # One stream for both: autograd runs a parameter's gradient on the stream that it was
             # first used on.
             stream = torch.cuda.Stream(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ class Stack:
     ) -> None:
         self.adapter, self.use = adapter, use
         kind = Convolution if isinstance(parts[0][0], AdaptedConv2d) else Projection
-        self.roomy = roomy and kind is Projection
+        self.roomy, self.watched = roomy and kind is Projection, roomy
         self.parts = [kind(part, use) for part in parts]
         self.layers = [layer for part in parts for layer in part]
         self.sizes = [len(part) for part in parts]
@@ -124,6 +125,11 @@ class Stack:
         if not wide and not torch.is_grad_enabled():
             named = zip(Factors._fields, factors)
             factors = Factors(*(None if x is None else self.placed(name, x) for name, x in named))
+        elif factors.rotation is not None and not self.watched:
+            # The only large one: it is not there twice. Each forward of a trainer has its backward
+            # before the next.
+            rotation = _Placed.apply(factors.rotation, self.place("rotation", factors.rotation))
+            factors = factors._replace(rotation=rotation)
         none = [None] * len(self.parts)
         rows = zip(*(none if x is None else x.split(self.sizes) for x in factors))
         for part, own in zip(self.parts, rows, strict=True):
@@ -140,7 +146,22 @@ class Stack:
 
     def placed(self, name: str, x: Tensor) -> Tensor:
         """x without a gradient, always in the same place: a recorded forward reads it there."""
+        return self.place(name, x).copy_(x.detach())
+
+    def place(self, name: str, x: Tensor) -> Tensor:
         key = (name, x.shape, x.dtype, x.is_inference())
         if key not in self.places:
-            self.places[key] = x.detach().clone()
-        return self.places[key].copy_(x.detach())
+            self.places[key] = torch.empty_like(x.detach(), memory_format=torch.contiguous_format)
+        return self.places[key]
+
+
+class _Placed(torch.autograd.Function):
+    """x in another's memory, with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor) -> Tensor:
+        return place.copy_(x).detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
