@@ -123,6 +123,18 @@ class LoraFormat(Format):
         """
         return {name: name for name in names}
 
+    def placed(
+        self, file: TensorFile, by_name: Mapping[str, Parts], network: nn.Module | None
+    ) -> list[tuple[str, Parts]]:
+        """Module path and tensors of each layer, of those by name; unknown names stay."""
+        layers = () if network is None else layers_of(network)
+        paths = self.paths(by_name, layers, network)
+        return [(paths[name], parts) for name, parts in by_name.items()]
+
+    def may_be_layer(self, name: str, prefixes: Prefixes) -> bool:
+        """Whether a name may be one of a layer, where there is no network to ask."""
+        return is_layer_name(name, prefixes)
+
     def stated(self, file: TensorFile, prefixes: Prefixes) -> Stated | None:
         """What the file says of its layers' strength, beside the alphas among its tensors."""
         return from_header(file.header, prefixes.peft, file.name)
@@ -145,7 +157,7 @@ class LoraFormat(Format):
         """
         if network is None and self.shortens:
             raise ValueError(
-                f"{self.shortens}, and only the network tells them: pass the UNet as `base`, in the"
+                f"{self.shortens}, and only the network tells them: pass it as `base`, in the"
                 " command as --pretrained_model_name_or_path"
             )
         warn_of_changes(file)
@@ -200,14 +212,14 @@ class LoraFormat(Format):
         Raises UnreadableFile unless all are of layers of the network; without one, of such names.
         """
         by_name, unknown = by_layer(file.tensors, lambda key: self.name(key, prefixes))
-        paths = self.paths(by_name, layers or (), network)
-        by_path = {paths[name]: parts for name, parts in by_name.items()}
-        if len(by_path) < len(by_name):
+        placed = self.placed(file, by_name, network)
+        by_path = dict(placed)
+        if len(by_path) < len(placed):
             raise UnreadableFile(f"`{file.name}` has two names for one layer")
         if layers is not None:
             unknown += [path for path in by_path if path not in layers]
         else:
-            unknown += [path for path in by_path if not is_layer_name(path, prefixes)]
+            unknown += [path for path in by_path if not self.may_be_layer(path, prefixes)]
         if unknown or not by_path:
             raise UnreadableFile(
                 f"`{file.name}`: {len(unknown)} keys match no layer of the network,"

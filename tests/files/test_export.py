@@ -227,9 +227,9 @@ def test_never_overwrites_silently(tmp_path):
         dreamtune.export(adapter, tmp_path, "kohya", name="mine")
 
 
-@pytest.mark.parametrize("format", ["comfyui", "onnx"])
+@pytest.mark.parametrize("format", ["comfy", "onnx"])
 def test_unknown_format(format, tmp_path):
-    listed = r"diffusers \(.*\), kohya \(ComfyUI, A1111\), peft .*, got '"
+    listed = r"diffusers \(.*\), kohya \(ComfyUI, A1111\), comfyui .*, got '"
     with pytest.raises(ValueError, match=f"`format` must be one of {listed}{format}'"):
         dreamtune.export(dreamtune.inject(tiny_unet(), "lora"), tmp_path, format)
 
