@@ -2,8 +2,9 @@
 words for up and down. Without alpha: a strength of 1.
 
 A layer that the checkpoint has in one piece and diffusers in several is written and read whole.
-diffusers 0.42 reads such files of its transformers but SD 3's; of Flux.1 and of Z-Image not the
-layers outside the blocks, of Flux.2 `final_layer.adaLN_modulation.1` with its halves exchanged.
+diffusers 0.42 reads such files of its transformers but SD 3's; of Flux.1 not the layers outside the
+blocks, of Z-Image not `x_embedder` and `final_layer`, of Flux.2 `final_layer.adaLN_modulation.1`
+with its halves exchanged.
 """
 
 from __future__ import annotations
@@ -13,21 +14,13 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from dreamtune.files.comfyui_names import (
-    KOHYA,
-    Layer,
-    comfyui_names,
-    family_of,
-    known_networks,
-)
+from dreamtune.files.comfyui_names import KOHYA, comfyui_names, family_of, names_of
 from dreamtune.files.formats import Change, LayerFactors, Prefixes
-from dreamtune.files.fused import joined, separated
+from dreamtune.files.fused import put_together, taken_apart
 from dreamtune.files.lora import PlainLora, about_of, check_low_rank
 from dreamtune.files.names import COMFY
 from dreamtune.files.parts import Parts
-from dreamtune.files.stated import HEADER
 from dreamtune.files.tensors import TensorFile
-from dreamtune.injection.targets import layers_of, unwrapped
 
 
 class ComfyUI(PlainLora):
@@ -37,7 +30,7 @@ class ComfyUI(PlainLora):
     def check(self, change: Change) -> str:
         check_low_rank(change)
         if change.network is not None:
-            _names(change)
+            names_of(change)
         return "a plain LoRA"
 
     def needs_base(self, change: Change) -> str:
@@ -48,12 +41,11 @@ class ComfyUI(PlainLora):
 
     def tensors(self, factors: LayerFactors, change: Change) -> dict[str, Tensor]:
         assert change.network is not None
-        family, sizes = family_of(change.network), _outputs(change.network)
+        family = family_of(change.network)
         down_key, up_key = KOHYA if family is None else family.keys
         found = {}
-        for name, layer in _names(change).items():
-            pairs = [factors.get(path) for path in layer.paths]
-            up, down = joined(pairs, [sizes[path] for path in layer.paths], layer.swapped)
+        whole = put_together(factors, names_of(change), change.network)
+        for name, (up, down) in whole.items():
             found[f"{COMFY}{name}{down_key}"] = down
             found[f"{COMFY}{name}{up_key}"] = up
         return found
@@ -77,51 +69,8 @@ class ComfyUI(PlainLora):
         """
         if network is None:
             return list(by_name.items())
-        known, sizes = comfyui_names(network), _outputs(network)
-        written, narrow = about_of(file).get("fingerprint", {}), HEADER not in file.header
-        found = []
-        for name, own in by_name.items():
-            layer = known.get(name, Layer((name,)))
-            if len(layer.paths) == 1 and not layer.swapped:
-                found.append((layer.paths[0], own))
-                continue
-            outputs = [sizes[path] for path in layer.paths]
-            parts = separated(name, own, outputs, layer.swapped, narrow and len(outputs) > 1)
-            # What our file is zero of was not trained, unless the header says that it was.
-            found += [
-                (path, part)
-                for path, part in zip(layer.paths, parts)
-                if not written or path in written or part["up"].any()
-            ]
-        return found
-
-
-def _names(change: Change) -> dict[str, Layer]:
-    """Of the checkpoint's layers that change. Raises ValueError for a network, or a layer, that has
-    no name.
-    """
-    assert change.network is not None
-    names, paths = comfyui_names(change.network), change.file.shapes
-    if not names:
-        kind = type(unwrapped(change.network)).__name__
-        raise ValueError(
-            f"the names of `{kind}` in ComfyUI are not known, known are those of"
-            f" {known_networks()}: use the native file with `dreamtune.load`, or export it"
-            " as `peft` or as `merged`"
-        )
-    found = {n: layer for n, layer in names.items() if any(path in paths for path in layer.paths)}
-    named = {path for layer in found.values() for path in layer.paths}
-    if missing := [path for path in paths if path not in named]:
-        raise ValueError(
-            f"{len(missing)} layers have no name in the checkpoint that ComfyUI reads,"
-            f" `{missing[0]}` first: export it as `peft` or as `merged`, or leave them out of"
-            " `target_modules`"
-        )
-    return found
-
-
-def _outputs(network: nn.Module) -> dict[str, int]:
-    return {path: layer.weight.shape[0] for path, layer in layers_of(network).items()}
+        written = about_of(file).get("fingerprint", {})
+        return taken_apart(file, by_name, comfyui_names(network), network, written)
 
 
 FORMAT = ComfyUI()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from dreamtune.files.formats import Change
 from dreamtune.files.names import checkpoint_names
 from dreamtune.injection.targets import layers_of, unwrapped
 
@@ -209,5 +210,25 @@ def _has_scale_first(network: nn.Module, path: str) -> bool:
     return type(owner).__name__ == "AdaLayerNormContinuous"
 
 
-def known_networks() -> str:
-    return ", ".join((*FAMILIES, UNET))
+def names_of(change: Change) -> dict[str, Layer]:
+    """Of the checkpoint's layers that change. Raises ValueError for a network, or a layer, that has
+    no name.
+    """
+    assert change.network is not None
+    names, paths = comfyui_names(change.network), change.file.shapes
+    if not names:
+        kind = type(unwrapped(change.network)).__name__
+        raise ValueError(
+            f"the names of `{kind}` in ComfyUI are not known, known are those of"
+            f" {', '.join((*FAMILIES, UNET))}: use the native file with `dreamtune.load`, or"
+            " export it as `peft` or as `merged`"
+        )
+    found = {n: layer for n, layer in names.items() if any(path in paths for path in layer.paths)}
+    named = {path for layer in found.values() for path in layer.paths}
+    if missing := [path for path in paths if path not in named]:
+        raise ValueError(
+            f"{len(missing)} layers have no name in the checkpoint that ComfyUI reads,"
+            f" `{missing[0]}` first: export it as `peft` or as `merged`, or leave them out of"
+            " `target_modules`"
+        )
+    return found

@@ -6,13 +6,18 @@ up block-diagonal and down stacked, of rank sum r_i.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreamtune.fields import UnreadableFile
+from dreamtune.files.comfyui_names import Layer
+from dreamtune.files.formats import LayerFactors
 from dreamtune.files.parts import Parts, check_alpha, check_pair, factors_of, method_of
+from dreamtune.files.stated import HEADER
+from dreamtune.files.tensors import TensorFile
+from dreamtune.injection.targets import layers_of
 
 Pair = tuple[Tensor, Tensor]  # up (out, r), down (r, in)
 
@@ -37,6 +42,17 @@ def joined(pairs: Sequence[Pair | None], sizes: Sequence[int], swapped: bool) ->
             column += rank
         row += size
     return (halves_swapped(whole) if swapped else whole), torch.cat([down for _, down in there])
+
+
+def put_together(
+    factors: LayerFactors, names: Mapping[str, Layer], network: nn.Module
+) -> LayerFactors:
+    """Name in the checkpoint -> factors, of those of diffusers' layers."""
+    sizes, found = _outputs(network), {}
+    for name, layer in names.items():
+        pairs = [factors.get(path) for path in layer.paths]
+        found[name] = joined(pairs, [sizes[path] for path in layer.paths], layer.swapped)
+    return found
 
 
 def separated(
@@ -75,6 +91,39 @@ def separated(
             own["alpha"] = torch.tensor(float(parts["alpha"]) * int(kept.sum()) / len(down))
         found.append(own)
     return found
+
+
+def taken_apart(
+    file: TensorFile,
+    by_name: Mapping[str, Parts],
+    names: Mapping[str, Layer],
+    network: nn.Module,
+    written: Collection[str],
+) -> list[tuple[str, Parts]]:
+    """Module path and tensors of each of diffusers' layers. Names that are not in `names` stay.
+
+    written: module paths of the layers that our header has; of others, a part that is zero was not
+        trained, and is left out.
+    """
+    sizes, narrow = _outputs(network), HEADER not in file.header
+    found = []
+    for name, own in by_name.items():
+        layer = names.get(name, Layer((name,)))
+        if len(layer.paths) == 1 and not layer.swapped:
+            found.append((layer.paths[0], own))
+            continue
+        outputs = [sizes[path] for path in layer.paths]
+        parts = separated(name, own, outputs, layer.swapped, narrow and len(outputs) > 1)
+        found += [
+            (path, part)
+            for path, part in zip(layer.paths, parts)
+            if not written or path in written or part["up"].any()
+        ]
+    return found
+
+
+def _outputs(network: nn.Module) -> dict[str, int]:
+    return {path: layer.weight.shape[0] for path, layer in layers_of(network).items()}
 
 
 def halves_swapped(rows: Tensor) -> Tensor:

@@ -257,14 +257,23 @@ def about_of(file: TensorFile) -> dict[str, Any]:
 class PlainLora(LoraFormat, ExportFormat):
     """One that is written as well."""
 
+    def needs_base(self, change: Change) -> str:
+        odd = [p for p in change.file.shapes if not f"{p}.".startswith(change.prefixes.roots)]
+        if odd and change.network is None:
+            return (
+                f"`{odd[0]}` is no layer of a UNet, and only its network tells its name in the file"
+            )
+        return super().needs_base(change)
+
     def check(self, change: Change) -> str:
         check_low_rank(change)
         strange = [p for p in change.file.shapes if not is_layer_name(p, change.prefixes)]
         if strange:
+            given = "" if change.network is not None else "give a transformer as `base`, "
             raise ValueError(
                 f"`{strange[0]}` is no layer of a UNet of diffusers, {len(strange)} layers are"
-                " none: use the native file with `dreamtune.load`, or export it as `peft` or as"
-                " `merged`"
+                f" none: {given}use the native file with `dreamtune.load`, or export it as"
+                " `peft` or as `merged`"
             )
         return "a plain LoRA"
 

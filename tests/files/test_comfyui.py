@@ -65,13 +65,46 @@ def test_stock_diffusers_gives_the_injected_models_output(kind: str, tmp_path: P
     wanted = output(network)
     path = dreamtune.export(adapter, tmp_path, "comfyui")
     assert path.name == "adapter_comfyui.safetensors"
-    stock = tiny(kind)
-    loaded = loader.lora_state_dict(tmp_path, weight_name=path.name)
-    more = {"network_alphas": None} if kind == "FluxTransformer2DModel" else {}
-    tensors = loaded[0] if isinstance(loaded, tuple) else loaded
-    loader.load_lora_into_transformer(tensors, transformer=stock, **more)
-    torch.testing.assert_close(output(stock), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(output(loaded(loader, path, kind)), wanted, rtol=0, atol=1e-5)
     assert float((wanted - plain).abs().max()) > 1e-2
+
+
+def loaded(loader: Any, path: Path, kind: str) -> nn.Module:
+    """A transformer with a file, as the pipeline's `load_lora_weights` loads it."""
+    network = tiny(kind)
+    found = loader.lora_state_dict(path.parent, weight_name=path.name)
+    more = {"network_alphas": None} if kind == "FluxTransformer2DModel" else {}
+    tensors = found[0] if isinstance(found, tuple) else found
+    loader.load_lora_into_transformer(tensors, transformer=network, **more)
+    return network
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+@each_kind
+def test_the_other_formats_of_a_transformer(format: str, kind: str, tmp_path: Path) -> None:
+    """`diffusers` has diffusers' prefix, `kohya` the names of ComfyUI; both come back as they went,
+    and stock diffusers reads what it has a reader for.
+    """
+    loader, targets = LOADERS.get(kind, (lora_pipeline.SD3LoraLoaderMixin, "re:.*"))
+    if kind == "FluxTransformer2DModel":
+        targets = f"re:(?!single_).*{targets.removeprefix('re:')}"
+    network = tiny(kind)
+    adapter = dreamtune.inject(network, "lora", rank=3, target_modules=[targets])
+    disturb(adapter)
+    wanted, changes = output(network), products(factors_of_adapter(adapter))
+    path = dreamtune.export(adapter, tmp_path, format)
+    native = adapter.save(tmp_path / "native")
+    adapter.eject()
+    start = {"diffusers": "transformer.", "kohya": "lora_unet_"}[format]
+    assert all(key.startswith(start) for key in load_file(path))
+    assert_same(read(path, network), changes)
+    if format == "diffusers" or kind in ("FluxTransformer2DModel", "QwenImageTransformer2DModel"):
+        torch.testing.assert_close(output(loaded(loader, path, kind)), wanted, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="is no layer of a UNet.*give a transformer as `base`"):
+        dreamtune.export(native, tmp_path / "x", format)
+    only = dreamtune.inject(network, "lora", rank=1, target_modules=["to_q"]).save(tmp_path / "q")
+    with pytest.raises(ValueError, match="only its network tells its name in the file: pass"):
+        dreamtune.export(only, tmp_path / "x", format)
 
 
 @pytest.mark.parametrize("left_out", ["", "proj_mlp", "attn.to_k"])
@@ -195,6 +228,18 @@ def test_refusals(tmp_path: Path) -> None:
     known = f"`Sequential` in ComfyUI are not known.*{', '.join(FAMILIES)}, UNet2DConditionModel"
     with pytest.raises(ValueError, match=known):
         dreamtune.export(adapter, tmp_path, "comfyui")
+    from diffusers import PixArtTransformer2DModel
+
+    pixart = PixArtTransformer2DModel(
+        sample_size=4, num_layers=1, num_attention_heads=2, attention_head_dim=8,
+        cross_attention_dim=16, caption_channels=12,
+    )  # fmt: skip
+    adapter = dreamtune.inject(pixart, "lora", rank=1)
+    for format in ("comfyui", "kohya"):
+        with pytest.raises(ValueError, match="`PixArtTransformer2DModel` in ComfyUI are not known"):
+            dreamtune.export(adapter, tmp_path, format)
+    with pytest.raises(ValueError, match="loads no LoRA into `PixArtTransformer2DModel`"):
+        dreamtune.export(adapter, tmp_path)
     network = tiny("FluxTransformer2DModel")
     network.extra = nn.Linear(4, 4)
     adapter = dreamtune.inject(network, "lora", target_modules=["to_q", "extra"])

@@ -142,8 +142,8 @@ def test_several_files_are_not_guessed_among(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])  # ComfyUI has one for all
 def test_prefixes_are_the_familys(format: str, tmp_path: Path) -> None:
-    """A transformer's file: written under its prefix, read under it, by no UNet."""
-    unet, prefixes = tiny_unet(), Prefixes("transformer.", "lora_transformer_")
+    """Another network's file: written under its prefix, read under it, by no UNet."""
+    unet, prefixes = tiny_unet(), Prefixes("prior.", "lora_prior_")
     adapter = trained(unet)
     factors = factors_of_adapter(adapter)
     adapter.eject()
@@ -153,9 +153,7 @@ def test_prefixes_are_the_familys(format: str, tmp_path: Path) -> None:
         adapter.file(), lambda: factors, torch.float32, {"metadata": {}}, prefixes, network=unet
     )
     target.write(path, change, overwrite=False)
-    assert all(
-        k.startswith(("transformer.", "lora_transformer_")) for k in read_tensors(path).tensors
-    )
+    assert all(k.startswith(("prior.", "lora_prior_")) for k in read_tensors(path).tensors)
     read = read_adapter(path, unet, prefixes)
     wanted = {p: read.tensors[f"{p}.B"].double() @ read.tensors[f"{p}.A"].double() for p in factors}
     assert_same(wanted, changes(factors), 1e-6)
