@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tiny_transformers import tiny
 from torch import Tensor
 from transformer_files import C, assert_same, factors_for, model_of, products, read, write
 
@@ -59,6 +60,18 @@ def test_a_fused_layer_of_another_tool(tmp_path: Path) -> None:
     twice = {p: c * 4 for p, c in wanted.items() if "to_" in p}
     header = foreign(tmp_path / "y.safetensors", only, lora_adapter_metadata=stated)
     assert_same(read(header, network), twice)
+
+
+def test_a_pipeline_with_a_transformer(tmp_path: Path) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    network, parts = tiny("FluxTransformer2DModel"), FluxPipeline.__init__.__annotations__
+    pipe = FluxPipeline(**dict.fromkeys(parts) | {"transformer": network,
+                        "scheduler": FlowMatchEulerDiscreteScheduler()})  # fmt: skip
+    path = write(tmp_path / "x.safetensors", network, factors_for(network))
+    adapter = dreamtune.load(pipe, path, force=True)
+    assert adapter.model is network
+    assert_same(products(factors_of_adapter(adapter)), products(factors_for(network)))
 
 
 def test_a_zero_part_of_another_tools_file_is_a_layer(tmp_path: Path) -> None:
