@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from dreamtune.files.formats import Change
-from dreamtune.files.names import checkpoint_names
+from dreamtune.files.names import checkpoint_names, flat
 from dreamtune.injection.targets import layers_of, unwrapped
 
 UNET = "UNet2DConditionModel"
@@ -208,6 +208,13 @@ def _spelt(family: Family, network: nn.Module) -> dict[str, tuple[str, ...]]:
 def _has_scale_first(network: nn.Module, path: str) -> bool:
     owner = network.get_submodule(path.rpartition(".")[0])
     return type(owner).__name__ == "AdaLayerNormContinuous"
+
+
+def may_be_flat(name: str) -> bool:
+    """Whether it may be a layer of some family with _ for each dot, where there is no network."""
+    starts = {theirs for family in FAMILIES.values() for theirs, _ in family.stacks.values()}
+    tops = {flat(top) for family in FAMILIES.values() for top in family.top}
+    return name.startswith(tuple(f"{s}_" for s in (*starts, "transformer_blocks"))) or name in tops
 
 
 def names_of(change: Change) -> dict[str, Layer]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dreamtune.files.comfyui_names import Layer, comfyui_names, family_of, names_of
+from dreamtune.files.comfyui_names import Layer, comfyui_names, family_of, may_be_flat, names_of
 from dreamtune.files.formats import Change, LayerFactors, Prefixes
 from dreamtune.files.fused import put_together, taken_apart
 from dreamtune.files.header import is_xl, kohya
@@ -90,6 +90,9 @@ class Kohya(PlainLora):
         known = {flat(path): path for path in layers}
         known |= {flat(name): path for name, path in checkpoint_names(layers, network).items()}
         return {name: known.get(name, name) for name in names}
+
+    def may_be_layer(self, name: str, prefixes: Prefixes) -> bool:
+        return super().may_be_layer(name, prefixes) or may_be_flat(name)
 
     def placed(
         self, file: TensorFile, by_name: Mapping[str, Parts], network: nn.Module | None

@@ -22,6 +22,7 @@ from dreamtune.files.comfyui_names import FAMILIES, comfyui_names
 from dreamtune.files.formats import LayerFactors, read_adapter
 from dreamtune.files.info import describe
 from dreamtune.files.layers import factors_of_adapter
+from dreamtune.files.names import flat
 from dreamtune.injection.targets import layers_of
 
 # What reads such a file in diffusers, and the layers that it reads rightly: see `comfyui.py`.
@@ -51,6 +52,10 @@ def test_every_layer_has_one_name_and_no_two_share_it(kind: str, blocks: int) ->
     assert sorted(paths) == sorted(layers_of(network)) and len(set(paths)) == len(paths)
     for name, layer in names.items():
         assert name not in paths or layer.paths == (name,)
+    flats, of_paths = {flat(name): name for name in names}, {flat(path): path for path in paths}
+    assert len(flats) == len(names)
+    for word in flats.keys() & of_paths.keys():
+        assert names[flats[word]].paths == (of_paths[word],)
 
 
 @pytest.mark.parametrize("kind", LOADERS)
@@ -98,6 +103,8 @@ def test_the_other_formats_of_a_transformer(format: str, kind: str, tmp_path: Pa
     start = {"diffusers": "transformer.", "kohya": "lora_unet_"}[format]
     assert all(key.startswith(start) for key in load_file(path))
     assert_same(read(path, network), changes)
+    if format == "kohya" and kind != "QwenImageTransformer2DModel":  # known without the network
+        assert {flat(name) for name in comfyui_names(network)} >= set(describe(path).layers)
     if format == "diffusers" or kind in ("FluxTransformer2DModel", "QwenImageTransformer2DModel"):
         torch.testing.assert_close(output(loaded(loader, path, kind)), wanted, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="is no layer of a UNet.*give a transformer as `base`"):
@@ -108,19 +115,21 @@ def test_the_other_formats_of_a_transformer(format: str, kind: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("left_out", ["", "proj_mlp", "attn.to_k"])
-def test_stock_diffusers_reads_a_single_block_of_flux(left_out: str, tmp_path: Path) -> None:
-    """Of its width, where `linear1` is three projections and the feed-forward; a part of it may
-    have no change.
+def test_stock_diffusers_reads_the_rest_of_flux(left_out: str, tmp_path: Path) -> None:
+    """A single block of its width, where `linear1` is three projections and the feed-forward, a
+    part of it perhaps without a change; and what diffusers takes right, but gives no prefix, so
+    that its pipeline leaves it out.
     """
     wide = {"attention_head_dim": 128, "num_attention_heads": 24, "axes_dims_rope": (16, 56, 56)}
     with torch.device("meta"):
         network = MAKE["FluxTransformer2DModel"](num_layers=0, num_single_layers=1, **wide)
-    blocks = {p: f for p, f in factors_for(network).items() if p.startswith("single_")}
-    kept = {p: f for p, f in blocks.items() if not (left_out and p.endswith(left_out))}
+    every = factors_for(network)
+    kept = {p: f for p, f in every.items() if not (left_out and p.endswith(left_out))}
     path = write(tmp_path / "x.safetensors", network, kept)
     found = lora_pipeline.FluxLoraLoaderMixin.lora_state_dict(path)
-    for p in blocks:
-        up, down = (found.pop(f"transformer.{p}.lora_{x}.weight") for x in "BA")
+    for p in every:
+        key = f"transformer.{p}" if p.startswith("single_") else p
+        up, down = (found.pop(f"{key}.lora_{x}.weight") for x in "BA")
         if p in kept:
             wanted_up, wanted_down = kept[p]
             x = torch.randn(3, down.shape[1], generator=torch.Generator().manual_seed(0))
