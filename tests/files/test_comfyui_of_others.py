@@ -42,7 +42,7 @@ def test_a_fused_layer_of_another_tool(tmp_path: Path) -> None:
         "double_blocks.0.img_attn.qkv.alpha": torch.tensor(2.0),
         "double_blocks.1.txt_attn.qkv.lora_down.weight": torch.randn(6, 16, generator=g),
         "double_blocks.1.txt_attn.qkv.lora_up.weight": diagonal,
-        "double_blocks.1.txt_attn.qkv.alpha": torch.tensor(3.0),
+        "double_blocks.1.txt_attn.qkv.alpha": torch.tensor(3.0).to(torch.float8_e4m3fn),
     }
     path = foreign(tmp_path / "x.safetensors", tensors)
     other = tensors["double_blocks.1.txt_attn.qkv.lora_down.weight"]
