@@ -1,6 +1,7 @@
 """Fuzz of all that is read: adapter files, a run's folder, flags, config files.
 
-    python eval/reliability/files.py [--only load export transformers resume flags yaml] [--cases 1.0] [--seed 0]
+    python eval/reliability/files.py [--only load export transformers resume flags yaml]
+        [--cases 1.0] [--seed 0]
 
 Every case is a sound file with one damage, by a seeded generator. What comes of it is one of
   clean     a ValueError that names the file (or flag), or a result with a warning that does;
