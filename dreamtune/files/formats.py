@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 EXPORTS = {
     "diffusers": "`pipe.load_lora_weights`",
     "kohya": "ComfyUI, A1111",
-    "comfyui": "ComfyUI, of transformers too",
+    "comfyui": "ComfyUI",
     "peft": "`PeftModel.from_pretrained`",
     "merged": "diffusers' `from_pretrained`",
     "native": "dreamtune",  # what `InjectedAdapter.save` writes as well
