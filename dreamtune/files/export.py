@@ -236,7 +236,7 @@ def _settings_of_run(path: Path, why: str) -> dict[str, Any]:
     settings = run_settings(path)
     if "pretrained_model_name_or_path" not in settings:
         raise ValueError(
-            f"{why}: pass the UNet as `base`, in the command as --pretrained_model_name_or_path"
+            f"{why}: pass the network as `base`, in the command as --pretrained_model_name_or_path"
         )
     names = {n: settings.get(n) for n in ("revision", "variant")}
     return {"base": settings["pretrained_model_name_or_path"], **names}

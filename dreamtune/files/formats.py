@@ -1,9 +1,8 @@
 """The formats of adapter files: the contract of one, and the table of all.
 
-A new format is a module in this folder and a line in `EXPORTS`, or a word in `READ` where it is
-not written: `dreamtune.export`, `dreamtune.load`, the command's --format and the search for the
-file of a folder go over them. They are plain, and a module is imported when its format is needed,
-so that `--help` costs no torch.
+A new format is a module in this folder and a line in `EXPORTS`: `dreamtune.export`,
+`dreamtune.load`, the command's --format and the search for the file of a folder go over them. They
+are plain, and a module is imported when its format is needed, so that `--help` costs no torch.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ if TYPE_CHECKING:
 EXPORTS = {
     "diffusers": "`pipe.load_lora_weights`",
     "kohya": "ComfyUI, A1111",
+    "comfyui": "ComfyUI",
     "peft": "`PeftModel.from_pretrained`",
     "merged": "diffusers' `from_pretrained`",
     "native": "dreamtune",  # what `InjectedAdapter.save` writes as well
 }
 NATIVE = "native"
 UNNAMED = "adapter"  # the name of one that has none
-READ = ("comfyui",)  # what is read only
 OTHERS = (
     "For a LoRA of a text encoder use `pipe.load_lora_weights`, else the tool that wrote the file"
 )
@@ -157,7 +156,7 @@ def export_format(name: str) -> ExportFormat:
 
 def formats() -> dict[str, Format]:
     """All, in the order in which a file or a folder is asked for them."""
-    return {name: _load(name) for name in dict.fromkeys((NATIVE, *EXPORTS, *READ))}
+    return {name: _load(name) for name in dict.fromkeys((NATIVE, *EXPORTS))}
 
 
 def _load(name: str) -> Format:

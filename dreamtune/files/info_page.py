@@ -23,13 +23,12 @@ KINDS = (
     "emb_layers.1", "downsamplers.0.conv", "upsamplers.0.conv", "op", "conv", "conv_in", "conv_out",
     "linear_1", "linear_2",
 )  # fmt: skip
-READERS = {**EXPORTS, "comfyui": "ComfyUI"}
 
 
 def page(info: Info, encoding: str = "utf-8") -> str:
     """The text for a terminal of this encoding; nothing in it can move a cursor."""
     rows = [
-        ("format", f"{info.format}; read by {READERS.get(info.format, 'dreamtune')}"),
+        ("format", f"{info.format}; read by {EXPORTS.get(info.format, 'dreamtune')}"),
         ("method", info.method),
         ("rank", _counted(info.ranks) or "not known without the base"),
         ("strength", _counted(info.strengths) + (info.doubt and f"; {info.doubt}")),

@@ -1,5 +1,5 @@
-"""LoRA as kohya's scripts name it: `lora_unet_<module path, _ for .>.lora_down.weight`; of SDXL the
-path is that of its first checkpoint.
+"""LoRA as kohya's scripts name it: `lora_unet_<module path, _ for .>.lora_down.weight`; of SDXL and
+of transformers the path is that of the first checkpoint, whose fused layers are written whole.
 
 ComfyUI reads all layers of it; diffusers 0.36 those that kohya's scripts train: not `conv_in`,
 `conv_out` and the time embedding, which it warns of and leaves out.
@@ -7,17 +7,22 @@ ComfyUI reads all layers of it; diffusers 0.36 those that kohya's scripts train:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from dreamtune.files.comfyui_names import Layer, comfyui_names, family_of, may_be_flat, names_of
 from dreamtune.files.formats import Change, LayerFactors, Prefixes
+from dreamtune.files.fused import put_together, taken_apart
 from dreamtune.files.header import is_xl, kohya
-from dreamtune.files.lora import PlainLora
+from dreamtune.files.lora import PlainLora, about_of
 from dreamtune.files.names import LYCORIS, checkpoint_names, flat
+from dreamtune.files.parts import Parts
 from dreamtune.files.tensors import TensorFile
+from dreamtune.injection.targets import layers_of
+from dreamtune.models.prefixes import TRANSFORMER
 
 SGM = "https://github.com/Stability-AI/generative-models"  # whose names those of SDXL are
 
@@ -28,13 +33,21 @@ class Kohya(PlainLora):
     file_name = "{name}_kohya.safetensors"
     shortens = "a kohya file shortens the names of its layers"
 
+    def check(self, change: Change) -> str:
+        held = super().check(change)
+        if change.prefixes.peft == TRANSFORMER:
+            names_of(change)
+        return held
+
     def needs_base(self, change: Change) -> str:
+        if why := super().needs_base(change):
+            return why
         if is_xl(change):
             return "a kohya file of SDXL counts the blocks of its first checkpoint"
         told = any("transformer_blocks" in path for path in change.file.shapes)
         if change.network is None and not told:
             return "a kohya file has other names for SDXL, and these layers do not tell it"
-        return super().needs_base(change)
+        return ""
 
     def usage(self, path: Path) -> str:
         return (
@@ -43,6 +56,8 @@ class Kohya(PlainLora):
         )
 
     def tensors(self, factors: LayerFactors, change: Change) -> dict[str, Tensor]:
+        if change.network is not None and change.prefixes.peft == TRANSFORMER:
+            factors = put_together(factors, names_of(change), change.network)
         names = {path: path for path in factors}
         if is_xl(change):
             names = {path: name for name, path in checkpoint_names(factors, change.network).items()}
@@ -61,6 +76,8 @@ class Kohya(PlainLora):
 
     def strings(self, change: Change) -> dict[str, str]:
         found = super().strings(change) | kohya(change)
+        if change.prefixes.peft == TRANSFORMER:
+            del found["modelspec.implementation"]  # the names are not diffusers'
         return found | ({"modelspec.implementation": SGM} if is_xl(change) else {})
 
     def name(self, key: str, prefixes: Prefixes) -> str | None:
@@ -73,6 +90,19 @@ class Kohya(PlainLora):
         known = {flat(path): path for path in layers}
         known |= {flat(name): path for name, path in checkpoint_names(layers, network).items()}
         return {name: known.get(name, name) for name in names}
+
+    def may_be_layer(self, name: str, prefixes: Prefixes) -> bool:
+        return super().may_be_layer(name, prefixes) or may_be_flat(name)
+
+    def placed(
+        self, file: TensorFile, by_name: Mapping[str, Parts], network: nn.Module | None
+    ) -> list[tuple[str, Parts]]:
+        if network is None or family_of(network) is None:
+            return super().placed(file, by_name, network)
+        names = {flat(path): Layer((path,)) for path in layers_of(network)}
+        names |= {flat(name): layer for name, layer in comfyui_names(network).items()}
+        written = about_of(file).get("fingerprint", {})
+        return taken_apart(file, by_name, names, network, written)
 
     def doubt(self, file: TensorFile) -> str | None:
         alpha, rank = (file.header.get(f"ss_network_{name}") for name in ("alpha", "dim"))

@@ -123,6 +123,18 @@ class LoraFormat(Format):
         """
         return {name: name for name in names}
 
+    def placed(
+        self, file: TensorFile, by_name: Mapping[str, Parts], network: nn.Module | None
+    ) -> list[tuple[str, Parts]]:
+        """Module path and tensors of each layer, of those by name; unknown names stay."""
+        layers = () if network is None else layers_of(network)
+        paths = self.paths(by_name, layers, network)
+        return [(paths[name], parts) for name, parts in by_name.items()]
+
+    def may_be_layer(self, name: str, prefixes: Prefixes) -> bool:
+        """Whether a name may be one of a layer, where there is no network to ask."""
+        return is_layer_name(name, prefixes)
+
     def stated(self, file: TensorFile, prefixes: Prefixes) -> Stated | None:
         """What the file says of its layers' strength, beside the alphas among its tensors."""
         return from_header(file.header, prefixes.peft, file.name)
@@ -145,7 +157,7 @@ class LoraFormat(Format):
         """
         if network is None and self.shortens:
             raise ValueError(
-                f"{self.shortens}, and only the network tells them: pass the UNet as `base`, in the"
+                f"{self.shortens}, and only the network tells them: pass it as `base`, in the"
                 " command as --pretrained_model_name_or_path"
             )
         warn_of_changes(file)
@@ -200,14 +212,14 @@ class LoraFormat(Format):
         Raises UnreadableFile unless all are of layers of the network; without one, of such names.
         """
         by_name, unknown = by_layer(file.tensors, lambda key: self.name(key, prefixes))
-        paths = self.paths(by_name, layers or (), network)
-        by_path = {paths[name]: parts for name, parts in by_name.items()}
-        if len(by_path) < len(by_name):
+        placed = self.placed(file, by_name, network)
+        by_path = dict(placed)
+        if len(by_path) < len(placed):
             raise UnreadableFile(f"`{file.name}` has two names for one layer")
         if layers is not None:
             unknown += [path for path in by_path if path not in layers]
         else:
-            unknown += [path for path in by_path if not is_layer_name(path, prefixes)]
+            unknown += [path for path in by_path if not self.may_be_layer(path, prefixes)]
         if unknown or not by_path:
             raise UnreadableFile(
                 f"`{file.name}`: {len(unknown)} keys match no layer of the network,"
@@ -245,14 +257,23 @@ def about_of(file: TensorFile) -> dict[str, Any]:
 class PlainLora(LoraFormat, ExportFormat):
     """One that is written as well."""
 
+    def needs_base(self, change: Change) -> str:
+        odd = [p for p in change.file.shapes if not f"{p}.".startswith(change.prefixes.roots)]
+        if odd and change.network is None:
+            return (
+                f"`{odd[0]}` is no layer of a UNet, and only its network tells its name in the file"
+            )
+        return super().needs_base(change)
+
     def check(self, change: Change) -> str:
         check_low_rank(change)
         strange = [p for p in change.file.shapes if not is_layer_name(p, change.prefixes)]
         if strange:
+            given = "" if change.network is not None else "give a transformer as `base`, "
             raise ValueError(
                 f"`{strange[0]}` is no layer of a UNet of diffusers, {len(strange)} layers are"
-                " none: use the native file with `dreamtune.load`, or export it as `peft` or as"
-                " `merged`"
+                f" none: {given}use the native file with `dreamtune.load`, or export it as"
+                " `peft` or as `merged`"
             )
         return "a plain LoRA"
 

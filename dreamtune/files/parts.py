@@ -237,7 +237,7 @@ def check_core(layer: str, name: str, core: Tensor, rank: int) -> None:
 
 
 def check_alpha(layer: str, alpha: Tensor) -> None:
-    if alpha.numel() != 1 or alpha.is_complex() or not alpha.isfinite():
+    if alpha.numel() != 1 or alpha.is_complex() or not math.isfinite(float(alpha)):
         raise ValueError(f"`alpha` of `{layer}` must be one finite number")
 
 

@@ -13,7 +13,7 @@ from dreamtune.config import EMBEDDED
 from dreamtune.injection.targets import unwrapped
 from dreamtune.models.base import Base
 from dreamtune.models.folder import ModelFolder, looks_like_a_path
-from dreamtune.models.prefixes import Prefixes
+from dreamtune.models.prefixes import TRANSFORMER, Prefixes
 from dreamtune.models.quiet import quiet_diffusers
 from dreamtune.models.single_file import load_file
 
@@ -114,13 +114,22 @@ def family_class(family: Family) -> type[Any]:
 
 
 def prefixes_of(network: torch.nn.Module | None) -> Prefixes:
-    """Of the keys of LoRA files for that network; those of the first family for one that no family
-    has, and for none.
+    """Of the keys of LoRA files for that network: its family's; diffusers' of any transformer, for
+    one of its that no family has; else those of the first family.
     """
     families = [family_class(family) for family in FAMILIES]
-    own = (f.prefixes for f in families if f.network_class == type(network).__name__)
-    found: Prefixes = next(own, families[0].prefixes)
+    kind = type(None if network is None else unwrapped(network))
+    own = next((f.prefixes for f in families if f.network_class == kind.__name__), None)
+    if own is None and network is not None and _is_transformer(kind):
+        roots = tuple(f"{name}." for name, _ in unwrapped(network).named_children())
+        return Prefixes(TRANSFORMER, "lora_unet_", roots)  # the latter of every network
+    found: Prefixes = own or families[0].prefixes
     return found
+
+
+def _is_transformer(kind: type) -> bool:
+    """Of diffusers, by what its classes inherit."""
+    return "Transformer" in kind.__name__ and hasattr(kind, "load_config")
 
 
 def load_network(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+TRANSFORMER = "transformer."  # of diffusers' keys for the transformer of any of its pipelines
+
 
 @dataclass(frozen=True)
 class Prefixes:

@@ -26,11 +26,11 @@ def load(
     force: bool = False,
     trainable: bool = False,
 ) -> InjectedAdapter:
-    """Puts an adapter on the pipeline's UNet, or on a model, at `scale`; `eject()` on the result
-    takes it out.
+    """Puts an adapter on the pipeline's UNet or transformer, or on a model, at `scale`; `eject()`
+    on the result takes it out.
 
     Args:
-        pipe: a diffusers pipeline with a UNet, or the model itself, whatever module it is.
+        pipe: a diffusers pipeline, or the model itself, whatever module it is.
         path: a native file, an exported one, another trainer's LoRA, LoHa or LoKr, or a folder: of
             a run (its best/), a checkpoint-N (its own step), one that PEFT saved, or one with such
             a file.
@@ -43,7 +43,7 @@ def load(
         ValueError: keys that match no layer, layers without keys, values that are not finite,
         another base.
     """
-    model = load_network(pipe)
+    model = load_network(pipe.transformer if _has_transformer(pipe) else pipe)
     file = read_adapter(adapter_file(path), model)
     with naming(file.source):
         adapter = _inject(model, file, force)
@@ -52,6 +52,12 @@ def load(
             parameter.requires_grad_(False)
     adapter.scale, adapter.name = scale, name
     return adapter
+
+
+def _has_transformer(pipe: Any) -> bool:
+    """And no UNet: of a pipeline, not of a model that calls a part of it so."""
+    parts = getattr(pipe, "components", {})
+    return "transformer" in parts and "unet" not in parts
 
 
 def _inject(model: nn.Module, file: AdapterFile, force: bool) -> InjectedAdapter:

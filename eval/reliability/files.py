@@ -1,6 +1,7 @@
 """Fuzz of all that is read: adapter files, a run's folder, flags, config files.
 
-    python eval/reliability/files.py [--only load export resume flags yaml] [--cases 1.0] [--seed 0]
+    python eval/reliability/files.py [--only load export transformers resume flags yaml]
+        [--cases 1.0] [--seed 0]
 
 Every case is a sound file with one damage, by a seeded generator. What comes of it is one of
   clean     a ValueError that names the file (or flag), or a result with a warning that does;
@@ -39,6 +40,8 @@ import damage  # noqa: E402
 from random_models import build_clip, build_dino, build_pipeline, write_photos  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tiny import cases, disturb, tiny_unet, unet_inputs  # noqa: E402
+from tiny_transformers import MAKE, tiny  # noqa: E402
+from tiny_transformers import output as transformer_output  # noqa: E402
 
 import dreamtune  # noqa: E402
 from dreamtune import METHODS  # noqa: E402
@@ -106,23 +109,33 @@ def state_of(unet: torch.nn.Module) -> str:
     return found.hexdigest()
 
 
+def of_unet(unet: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return unet(*unet_inputs(1)).sample
+
+
 class Adapters:
     """Sound files of every method and format, and what they give."""
 
     def __init__(self, work: Path) -> None:
-        self.work, self.unet = work, tiny_unet()
-        self.start = state_of(self.unet)
-        self.files: list[Path] = []
+        self.work, self.make, self.run = work, tiny_unet, of_unet
+        self.write(self.jobs(), [name for name in EXPORTS if name != "merged"])
+
+    def jobs(self) -> list[tuple[str, dict[str, Any]]]:
         others = {"rank": 2, "target_modules": ["to_k", "ff.net.2", "conv1", "proj_in", "conv_out"]}
         more = [("lora", others), ("delora", others), ("dora", {**others, "rank": 3})]
-        for number, (method, options) in enumerate([*cases(), *more]):
-            adapter = dreamtune.inject(tiny_unet(), method, **options)
+        return [*cases(), *more]
+
+    def write(self, jobs: list[tuple[str, dict[str, Any]]], formats: list[str]) -> None:
+        self.unet, self.files = self.make(), list[Path]()
+        self.start = state_of(self.unet)
+        for number, (method, options) in enumerate(jobs):
+            adapter = dreamtune.inject(self.make(), method, **options)
             disturb(adapter)
-            place = work / f"{number}-{method}"
-            for name in EXPORTS:
-                if name != "merged":  # a model, which is not read
-                    with contextlib.suppress(ValueError):  # not every format holds every method
-                        self.files.append(dreamtune.export(adapter, place, name))
+            place = self.work / f"{number}-{method}"
+            for name in formats:
+                with contextlib.suppress(ValueError):  # not every format holds every method
+                    self.files.append(dreamtune.export(adapter, place, name))
         self.loaded = {path: self.output(path) for path in self.files}
         self.exported = {path: self.changes(path) for path in self.files if self.has_lora(path)}
 
@@ -132,8 +145,7 @@ class Adapters:
     def output(self, path: Path) -> torch.Tensor:
         adapter = dreamtune.load(self.unet, path)
         try:
-            with torch.no_grad():
-                return self.unet(*unet_inputs(1)).sample
+            return self.run(self.unet)
         finally:
             adapter.eject()
 
@@ -170,8 +182,17 @@ class Adapters:
 
         kind, words = outcome(run, (path.name, CONFIG))
         if state_of(self.unet) != self.start:
-            self.unet, kind = tiny_unet(), "changed"
+            self.unet, kind = self.make(), "changed"
         return kind, f"{how.__name__} of {sound.parent.name}/{damaged.name}: {words}"
+
+
+class OfTransformer(Adapters):
+    """LoRAs of all layers of one, which some formats have in one piece where it has several."""
+
+    def __init__(self, work: Path, kind: str) -> None:
+        self.work, self.make, self.run = work, lambda: tiny(kind), transformer_output
+        everywhere = {"rank": 2, "target_modules": ["re:.*"]}
+        self.write([("lora", everywhere)], ["diffusers", "kohya", "comfyui"])
 
 
 class Resumed:
@@ -289,7 +310,14 @@ def yaml_case(rng: random.Random, work: Path) -> tuple[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    tables = {"load": 2553, "export": 1702, "resume": 418, "flags": 1455, "yaml": 400}
+    tables = {
+        "load": 2553,
+        "export": 1702,
+        "transformers": 1000,
+        "resume": 418,
+        "flags": 1455,
+        "yaml": 400,
+    }
     parser.add_argument("--only", nargs="+", choices=list(tables), default=list(tables))
     parser.add_argument("--cases", type=float, default=1.0, help="share of the cases")
     parser.add_argument("--seed", type=int, default=0)
@@ -304,6 +332,9 @@ def main() -> None:
             if name in ("load", "export"):
                 adapters = Adapters(work / name)
                 case = lambda rng, x=adapters, e=name == "export": x.case(rng, e)  # noqa: E731
+            elif name == "transformers":
+                several = [OfTransformer(work / kind, kind) for kind in MAKE]
+                case = lambda rng, x=several: rng.choice(x).case(rng, rng.random() < 0.5)  # noqa: E731
             elif name == "resume":
                 with (
                     contextlib.redirect_stdout(io.StringIO()),

@@ -90,7 +90,7 @@ def test_native_file_exports_the_same(method, options, tmp_path):
     there = load_file(dreamtune.export(adapter, tmp_path / "a"))
     adapter.eject()
     if METHODS[method].depends_on_weight:
-        with pytest.raises(ValueError, match="contains the base weights: pass the UNet"):
+        with pytest.raises(ValueError, match="contains the base weights: pass the network"):
             dreamtune.export(native, tmp_path / "b")
         with pytest.raises(ValueError, match="layers differ.*pass `force=True`"):
             dreamtune.export(native, tmp_path / "b", base=tiny_unet(seed=1))
@@ -180,7 +180,9 @@ def test_bases_that_cannot_be_had_are_explained(tmp_path, monkeypatch, tiny_pipe
 
 def test_base_of_the_run_where_a_method_needs_one(tmp_path, tiny_pipeline_dir):
     native, lora = native_and_lora(load_network(tiny_pipeline_dir), tmp_path)
-    with pytest.raises(ValueError, match="pass the UNet as `base`, in the command as --pretrained"):
+    with pytest.raises(
+        ValueError, match="pass the network as `base`, in the command as --pretrained"
+    ):
         dreamtune.export(native, tmp_path / "a")
     (tmp_path / "config.yaml").write_text(f"pretrained_model_name_or_path: {tiny_pipeline_dir}\n")
     here = load_file(dreamtune.export(native, tmp_path / "a"))
@@ -227,9 +229,9 @@ def test_never_overwrites_silently(tmp_path):
         dreamtune.export(adapter, tmp_path, "kohya", name="mine")
 
 
-@pytest.mark.parametrize("format", ["comfyui", "onnx"])
+@pytest.mark.parametrize("format", ["comfy", "onnx"])
 def test_unknown_format(format, tmp_path):
-    listed = r"diffusers \(.*\), kohya \(ComfyUI, A1111\), peft .*, got '"
+    listed = r"diffusers \(.*\), kohya \(ComfyUI, A1111\), comfyui .*, got '"
     with pytest.raises(ValueError, match=f"`format` must be one of {listed}{format}'"):
         dreamtune.export(dreamtune.inject(tiny_unet(), "lora"), tmp_path, format)
 

@@ -36,7 +36,7 @@ from dreamtune.injection.inject import InjectedAdapter
 from dreamtune.models.prefixes import Prefixes
 from dreamtune.models.stable_diffusion import StableDiffusion
 
-LORAS = ("diffusers", "kohya")
+LORAS = ("diffusers", "kohya", "comfyui")
 READ_BACK = [name for name in EXPORTS if name != "merged"]
 each_lora = pytest.mark.parametrize("format", LORAS)
 each_export = pytest.mark.parametrize("format", READ_BACK)
@@ -117,7 +117,7 @@ def test_each_becomes_each(format: str, there: str, tmp_path: Path) -> None:
 
 def test_a_file_that_shortens_names_needs_the_network(tmp_path: Path) -> None:
     path = dreamtune.export(trained(tiny_unet()), tmp_path, "kohya")
-    with pytest.raises(ValueError, match="only the network tells them: pass the UNet as `base`"):
+    with pytest.raises(ValueError, match="only the network tells them: pass it as `base`"):
         dreamtune.export(path, tmp_path / "b")
 
 
@@ -140,10 +140,10 @@ def test_several_files_are_not_guessed_among(tmp_path: Path) -> None:
         adapter_file(tmp_path)
 
 
-@each_lora
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])  # ComfyUI has one for all
 def test_prefixes_are_the_familys(format: str, tmp_path: Path) -> None:
-    """A transformer's file: written under its prefix, read under it, by no UNet."""
-    unet, prefixes = tiny_unet(), Prefixes("transformer.", "lora_transformer_")
+    """Another network's file: written under its prefix, read under it, by no UNet."""
+    unet, prefixes = tiny_unet(), Prefixes("prior.", "lora_prior_")
     adapter = trained(unet)
     factors = factors_of_adapter(adapter)
     adapter.eject()
@@ -153,9 +153,7 @@ def test_prefixes_are_the_familys(format: str, tmp_path: Path) -> None:
         adapter.file(), lambda: factors, torch.float32, {"metadata": {}}, prefixes, network=unet
     )
     target.write(path, change, overwrite=False)
-    assert all(
-        k.startswith(("transformer.", "lora_transformer_")) for k in read_tensors(path).tensors
-    )
+    assert all(k.startswith(("prior.", "lora_prior_")) for k in read_tensors(path).tensors)
     read = read_adapter(path, unet, prefixes)
     wanted = {p: read.tensors[f"{p}.B"].double() @ read.tensors[f"{p}.A"].double() for p in factors}
     assert_same(wanted, changes(factors), 1e-6)

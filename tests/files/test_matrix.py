@@ -15,7 +15,7 @@ from matrix import NONE, ROWS, held, table, write, write_whole
 
 from dreamtune.files.formats import EXPORTS
 
-STOCK = ("diffusers", "kohya", "peft", "merged")  # native is dreamtune's own
+STOCK = ("diffusers", "kohya", "comfyui", "peft", "merged")  # native is dreamtune's own
 README = Path(__file__).parents[2] / "README.md"
 
 Cells = dict[str, dict[str, dict[str, Any]]]

@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loras import assert_same, flat, in_peft, loads_or_is_named, ours, stock, unet_of, write
+from stock import in_checkpoint
 from test_out import xl_output, xl_unet
 from tiny import disturb, tiny_unet, unet_inputs
 from torch import Tensor, nn
@@ -67,40 +68,10 @@ def kohya(path: str) -> str:
     return f"lora_unet_{flat(path)}"
 
 
-@cache
-def first_names() -> dict[str, str]:
-    """Of `tiny_unet`: conv_in, a resnet with attention, a downsampler, a resnet; upwards two."""
-    starts = {
-        "down_blocks.0.resnets.0.": "input_blocks.1.0.", "down_blocks.0.attentions.0.":
-        "input_blocks.1.1.", "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
-        "down_blocks.1.resnets.0.": "input_blocks.3.0.", "mid_block.resnets.0.": "middle_block.0.",
-        "mid_block.attentions.0.": "middle_block.1.", "mid_block.resnets.1.": "middle_block.2.",
-        "up_blocks.0.resnets.0.": "output_blocks.0.0.", "up_blocks.0.resnets.1.":
-        "output_blocks.1.0.", "up_blocks.0.upsamplers.0.conv": "output_blocks.1.1.conv",
-        "up_blocks.1.resnets.0.": "output_blocks.2.0.", "up_blocks.1.attentions.0.":
-        "output_blocks.2.1.", "up_blocks.1.resnets.1.": "output_blocks.3.0.",
-        "up_blocks.1.attentions.1.": "output_blocks.3.1.", "conv_in": "input_blocks.0.0",
-        "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2",
-    }  # fmt: skip
-    inside = {
-        ".conv1": ".in_layers.2", ".conv2": ".out_layers.3", ".time_emb_proj": ".emb_layers.1",
-        ".conv_shortcut": ".skip_connection",
-    }  # fmt: skip
-    found = {}
-    for path in layers():
-        start = next(start for start in starts if path.startswith(start))
-        name = path.replace(start, starts[start])
-        for ours_, theirs in inside.items() if "resnets" in path else ():
-            name = name.replace(ours_, theirs)
-        found[path] = name
-    return found
-
-
 NAMES: dict[str, Callable[[str], str]] = {
     "kohya": kohya,
-    "kohya, first names": lambda path: f"lora_unet_{flat(first_names()[path])}",
-    "ComfyUI": lambda path: f"diffusion_model.{first_names()[path]}",
+    "kohya, first names": lambda path: f"lora_unet_{flat(in_checkpoint(path))}",
+    "ComfyUI": lambda path: f"diffusion_model.{in_checkpoint(path)}",
     "diffusers": lambda path: f"unet.{path}",
 }
 

@@ -337,5 +337,5 @@ def test_a_file_that_fails_leaves_the_model_bit_for_bit(
 
 def test_a_comfyui_file_needs_the_network(tmp_path: Path) -> None:
     path = write(tmp_path, spelt("ComfyUI", pairs()))
-    with pytest.raises(ValueError, match="counts the blocks of a checkpoint.*the UNet as `base`"):
+    with pytest.raises(ValueError, match="counts the blocks of a checkpoint.*pass it as `base`"):
         dreamtune.export(path, tmp_path / "out")

@@ -89,7 +89,9 @@ def test_kohya_names_of_sdxl_are_those_of_its_checkpoint(tmp_path: Path) -> None
     assert sum(hasattr(m, "lora_A") for m in pipe.unet.modules()) == layers
     torch.testing.assert_close(xl_output(pipe.unet), wanted, rtol=0, atol=1e-5)
     assert float((wanted - base).abs().max()) > 1e-2
-    with pytest.raises(ValueError, match="of SDXL counts the blocks .*: pass the UNet as `base`"):
+    with pytest.raises(
+        ValueError, match="of SDXL counts the blocks .*: pass the network as `base`"
+    ):
         dreamtune.export(lora, tmp_path / "k", "kohya")
 
 
@@ -260,7 +262,7 @@ def test_a_lora_of_half_of_the_layers_becomes_native(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({k: t for k, t in whole.items() if ".attn1." in k}, tmp_path / "half.safetensors")
-    with pytest.raises(ValueError, match="has the fingerprint of its base, .*: pass the UNet"):
+    with pytest.raises(ValueError, match="has the fingerprint of its base, .*: pass the network"):
         dreamtune.export(tmp_path / "half.safetensors", tmp_path / "b", "native")
     path = dreamtune.export(tmp_path / "half.safetensors", tmp_path / "b", "native", base=unet)
     wanted = changes_in(tmp_path / "half.safetensors", unet)

@@ -21,6 +21,25 @@ torch.set_num_threads(1)
 TOLERANCE, CHANGED = 2e-5, 1e-3
 BLOCKS = ("Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D")
 LAYERS = (torch.nn.Linear, torch.nn.Conv2d)
+# Of the tests' UNet (conv_in, a resnet with attention, a downsampler, a resnet; upwards two): how a
+# module path begins, and how it does in a checkpoint; and what a resnet's layers are called there.
+STARTS = {
+    "down_blocks.0.resnets.0.": "input_blocks.1.0.", "down_blocks.0.attentions.0.":
+    "input_blocks.1.1.", "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
+    "down_blocks.1.resnets.0.": "input_blocks.3.0.", "mid_block.resnets.0.": "middle_block.0.",
+    "mid_block.attentions.0.": "middle_block.1.", "mid_block.resnets.1.": "middle_block.2.",
+    "up_blocks.0.resnets.0.": "output_blocks.0.0.", "up_blocks.0.resnets.1.":
+    "output_blocks.1.0.", "up_blocks.0.upsamplers.0.conv": "output_blocks.1.1.conv",
+    "up_blocks.1.resnets.0.": "output_blocks.2.0.", "up_blocks.1.attentions.0.":
+    "output_blocks.2.1.", "up_blocks.1.resnets.1.": "output_blocks.3.0.",
+    "up_blocks.1.attentions.1.": "output_blocks.3.1.", "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+}  # fmt: skip
+RESNET = {
+    ".conv1": ".in_layers.2", ".conv2": ".out_layers.3", ".time_emb_proj": ".emb_layers.1",
+    ".conv_shortcut": ".skip_connection",
+}  # fmt: skip
 # What diffusers says of every LoRA that has no text encoder's.
 USUAL = "No LoRA keys associated to"
 
@@ -69,6 +88,30 @@ def by_names(unet, tensors):
                 continue
             up, down = left.pop(f"{key}.lora_up.weight"), left.pop(f"{key}.lora_down.weight")
             change(layer, up, down, left.pop(f"{key}.alpha") / down.shape[0])
+    assert not left, next(iter(left))
+    return unet
+
+
+def in_checkpoint(path):
+    """The name of a layer of the tests' UNet in a checkpoint."""
+    start = next(start for start in STARTS if path.startswith(start))
+    name = path.replace(start, STARTS[start])
+    for ours, theirs in RESNET.items() if "resnets" in path else ():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def comfyui(unet, folder):
+    """ComfyUI's `model_lora_keys_unet` and `weight_adapter/lora.py`: the key of a weight without
+    its end, then words for up and down; W + up @ down where there is no alpha. No key may be left.
+    """
+    (file,) = folder.glob("*_comfyui.safetensors")
+    left = load_file(file)
+    for path, layer in unet.named_modules():
+        name = f"diffusion_model.{in_checkpoint(path)}" if isinstance(layer, LAYERS) else ""
+        if f"{name}.lora_up.weight" in left:
+            up, down = left.pop(f"{name}.lora_up.weight"), left.pop(f"{name}.lora_down.weight")
+            change(layer, up, down, 1.0)
     assert not left, next(iter(left))
     return unet
 
