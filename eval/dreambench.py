@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         work.mkdir(parents=True, exist_ok=True)
         prepare(work, plan, sources(args.benchmark, args.photos))
     wait(work / PLAN)
-    plan = read_plan(work, plan)
+    plan, began = read_plan(work, plan), time.perf_counter()
     weights = {name: w for name in EXTRACTORS if (w := getattr(args, f"score_{name}")) is not None}
     if args.ray:
         by_ray(args.ray, work, plan, weights)
@@ -137,6 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for method in plan.methods:
         wait(mark_of(work, method), lambda m=method: is_scored(work, plan, m, weights))
     results = finish(work, plan)
+    seconds = time.perf_counter() - began
+    print(f"{seconds:.1f} s of work by {workers} process{'es' if workers > 1 else ''}", flush=True)
     failed = [f"{m}: {s}: {why}" for m, r in results.items() for s, why in failures(r.source)]
     print("\n".join(f"failed: {text}" for text in failed))
     return 1 if failed else 0
