@@ -31,13 +31,21 @@ LINK = "{http://www.w3.org/1999/xlink}href"
 _DRAWING = threading.Lock()
 
 
-def chart(title: str, said: str, size: tuple[int, int], paint: Callable[[Axes], None]) -> str:
+def chart(
+    title: str,
+    said: str,
+    size: tuple[int, int],
+    paint: Callable[[Axes], None],
+    margins: tuple[int, int, int, int] | None = None,
+) -> str:
     """A <figure> of the page with its caption.
 
     Args:
         said: what the chart shows, for those who do not see it.
         size: (width, height) in pixels at which text has its size; the page scales it.
         paint: draws into the axes, in the colours of this module. It need not escape anything.
+        margins: left, right, top and bottom of the axes in pixels, where texts are known to fit; by
+            default as wide as the texts, which takes as long again as all else.
     """
     from matplotlib import style
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -45,8 +53,13 @@ def chart(title: str, said: str, size: tuple[int, int], paint: Callable[[Axes], 
 
     title, said, buffer = plain(title), plain(said), io.StringIO()
     with _DRAWING, style.context(["default", RC]):  # a person's own style is not the page's
-        figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72, layout="constrained")
+        figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72)
         canvas = FigureCanvasSVG(figure)
+        if margins is not None:
+            left, right, top, bottom = (m / size[i // 2] for i, m in enumerate(margins))
+            figure.subplots_adjust(left, bottom, 1 - right, 1 - top)
+        else:
+            figure.set_layout_engine("constrained")
         figure.patch.set_visible(False)
         axes = figure.add_subplot()
         axes.spines[:].set_visible(False)

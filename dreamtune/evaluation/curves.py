@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SIZE = 340, 216
+MARGINS = 50, 14, 14, 26  # a number of seven digits fits
 
 
 def curve(
@@ -73,7 +74,7 @@ def curve(
     said = f"{title} against training steps, from {first} to {last}"
     if shown is not None:
         said += f"; {shown:{number_format}} at the best step, {steps[best]}"
-    return chart(title, said, SIZE, paint)
+    return chart(title, said, SIZE, paint, MARGINS)
 
 
 def _mark(axes: Axes, step: int, value: float, text: str, reference: float | None) -> None:
