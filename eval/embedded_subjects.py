@@ -2,6 +2,7 @@
 
     python eval/embedded_subjects.py quickstart --work DIR   # the table of the README
     python eval/embedded_subjects.py tunability --work DIR   # a bar of the embedded base
+    python eval/embedded_subjects.py quickstart --work DIR --smoke   # either, in seconds
 
 quickstart: `dreamtune train` with its defaults on each development subject; the best checkpoint and
 the base make the same 32 pictures (8 prompts that did not choose the checkpoint x 4 seeds). Image
@@ -17,6 +18,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +34,26 @@ from dreamtune.models.load import load_base
 from dreamtune.models.sample import grid, sample
 from dreamtune.training.train import train
 
-PROMPTS = embedded.prompts()[1::3][:8]
-SEEDS = range(100, 104)
-SAMPLING: dict[str, Any] = {"steps": 25, "guidance_scale": 4.0, "guidance_rescale": 0.3}
+GUIDANCE: dict[str, Any] = {"guidance_scale": 4.0, "guidance_rescale": 0.3}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is made: of pictures, and of what is trained where that is not the default."""
+
+    prompts: Sequence[str] = tuple(embedded.prompts()[1::3][:8])
+    all_prompts: Sequence[str] = tuple(embedded.prompts())
+    seeds: range = range(100, 104)
+    steps: int = 25
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+FULL = Size()
+SMOKE = Size(
+    FULL.prompts[:2], FULL.all_prompts[:2], range(100, 102), 1,
+    {"max_train_steps": 2, "validation_steps": 2, "num_inference_steps": 1,
+     "validation_prompt": ["a {}"], "num_validation_images": 2},
+)  # fmt: skip
 
 
 def trained(
@@ -51,12 +71,17 @@ def trained(
 
 
 def pictures(
-    pipe: Any, subject: embedded.Subject, adapter: Path | None, prompts, seeds
+    pipe: Any,
+    subject: embedded.Subject,
+    adapter: Path | None,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
 ) -> list[Image.Image]:
     """One picture for each prompt and seed, prompt by prompt."""
     rows, numbers = grid([p.format(subject.name) for p in prompts], list(seeds))
     loaded = dreamtune.load(pipe, adapter) if adapter else None
-    made = sample(pipe, rows, numbers, **SAMPLING)
+    made = sample(pipe, rows, numbers, steps=steps, **GUIDANCE)
     if loaded is not None:
         loaded.eject()
     return made
@@ -75,30 +100,37 @@ def bootstrap(rows: torch.Tensor, draws: int = 10_000) -> tuple[float, float, fl
     return means.mean().item(), low, high
 
 
-def prompt_margin(scorers: Scorers, made: list[Image.Image], subject: embedded.Subject) -> float:
-    """CLIP-T with the own prompt minus the mean with the 7 others."""
-    texts = [without_identifier(p.format(subject.name), subject.identifier) for p in PROMPTS]
+def prompt_margin(
+    scorers: Scorers, made: list[Image.Image], subject: embedded.Subject, size: Size
+) -> float:
+    """CLIP-T with the own prompt minus the mean with the others."""
+    texts = [without_identifier(p.format(subject.name), subject.identifier) for p in size.prompts]
     clip = scorers.extractors["clip"]
     table = clip.images(made) @ clip.texts(texts).T
-    own = torch.arange(len(PROMPTS)).repeat_interleave(len(SEEDS))
+    own = torch.arange(len(texts)).repeat_interleave(len(size.seeds))
     mine = table[torch.arange(len(made)), own]
-    return (mine - (table.sum(1) - mine) / (len(PROMPTS) - 1)).mean().item()
+    return (mine - (table.sum(1) - mine) / (len(texts) - 1)).mean().item()
 
 
-def quickstart(subjects: list[embedded.Subject], work: Path, scorers: Scorers, pipe: Any) -> None:
+def quickstart(
+    subjects: list[embedded.Subject], work: Path, scorers: Scorers, pipe: Any, size: Size = FULL
+) -> None:
     columns = "subject|step|base|best checkpoint|photos|difference (95%)|gap closed|prompt kept"
     print("| " + columns.replace("|", " | ") + " | seconds |\n" + "|---" * 9 + "|")
     differences, dino = [], scorers.extractors["dino"]
     for subject in subjects:
-        run, done = trained(subject, work / "quickstart" / subject.id)
+        run, done = trained(subject, work / "quickstart" / subject.id, **size.training)
         references = dino.images(opened(subject.references))
         photos = (dino.images(opened(subject.photos)) @ references.T).mean().item()
-        made = [pictures(pipe, subject, a, PROMPTS, SEEDS) for a in (None, run / "best")]
+        made = [
+            pictures(pipe, subject, adapter, size.prompts, size.seeds, size.steps)
+            for adapter in (None, run / "best")
+        ]
         similar = [(dino.images(m) @ references.T).mean(1).double() for m in made]
-        base, ours = (row.view(len(PROMPTS), len(SEEDS)) for row in similar)
+        base, ours = (row.view(len(size.prompts), len(size.seeds)) for row in similar)
         mean, low, high = bootstrap(ours - base)
         differences.append(ours - base)
-        margins = [prompt_margin(scorers, m, subject) for m in made]
+        margins = [prompt_margin(scorers, m, subject, size) for m in made]
         cells = [
             subject.id,
             str(done["step"]),
@@ -109,18 +141,18 @@ def quickstart(subjects: list[embedded.Subject], work: Path, scorers: Scorers, p
             f"{done['seconds']:.0f}",
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
-        sheet(subject, made, work / "quickstart" / f"{subject.id}.png")
+        sheet(subject, made, work / "quickstart" / f"{subject.id}.png", len(size.seeds))
     mean, low, high = bootstrap(torch.cat(differences))
-    n = f"{len(subjects)} x {len(PROMPTS)} x {len(SEEDS)}"
+    n = f"{len(subjects)} x {len(size.prompts)} x {len(size.seeds)}"
     print(f"\nall {len(subjects)}: {mean:+.3f} ({low:+.3f} to {high:+.3f}), n = {n}")
 
 
-def sheet(subject: embedded.Subject, made: list[list[Image.Image]], path: Path) -> None:
-    """Photos, then base and best checkpoint for every prompt, first seed."""
+def sheet(subject: embedded.Subject, made: list[list[Image.Image]], path: Path, each: int) -> None:
+    """Photos, then base and best checkpoint for every prompt, the first of `each` seeds."""
     photos, gap = opened(subject.photos), 4
     side = photos[0].width
-    canvas = Image.new("RGB", (len(PROMPTS) * (side + gap), 3 * (side + gap)), "white")
-    rows = [photos, *(m[:: len(SEEDS)] for m in made)]
+    rows = [photos, *(m[::each] for m in made)]
+    canvas = Image.new("RGB", (len(max(rows, key=len)) * (side + gap), 3 * (side + gap)), "white")
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
             canvas.paste(picture, (x * (side + gap), y * (side + gap)))
@@ -134,6 +166,7 @@ def tunability(
     pipe: Any,
     base: str = "embedded",
     steps: int = 300,
+    size: Size = FULL,
 ) -> None:
     """Prints, for each subject, how many of its new pictures the image scorer takes for it.
 
@@ -142,30 +175,31 @@ def tunability(
     everyone, dino = embedded.subjects(), scorers.extractors["dino"]
     known = torch.stack([dino.images(opened(s.photos + s.references)).mean(0) for s in everyone])
     known = torch.nn.functional.normalize(known, dim=1)
-    totals = [0, 0]
+    totals, prompts = [0, 0], size.all_prompts
+    steps = size.training.get("max_train_steps", steps)
     print(f"| subject | base | LoRA rank 8, {steps} steps | of pictures |\n|---|---|---|---|")
     for subject in subjects:
-        run, _ = trained(
-            subject, work / "tunability" / subject.id, pretrained_model_name_or_path=base,
-            method="lora", options={"rank": 8}, learning_rate=2e-3, max_train_steps=steps,
-            dino="none", clip="none", validation_steps=0, checkpointing_steps=0,
-        )  # fmt: skip
+        settings = {
+            "pretrained_model_name_or_path": base, "method": "lora", "options": {"rank": 8},
+            "learning_rate": 2e-3, "max_train_steps": steps, "checkpointing_steps": 0,
+            **size.training, "dino": "none", "clip": "none", "validation_steps": 0,
+        }  # fmt: skip
+        run, _ = trained(subject, work / "tunability" / subject.id, **settings)
         me, hits = [s.id for s in everyone].index(subject.id), []
-        prompts = embedded.prompts()
         for adapter in (None, run):
-            made = pictures(pipe, subject, adapter, prompts, [200])
+            made = pictures(pipe, subject, adapter, prompts, [200], size.steps)
             hits.append(((dino.images(made) @ known.T).argmax(1) == me).sum().item())
         for i, h in enumerate(hits):
             totals[i] += h
         print(f"| {subject.id} | {hits[0]} | {hits[1]} | {len(prompts)} |", flush=True)
-    n = len(subjects) * len(embedded.prompts())
+    n = len(subjects) * len(prompts)
     shares = ", ".join(
         f"{name} {t / n:.1%}" for name, t in zip(("base", "tuned"), totals, strict=True)
     )
     print(f"retrieved among {len(everyone)}: {shares}, n = {n} (bar 60%)")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -174,11 +208,15 @@ def main() -> None:
         "--work", type=Path, required=True, help="runs and pictures; finished ones are used again"
     )
     parser.add_argument("--split", choices=("dev", "report"), default="dev")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--smoke", action="store_true", help="one subject, two steps, two prompts: a check of this"
+    )
+    args = parser.parse_args(argv)
     scorers = Scorers.load({"dino": "embedded", "clip": "embedded"})
     with load_base("embedded").sampling() as pipe:
         measure = quickstart if args.measure == "quickstart" else tunability
-        measure(embedded.subjects(args.split), args.work, scorers, pipe)
+        subjects = embedded.subjects(args.split)[: 1 if args.smoke else None]
+        measure(subjects, args.work, scorers, pipe, size=SMOKE if args.smoke else FULL)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,14 @@ class SubjectWords:
         """Template to prompt: "an {} on the beach" -> "a sks apple on the beach"."""
         return fill(template, self.name, self.article)
 
+    def template(self, prompt: str) -> str:
+        """Prompt to template, with "a" for its article: "an ohwx apple on the beach" -> "a {} on
+        the beach"."""
+        return pattern(self.name).sub(
+            lambda place: f"{'a' + place['gap'] if place['article'] else ''}{{}}{place['after']}",
+            prompt,
+        )
+
     def plain(self, prompt: str) -> str:
         """The prompt that a model is asked which never saw the identifier: "a sks apple on the
         beach" -> "an apple on the beach".

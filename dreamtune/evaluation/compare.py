@@ -157,16 +157,29 @@ def check_comparable(a: Results, b: Results) -> None:
 
 
 def loose(protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """Without words for people, and what a folder of images does not say."""
-    return {k: v for k, v in protocol.items() if k not in ("about", "sampling")}
+    """Without words for people, what a folder of images does not say, and which weights a protocol
+    asks for where the hash of those that were loaded is known."""
+    found = {k: v for k, v in protocol.items() if k not in ("about", "sampling")}
+    encoders, scorers = found.get("encoders"), found.get("scorers")
+    if isinstance(encoders, Mapping) and isinstance(scorers, Mapping):
+        found["encoders"] = {
+            name: {k: v for k, v in said.items() if k != "weights"}
+            if isinstance(said, Mapping) and "weights" in (scorers.get(name) or {})
+            else said
+            for name, said in encoders.items()
+        }
+    return found
 
 
 def differing(a: Any, b: Any, place: str = "") -> list[str]:
-    """`place: its value in a, its value in b` of all leaves that differ."""
+    """`place: its value in a, its value in b` of all leaves that differ; of weights with one hash
+    not the `model`, a name of where they lay."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
+        same = a.get("weights") is not None and a.get("weights") == b.get("weights")
         return [
             line
             for key in dict.fromkeys([*a, *b])
+            if not (same and key == "model")
             for line in differing(a.get(key), b.get(key), f"{place}.{key}" if place else str(key))
         ]
     return [] if a == b else [f"`{place}`: {short(a)} and {short(b)}"]

@@ -12,13 +12,13 @@ PHOTOS/<subject>/prompt.txt                     "a sks dog", and the class promp
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dreamtune.data.photos import HELD_OUT, chosen, is_picture_name, listed
 from dreamtune.data.picture import MAX_BYTES
-from dreamtune.data.words import SubjectWords, read_words
+from dreamtune.data.words import SubjectWords, in_all, read_words
 from dreamtune.metrics.store import Picture
 from dreamtune.textfile import read_bytes, read_text
 
@@ -138,8 +138,10 @@ def prompt_of(folder: Path) -> str:
     return text
 
 
-def read_photos(folder: str | Path) -> tuple[dict[str, Photos], list[str]]:
-    """Photos by subject, and the names of files that are none.
+def read_photos(
+    folder: str | Path, identifier: str | None = None
+) -> tuple[dict[str, Photos], list[str]]:
+    """Photos by subject, and the names of files that are none. identifier: see `read_subject`.
 
     Raises ValueError that names the place: no such folder, a subject without a photo.
     """
@@ -147,15 +149,21 @@ def read_photos(folder: str | Path) -> tuple[dict[str, Photos], list[str]]:
     skipped: list[str] = []
     found = {}
     for place in folders(root):
-        subject = read_subject(place, root, skipped)
+        subject = read_subject(place, root, skipped, identifier)
         found[subject.name] = subject
     if not found:
         raise ValueError(f"`{root}` holds no subject folder. It must look like this:\n{LAYOUT}")
     return found, skipped
 
 
-def read_subject(place: Path, root: Path | None = None, skipped: list[str] | None = None) -> Photos:
-    """One subject's folder of photos. Raises ValueError where it holds none."""
+def read_subject(
+    place: Path,
+    root: Path | None = None,
+    skipped: list[str] | None = None,
+    identifier: str | None = None,
+) -> Photos:
+    """One subject's folder of photos. identifier: the rare word of its prompt.txt, where it stands
+    there. Raises ValueError where the folder holds no photo."""
     root = root or place.parent
     photos, others = pictures_of(root, place)
     if not photos:
@@ -168,7 +176,29 @@ def read_subject(place: Path, root: Path | None = None, skipped: list[str] | Non
         others += more
     if skipped is not None:
         skipped += [n for n in others if not n.endswith(".txt")]
-    return Photos(place.name, photos, held_out, captions, words_of(place))
+    return Photos(place.name, photos, held_out, captions, words_of(place, identifier))
+
+
+def check_identifier(identifier: str, found: Found, photos: Mapping[str, Photos]) -> None:
+    """Raises ValueError for one that would change nothing."""
+    said = {
+        image.subject: photos[image.subject].words
+        for image in found.images
+        if image.subject in photos
+    }
+    asked = [i.prompt for i in found.images if said.get(i.subject) is None]
+    names = {words.identifier.casefold() for words in said.values() if words is not None}
+    wanted = " ".join(identifier.split())
+    if wanted.casefold() in names or any(in_all(wanted, [prompt]) for prompt in asked):
+        return
+    where = f"the `{PROMPT}` of any subject" if names else "any prompt"
+    if names and asked:
+        where += ", nor in a prompt of the others"
+    told = f"; those files say {', '.join(f'`{n}`' for n in sorted(names)[:5])}" if names else ""
+    raise ValueError(
+        f"--identifier `{identifier}` is not in {where}, so it would change nothing{told}: "
+        "leave it out, or correct it."
+    )
 
 
 def without(photos: Photos, asked: str) -> Photos:
@@ -183,14 +213,16 @@ def without(photos: Photos, asked: str) -> Photos:
     )
 
 
-def words_of(place: Path) -> SubjectWords | None:
-    """From prompt.txt, as for training: the prompt, and the class prompt in a second line."""
+def words_of(place: Path, identifier: str | None = None) -> SubjectWords | None:
+    """From prompt.txt, as for training: the prompt, and the class prompt in a second line.
+    identifier: the rare word, if it is in that prompt; subjects may have others."""
     if not (place / PROMPT).is_file():
         return None
     lines = [line.strip() for line in read_text(place / PROMPT).splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"`{place / PROMPT}` is empty: it holds the prompt, such as `a sks dog`.")
-    return read_words(lines[0], lines[1] if len(lines) > 1 else None)
+    own = identifier if identifier and in_all(identifier, lines[:1]) else None
+    return read_words(lines[0], lines[1] if len(lines) > 1 else None, own)
 
 
 def caption_of(photo: Path) -> str | None:

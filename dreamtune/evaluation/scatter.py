@@ -1,20 +1,42 @@
-"""Likeness against prompt following as inline SVG, with 95% ellipses of the means."""
+"""Likeness against prompt following, with 95% ellipses of the means."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dreamtune.evaluation.curves import label, scale
+from dreamtune.evaluation.chart import (
+    ACCENT,
+    CARD,
+    MARK,
+    SMALL,
+    SOFT,
+    chart,
+    limited,
+    limits,
+    plain,
+    put,
+    set_scale,
+)
 from dreamtune.evaluation.results import Row
-from dreamtune.evaluation.statistics import Averaging, bootstrap, clusters_of, weights, widening
+from dreamtune.evaluation.statistics import (
+    Array,
+    Averaging,
+    bootstrap,
+    clusters_of,
+    weights,
+    widening,
+)
 
-WIDTH, HEIGHT = 520, 360
-LEFT, RIGHT, TOP, BOTTOM = 54, 18, 16, 44
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SIZE = 420, 310
 CHI2 = 5.991  # 95% of chi-squared with two degrees of freedom
 CORNERS = 48  # of an ellipse that is drawn
 
@@ -34,71 +56,52 @@ class Cloud:
 def cloud(
     name: str, rows: Sequence[Row], x_key: str, y_key: str, averaging: Averaging
 ) -> Cloud | None:
-    """Of the rows that have both scores; None where none has. The ellipse is that of the bootstrap,
-    as wide as the intervals are (`statistics.estimate`); one cluster alone has none."""
-    known = [r for r in rows if r.scores.get(x_key) is not None and r.scores.get(y_key) is not None]
-    if not known:
+    """None where no row has one of the scores. Each score is averaged as the table averages it
+    (`results.mean_of`): by its own comparisons. The ellipse is that of the bootstrap, as wide as
+    the intervals are (`statistics.estimate`); one cluster alone has none."""
+    rows = [row for row in rows if any(row.scores.get(k) is not None for k in (x_key, y_key))]
+    columns = [column(rows, key, averaging) for key in (x_key, y_key)]
+    values, w = (np.stack(part, 1) for part in zip(*columns))
+    if not rows or not w.any(0).all():
         return None
-    values = np.array([[r.scores[x_key], r.scores[y_key]] for r in known], dtype=np.float64)
-    subjects = [row.subject for row in known]
-    w = weights(averaging, subjects, [row.pairs.get(y_key, 1) for row in known])
-    mean = (w[:, None] * values).sum(0) / w.sum()
-    each = {s: values[[i for i, o in enumerate(subjects) if o == s]].mean(0) for s in subjects}
-    labels, _ = clusters_of(subjects, [row.prompt for row in known])
-    count = len(np.unique(labels))
-    outline: list[Point] = []
-    if count > 1:
+    names = [row.subject for row in rows]
+    labels, _ = clusters_of(names, [row.prompt for row in rows])
+    mean = (w * values).sum(0) / w.sum(0)
+    count = min(len(np.unique(labels[one > 0])) for one in w.T)
+    outline = ellipse(mean, values, w, labels, count) if count > 1 else []
+    dots = []
+    for subject in dict.fromkeys(names):
+        own = np.array([other == subject for other in names])
+        if w[own].any(0).all():
+            dots.append((w[own] * values[own]).sum(0) / w[own].sum(0))
+    (middle, *each) = [(float(p[0]), float(p[1])) for p in (mean, *dots)]
+    return Cloud(name, middle, outline, each)
+
+
+def column(rows: Sequence[Row], key: str, averaging: Averaging) -> tuple[Array, Array]:
+    """(N,) values of a score and its weights, both 0 where a row has it not."""
+    found = [row.scores.get(key) for row in rows]
+    known = np.array([value is not None for value in found], dtype=bool)
+    having = [row for row, there in zip(rows, known) if there]
+    w = np.zeros(len(rows))
+    w[known] = weights(
+        averaging, [row.subject for row in having], [row.pairs.get(key, 1) for row in having]
+    )
+    return np.array([value or 0.0 for value in found], dtype=np.float64), w
+
+
+def ellipse(
+    mean: Array, values: Array, w: Array, labels: NDArray[np.int64], count: int
+) -> list[Point]:
+    """The corners of the ellipse of the mean (2,); count: clusters that are drawn from."""
+    with np.errstate(invalid="ignore"):
         drawn = bootstrap(values, w, labels, 2000)
-        spread, axes = np.linalg.eigh(np.cov(drawn.T))
-        radii = np.sqrt(np.clip(spread, 0, None) * CHI2) * widening(count)
-        turns = np.linspace(0, 2 * math.pi, CORNERS, endpoint=False)
-        circle = np.stack([np.cos(turns) * radii[0], np.sin(turns) * radii[1]], 1)
-        outline = [(float(x), float(y)) for x, y in circle @ axes.T + mean]
-    dots = [(float(p[0]), float(p[1])) for p in each.values()]
-    return Cloud(name, (float(mean[0]), float(mean[1])), outline, dots)
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """Values on the chart's pixels, with their axes."""
-
-    x: tuple[float, float, list[float]]  # low, high, ticks
-    y: tuple[float, float, list[float]]
-
-    def at(self, point: Point) -> Point:
-        across = (point[0] - self.x[0]) / (self.x[1] - self.x[0])
-        down = (self.y[1] - point[1]) / (self.y[1] - self.y[0])
-        return LEFT + across * (WIDTH - LEFT - RIGHT), TOP + down * (HEIGHT - TOP - BOTTOM)
-
-    def rule(self, kind: str, value: float) -> str:
-        y = self.at((self.x[0], value))[1]
-        ends = f'x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"'
-        return f'<line class="{kind}" {ends}/>'
-
-    def axes(self, x_title: str, y_title: str) -> list[str]:
-        parts = [self.rule("rule", t) for t in self.y[2]]
-        for t in self.y[2]:
-            y = self.at((self.x[0], t))[1] + 3.5
-            parts.append(tick(LEFT - 7, y, t, "end"))
-        parts += [tick(self.at((t, 0.0))[0], HEIGHT - 28, t, "middle") for t in self.x[2]]
-        parts.append(label(WIDTH - RIGHT, HEIGHT - 8, f"{x_title} →", "end"))
-        return [*parts, label(LEFT, TOP - 8, f"↑ {y_title}", "start")]
-
-    def dots(self, cloud: Cloud, kind: str) -> list[str]:
-        x, y = self.at(cloud.mean)
-        each = [self.at(p) for p in cloud.subjects] if len(cloud.subjects) > 1 else []
-        specks = [
-            f'<circle class="speck {kind}" cx="{a:.1f}" cy="{b:.1f}" r="3"/>' for a, b in each
-        ]
-        side, dx = ("end", -10) if x > WIDTH * 0.6 else ("start", 10)
-        mean = f'<circle class="mean {kind}" cx="{x:.1f}" cy="{y:.1f}" r="6"/>'
-        return [*specks, mean, label(x + dx, y - 9, cloud.name, side)]
-
-    def ellipse(self, cloud: Cloud, kind: str) -> str:
-        if not cloud.outline:
-            return ""
-        corners = " ".join("{:.1f},{:.1f}".format(*self.at(p)) for p in cloud.outline)
-        return f'<polygon class="ellipse {kind}" points="{corners}"/>'
+    # A draw of clusters of which none has one of the scores is no draw.
+    spread, axes = np.linalg.eigh(np.cov(drawn[np.isfinite(drawn).all(1)].T))
+    radii = np.sqrt(np.clip(spread, 0, None) * CHI2) * widening(count)
+    turns = np.linspace(0, 2 * math.pi, CORNERS, endpoint=False)
+    circle = np.stack([np.cos(turns) * radii[0], np.sin(turns) * radii[1]], 1)
+    return [(float(x), float(y)) for x, y in circle @ axes.T + mean]
 
 
 def scatter(
@@ -111,40 +114,43 @@ def scatter(
     """One chart, the first cloud in front; level: a dashed line at that height, such as the photos
     among themselves."""
     shown = [p for c in clouds for p in (c.mean, *c.subjects)]
-    # An ellipse of few subjects may be many times the plot: it is cut off, not the dots squeezed.
     x, y = (
         limited([p[i] for p in shown], [p[i] for c in clouds for p in c.outline]) for i in (0, 1)
     )
     if level is not None:
         y = (min(y[0], level), max(y[1], level))
-    frame = _Frame(scale(*x), scale(*y))
-    kinds = ["first", *["second"] * (len(clouds) - 1)]
-    parts = frame.axes(x_title, y_title)
-    if level is not None:
-        height = frame.at((0.0, level))[1]
-        parts += [frame.rule("reference", level)]
-        parts += [label(WIDTH - RIGHT, height - 5, level_name, "end")]
-    inside = f'x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM}"'
-    ellipses = "".join(frame.ellipse(c, kind) for c, kind in zip(clouds, kinds))
-    for c, kind in [*zip(clouds, kinds)][::-1]:
-        parts += frame.dots(c, kind)
+
+    def paint(axes: Axes) -> None:
+        set_scale(axes, "x", *limits(x))
+        set_scale(axes, "y", *limits(y))
+        axes.set_xlabel(plain(f"{x_title} →"), loc="right", color=SOFT, fontsize=SMALL)
+        axes.set_title(plain(f"↑ {y_title}"), loc="left", color=SOFT, fontsize=SMALL)
+        if level is not None:
+            axes.axhline(level, color=SOFT, linewidth=1, dashes=(5, 4), gid=f"{MARK}reference")
+            put(axes, level_name, (0, level), (0, 4), "right", right_edge=True)
+        for number, one in reversed([*enumerate(clouds)]):
+            draw(axes, one, first=not number)
+
     said = "; ".join(f"{c.name} at {c.mean[0]:.3f}, {c.mean[1]:.3f}" for c in clouds)
     title = f"{y_title} against {x_title}"
-    return (
-        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{title}: {said}")}">'
-        f'<defs><clipPath id="plot"><rect {inside}/></clipPath></defs>'
-        f'<g clip-path="url(#plot)">{ellipses}</g>{"".join(parts)}</svg></figure>'
-    )
+    return chart(title, f"{title}: {said}", SIZE, paint)
 
 
-def tick(x: float, y: float, value: float, anchor: str) -> str:
-    text = format(round(value, 9) + 0.0, ".3g")
-    return f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>'
-
-
-def limited(dots: Sequence[float], outline: Sequence[float]) -> tuple[float, float]:
-    """(low, high) of the dots, widened to the outline by at most the dots' own spread, or 0.05."""
-    low, high = min(dots), max(dots)
-    room = max(high - low, 0.05)
-    return max(min([low, *outline]), low - room), min(max([high, *outline]), high + room)
+def draw(axes: Axes, cloud: Cloud, first: bool) -> None:
+    """Its ellipse, its subjects where there are several, its mean with its name."""
+    colour, kind = (ACCENT, "first") if first else (SOFT, "second")
+    if cloud.outline:
+        corners = [*cloud.outline, cloud.outline[0]]
+        axes.fill(*zip(*corners), color=colour, alpha=0.12, linewidth=0)
+        axes.plot(*zip(*corners), color=colour, linewidth=1.5, gid=f"{MARK}ellipse {kind}")
+    dots: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": colour, "clip_on": False}
+    if len(cloud.subjects) > 1:
+        specks: dict[str, Any] = {"markersize": 6, "markeredgewidth": 0, "alpha": 0.45}
+        axes.plot(*zip(*cloud.subjects), **dots, **specks, gid=f"{MARK}subjects {kind}")
+    edge = (CARD, 2.0) if first else (SOFT, 2.5)
+    dots |= {"color": colour if first else CARD, "markersize": 12, "zorder": 4}
+    dots |= {"markeredgecolor": edge[0], "markeredgewidth": edge[1]}
+    axes.plot(*([value] for value in cloud.mean), **dots, gid=f"{MARK}mean {kind}")
+    low, high = axes.get_xlim()
+    right = cloud.mean[0] < low + 0.6 * (high - low)
+    put(axes, cloud.name, cloud.mean, (9 if right else -9, 6), "left" if right else "right")

@@ -57,7 +57,7 @@ def write_page(
         rows="".join(row_of(key, value, results) for key, value in scores.items()),
         note=escape(NOTE.format(counted(unit.clusters, unit.unit))),
         plot=plot(results, kinds),
-        heat="".join(heat(results, key) for key in kinds.values() if key),
+        heat="".join(heat(results, key, photos) for key in kinds.values() if key),
         extremes="".join(extremes(results, key, show) for key in kinds.values() if key),
         copies=copies(results, show),
         sheets="".join(sheet(results, s, photos[s], show) for s in results.subjects),
@@ -178,12 +178,18 @@ def plot(results: Results, kinds: Mapping[str, str | None]) -> str:
     )
 
 
-def heat(results: Results, key: str) -> str:
+def template_of(row: Row, photos: Mapping[str, Photos]) -> str:
+    """The prompt with {} for the subject, where its words are known: one line for all subjects."""
+    words = photos[row.subject].words if row.subject in photos else None
+    return row.prompt if words is None else words.template(row.prompt)
+
+
+def heat(results: Results, key: str, photos: Mapping[str, Photos]) -> str:
     """Prompts down, subjects across; the colour runs from the lowest cell to the highest."""
     cells: dict[tuple[str, str], list[float]] = {}
     for row in results.images:
         if (value := row.scores.get(key)) is not None:
-            cells.setdefault((row.prompt, row.subject), []).append(value)
+            cells.setdefault((template_of(row, photos), row.subject), []).append(value)
     means = {place: fmean(values) for place, values in cells.items()}
     low, high = min(means.values()), max(means.values())
     prompts = list(dict.fromkeys(prompt for prompt, _ in means))

@@ -121,18 +121,22 @@ def bootstrap(
     values: Array, w: Array, labels: NDArray[np.int64], replicates: int = REPLICATES
 ) -> Array:
     """(replicates, K) weighted means of the columns of values (N, K), clusters drawn with
-    replacement; all columns see the same draws, so their covariance is that of the means."""
+    replacement; all columns see the same draws, so their covariance is that of the means.
+
+    w: (N,), or (N, K) of each column its own.
+    """
     _, index = np.unique(labels, return_inverse=True)
-    count = int(index.max()) + 1
-    sums = np.zeros((count, values.shape[1] + 1))
-    np.add.at(sums, index, np.column_stack([values * w[:, None], w]))
+    count, columns = int(index.max()) + 1, values.shape[1]
+    w = np.broadcast_to(w if w.ndim > 1 else w[:, None], values.shape)
+    sums = np.zeros((count, 2 * columns))
+    np.add.at(sums, index, np.column_stack([values * w, w]))
     random = np.random.default_rng(SEED)
     size = max(1, _AT_ONCE // count)
     parts = []
     for start in range(0, replicates, size):
         rows = min(size, replicates - start)
         drawn = random.multinomial(count, np.full(count, 1 / count), size=rows) @ sums
-        parts.append(drawn[:, :-1] / drawn[:, -1:])
+        parts.append(drawn[:, :columns] / drawn[:, columns:])
     return np.concatenate(parts)
 
 

@@ -15,7 +15,7 @@ from urllib.parse import quote
 from dreamtune.evaluation.inline import write_html
 from dreamtune.evaluation.results import write_csv
 from dreamtune.evaluation.selection import choose_best
-from dreamtune.evaluation.sweep_curves import Value, swept_curve
+from dreamtune.evaluation.sweep_curves import Point, Value, swept_curve
 from dreamtune.files.whole import whole
 from dreamtune.metrics.table import METRICS, scored
 from dreamtune.version import __version__
@@ -23,6 +23,10 @@ from dreamtune.version import __version__
 JSON, CSV, PAGE = "summary.json", "summary.csv", "summary.html"
 NAMES = (JSON, CSV, PAGE)
 SHARES = {"subject_gained": "Subject gained", "prompt_kept": "Prompt kept", "product": "Product"}
+OVER_SEEDS = (
+    "Dots: runs. Lines up and down: 95% of the mean over seeds, a bootstrap that is widened for "
+    "how few they are. Dashed, with a band: the mean of all seeds and its 95%."
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,11 @@ class Entry:
     best_step: int = 0
     failed: str = ""
     identity_at_start: bool = True
+
+    @property
+    def seed(self) -> str:
+        """As it was written, "" where seeds were not swept."""
+        return self.swept["seed"][0] if "seed" in self.swept else ""
 
     def record(self) -> Mapping[str, Any]:
         """The scoring of the best checkpoint."""
@@ -158,18 +167,20 @@ def text_of(key: str, value: float | None) -> str:
 def charts(entries: Sequence[Entry]) -> str:
     """Each score against the values of each swept setting; "" without a sweep."""
     parts = []
+    seeds = len({entry.seed for entry in entries}) > 1
+    note = f'<p class="soft">{escape(OVER_SEEDS)}</p>' if seeds else ""
     numbers = [(entry, entry.numbers()) for entry in entries if not entry.failed]
     for name in swept_names(entries):
         drawn = ""
         for key in shown_keys(entries):
             points = [
-                (entry.swept[name][1], entry.swept[name][0], float(value))
+                Point(entry.swept[name][1], entry.swept[name][0], float(value), entry.seed)
                 for entry, own in numbers
                 if name in entry.swept and (value := own.get(key)) is not None
             ]
             drawn += swept_curve(title_of(key), name, points)
         if drawn:
             parts.append(
-                f'<section><h2>{escape(name)}</h2><div class="charts">{drawn}</div></section>'
+                f'<section><h2>{escape(name)}</h2><div class="charts">{drawn}</div>{note}</section>'
             )
     return "".join(parts)

@@ -4,18 +4,20 @@ generating, from Python and from the command line.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dreamtune.configfile import read_run
-from dreamtune.files.formats import formats
+from dreamtune.files.formats import formats, is_adapter
 
 CONFIG, STATE, BEST = "config.yaml", "run_state.json", "best"
 
 
 def adapter_file(path: str | Path) -> Path:
     """The file itself, or of a folder: the one in its best/, else its own, in the order of
-    `formats`, the native first.
+    `formats`, the native first; else the one adapter under another name, as the tools call them
+    that take any.
 
     A checkpoint-N folder (one with a run_state.json) means its own step, though it keeps a copy of
     best/, which is there to resume from. Raises ValueError where there is none.
@@ -30,16 +32,25 @@ def adapter_file(path: str | Path) -> Path:
     for place in places:
         for pattern in patterns:
             found = sorted(p for p in place.glob(pattern) if p.is_file())
-            if len(found) > 1:
-                names = ", ".join(p.name for p in found)
-                raise ValueError(f"`{place}` holds several adapters: give one of {names}")
             if found:
-                return found[0]
+                return only(place, found)
+    for place in places:
+        found = [p for p in sorted(place.glob("*.safetensors")) if p.is_file() and is_adapter(p)]
+        if found:
+            return only(place, found)
     also = " or in its best/" if len(places) > 1 else ""
     raise ValueError(
-        f"no adapter at `{path}`: no {' or '.join(f'`{p}`' for p in patterns)} in it{also}. Give "
-        "such a file, or the folder of a run"
+        f"no adapter at `{path}`: no {' or '.join(f'`{p}`' for p in patterns)} in it{also}, and no "
+        "LoRA under another name. Give such a file, or the folder of a run"
     )
+
+
+def only(place: Path, found: Sequence[Path]) -> Path:
+    """Raises ValueError where there are several."""
+    if len(found) > 1:
+        names = ", ".join(p.name for p in found)
+        raise ValueError(f"`{place}` holds several adapters: give one of {names}")
+    return found[0]
 
 
 def run_of(file: Path) -> Path | None:

@@ -182,6 +182,20 @@ def read_adapter(
         return found.read(file, network, prefixes)
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether some format reads a safetensors file, by its keys and header: the tensors are not
+    read, for it may be a whole model. True of a damaged file, whose reader says what is wrong.
+    """
+    from dreamtune.files.tensors import read_keys
+    from dreamtune.models.load import prefixes_of
+
+    try:
+        file = read_keys(path)
+    except UnreadableFile:
+        return True
+    return any(found.reads(file, prefixes_of(None)) for found in formats().values())
+
+
 def open_adapter(path: Path, prefixes: Prefixes) -> tuple[str, Format, TensorFile]:
     """A file, with the format that reads it and its name. Raises UnreadableFile where none does."""
     from dreamtune.files.tensors import read_tensors

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,28 +73,51 @@ def read_tensors(path: Path, loose: Collection[str] = ()) -> TensorFile:
 
     Whether it is what was written is in `changed`, for the format to judge.
     """
+    tensors, header = _opened(path, lambda file, key: file.get_tensor(key))
+    for key, tensor in tensors.items():
+        if key not in loose and tensor.dtype in FLOATS and not torch.isfinite(tensor).all():
+            raise UnreadableFile(f"`{path.name}` holds values that are not finite in `{key}`")
+    about = _about(path, header)
+    hashes = about.pop(HASHES, None)
+    changed: tuple[str, ...] = ()
+    if hashes is not None:
+        place = _place(path)
+        changed = _changed(from_file(_HASHES, hashes, f"{place}, `{HASHES}`"), tensors, about)
+    hashed = hashes is not None
+    return TensorFile(path.name, tensors, header, about, hashed, changed, path.parent)
+
+
+def read_keys(path: Path) -> TensorFile:
+    """With empty tensors: what a file is, without reading it. Raises as `read_tensors`."""
+    tensors, header = _opened(path, lambda file, key: torch.empty(0))
+    about = _about(path, header)
+    return TensorFile(path.name, tensors, header, about, HASHES in about, (), path.parent)
+
+
+def _opened(
+    path: Path, read: Callable[[Any, str], Tensor]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors by key, the header's strings)."""
     try:
         size = int.from_bytes(_start(path), "little")
         if size > HEADER_LIMIT:
             raise UnreadableFile(f"`{path.name}` has a header of {size} bytes: no adapter has")
         with safe_open(str(path), framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            header = dict(file.metadata() or {})
+            tensors = {key: read(file, key) for key in file.keys()}  # noqa: SIM118
+            return tensors, dict(file.metadata() or {})
     except SafetensorError as error:
         raise UnreadableFile(f"`{path.name}` is not a whole safetensors file: {error}") from error
     except OSError as error:
         raise UnreadableFile(f"`{path}` cannot be read: {error.strerror or error}") from error
-    for key, tensor in tensors.items():
-        if key not in loose and tensor.dtype in FLOATS and not torch.isfinite(tensor).all():
-            raise UnreadableFile(f"`{path.name}` holds values that are not finite in `{key}`")
-    place = f"the `dreamtune` header of `{path.name}`"
-    about = from_file(_ANY, from_json(header.get("dreamtune", "{}"), place), place)
-    hashes = about.pop(HASHES, None)
-    changed: tuple[str, ...] = ()
-    if hashes is not None:
-        changed = _changed(from_file(_HASHES, hashes, f"{place}, `{HASHES}`"), tensors, about)
-    hashed = hashes is not None
-    return TensorFile(path.name, tensors, header, about, hashed, changed, path.parent)
+
+
+def _place(path: Path) -> str:
+    return f"the `dreamtune` header of `{path.name}`"
+
+
+def _about(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
+    found = from_json(header.get("dreamtune", "{}"), _place(path))
+    return from_file(_ANY, found, _place(path))
 
 
 @contextmanager

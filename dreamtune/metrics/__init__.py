@@ -9,6 +9,7 @@ from dreamtune.metrics import dino  # noqa: F401  (importing registers)
 from dreamtune.metrics import clip  # noqa: F401
 from dreamtune.metrics import siglip  # noqa: F401
 from dreamtune.metrics import lpips  # noqa: F401
+from dreamtune.metrics import dreamsim  # noqa: F401
 # isort: on
 
 from dreamtune.data.words import without_identifier

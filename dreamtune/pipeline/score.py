@@ -13,8 +13,10 @@ from dreamtune.data.photos import is_picture_name
 from dreamtune.data.words import SubjectWords, read_words
 from dreamtune.evaluation.layout import (
     MASKS,
+    PROMPT,
     Photos,
     caption_of,
+    check_identifier,
     files,
     read_images,
     read_photos,
@@ -99,7 +101,7 @@ def score(
         if gallery is None and sampler.base.embedded:
             gallery = embedded.SUBJECTS
     if gallery is not None:
-        task = replace(task, gallery=read_photos(gallery)[0])
+        task = replace(task, gallery=read_photos(gallery, identifier)[0])
     if maker is not None:
         tell(f"Masks by SAM into {output / MASKS}")
         task = masked_by(maker, task, output / MASKS)
@@ -123,9 +125,12 @@ def given(
     """A folder of images that anything made."""
     if photos is None:
         raise ValueError("a folder of images needs --photos, what they are scored against.")
-    known, skipped = photos_of(Path(photos).expanduser())
+    known, skipped = photos_of(Path(photos).expanduser(), identifier)
+    images = read_images(folder)
+    if identifier is not None:
+        check_identifier(identifier, images, known)
     return Task(
-        read_images(folder),
+        images,
         known,
         {"kind": "a folder of images", "name": name},
         base=None if base_images is None else read_images(base_images),
@@ -198,13 +203,13 @@ def new_folder(folder: Path) -> Path:
     return folder
 
 
-def photos_of(folder: Path) -> tuple[dict[str, Photos], list[str]]:
-    """Of a folder of subjects, or of one subject's own."""
+def photos_of(folder: Path, identifier: str | None = None) -> tuple[dict[str, Photos], list[str]]:
+    """Of a folder of subjects, or of one subject's own. identifier: see `read_subject`."""
     if folder.is_dir() and any(is_picture_name(p) for p in files(folder)):
         skipped: list[str] = []
-        found = read_subject(folder, None, skipped)
+        found = read_subject(folder, None, skipped, identifier)
         return {found.name: found}, skipped
-    return read_photos(folder)
+    return read_photos(folder, identifier)
 
 
 def subject_of(
@@ -218,7 +223,7 @@ def subject_of(
         raise ValueError("an adapter outside a run needs --photos, the folder of its subject.")
     own = str(said).removeprefix(f"{EMBEDDED}:")
     folder = embedded.subject(own).folder if own != str(said) else Path(said).expanduser()
-    known, _ = photos_of(folder)
+    known, _ = photos_of(folder, identifier or run.get("identifier"))
     if len(known) != 1:
         raise ValueError(
             f"an adapter is of one subject, and `{folder}` holds {len(known)}: name its folder, "
@@ -226,9 +231,15 @@ def subject_of(
         )
     found = without(next(iter(known.values())), str(run.get("holdout") or "0"))
     prompt = prompt or run.get("instance_prompt")
-    identifier = identifier or run.get("identifier")
     if prompt is None and found.words is not None:
+        own = found.words.identifier
+        if identifier is not None and identifier.split() != own.split():
+            raise ValueError(
+                f"--identifier `{identifier}` is not in the `{PROMPT}` of `{found.name}`, which "
+                f"says `{own}`: leave it out, or give the prompt with --instance_prompt."
+            )
         return found, found.words
+    identifier = identifier or run.get("identifier")
     captions = [c for p in found.photos if (c := caption_of(p.path)) is not None]
     if prompt is None and not captions:
         raise ValueError(

@@ -2,6 +2,7 @@
 and CLIP ViT-B/32 of random weights.
 
     python eval/speed/score.py --photos PHOTOS --work DIR
+    python eval/speed/score.py --work DIR --size tiny --count 8      # a check of this, in seconds
 
 PHOTOS: a folder of photo folders, one a subject; without it pictures are drawn. The images are
 seeded crops and colour changes of the photos: their content does not matter to the clock, the sizes
@@ -17,6 +18,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +79,7 @@ def write_images(photos: Path, root: Path, count: int) -> int:
     return len(in_parallel(write, range(count)))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -85,7 +87,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="a new folder for all files")
     parser.add_argument("--count", type=int, default=3000, help="images")
     parser.add_argument("--size", choices=SIZES, default="full", help="of the encoders")
-    a = parser.parse_args()
+    a = parser.parse_args(argv)
     a.work.mkdir(parents=True)
     os.environ["DREAMTUNE_CACHE"] = str(a.work / "cache")  # empty, and written as any other
     photos = copied(a.photos, a.work)

@@ -374,3 +374,11 @@ def test_the_folders_of_kohya_name_the_identifier(
 def test_folders_that_name_no_identifier(captions: list[str], folders: list[str]) -> None:
     with pytest.raises(ValueError, match=f"`sks` is not in the caption `{captions[0]}`"):
         read_words(None, None, None, captions, folders)
+
+
+@pytest.mark.parametrize("said", ["a sks dog", "an ohwx old apple", "photo of zwx"])
+@pytest.mark.parametrize("template", ["a {} in the snow", "a red {}", "{}, {}", 'a "{}" sign', "a"])
+def test_a_template_comes_back_from_its_prompt(said: str, template: str) -> None:
+    words = read_words(said, identifier=said.split()[1] if said[0] == "a" else "zwx")
+    assert words.template(words.prompt(template)) == template
+    assert words.template("two sksdogs") == "two sksdogs"

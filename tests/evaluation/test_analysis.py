@@ -13,10 +13,8 @@ from methods import make
 from tiny import disturb, tiny_unet
 
 import dreamtune
-from dreamtune.cli import main
 from dreamtune.evaluation.analysis import (
     END,
-    FILE,
     START,
     analyse,
     hyperspherical_energy,
@@ -127,19 +125,3 @@ def test_the_section_of_a_report_is_replaced(tmp_path: Path):
     for text in ("one", "two"):
         put_into(report, text)
     assert report.read_text() == f"<main>x{START}two{END}<footer>y</footer></main>"
-
-
-def test_the_command_on_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    run = tmp_path / "run"
-    flags = ["--output_dir", str(run), "--max_train_steps", "4", "--validation_steps", "2"]
-    flags += ["--checkpointing_steps", "2", "--num_validation_images", "1", "--rank", "2"]
-    flags += ["--validation_prompt", "a {}", "--num_inference_steps", "2"]
-    assert main(["train", *flags]) == 0
-    assert main(["analyse", str(run)]) == 0
-    said = capsys.readouterr().out
-    found = json.loads((run / FILE).read_text())
-    assert [entry["step"] for entry in found["files"]] == [2, 4]
-    assert "step 4: weights moved by" in said and "of its bound used" in said
-    page = (run / "report.html").read_text()
-    assert page.count("What happened to the weights") == 1 and page.count("Relative weight") >= 2
-    assert main(["analyse", str(tmp_path / "nothing")]) == 1

@@ -96,6 +96,31 @@ def test_other_protocols_are_refused_with_what_differs():
     assert differing({"a": [1]}, {"a": [1], "b": None}) == []
 
 
+def test_weights_are_their_hash_and_not_the_folder_they_lay_in():
+    def protocol(folder, digest="aaaa"):
+        scorers = {"dino": {"model": folder, "weights": digest}, "clip": {"weights": "bbbb"}}
+        encoders = {"dino": {"weights": f"local/{folder}", "architecture": {}}}
+        return {**PROTOCOL, "scorers": scorers, "encoders": encoders,
+                "masks": {"model": folder, "weights": "cccc"}}  # fmt: skip
+
+    one, other = (results(protocol=protocol(name)) for name in ("dino-a", "dino-b"))
+    assert compare(one, other).differences[0].key == "dino"
+    with pytest.raises(ValueError) as caught:
+        compare(one, results(protocol=protocol("dino-b", "dddd")))
+    for part in (
+        "`scorers.dino.model`: dino-a and dino-b",
+        "`scorers.dino.weights`: aaaa and dddd",
+    ):
+        assert part in str(caught.value)
+    assert "masks" not in str(caught.value)
+    # of results without hashes the names are all there is
+    bare = {**PROTOCOL, "scorers": {"dino": {"model": "a"}}}
+    with pytest.raises(ValueError, match="`scorers.dino.model`: a and b"):
+        compare(
+            results(protocol=bare), results(protocol={**bare, "scorers": {"dino": {"model": "b"}}})
+        )
+
+
 def test_files_hold_every_number_and_are_read_back(tmp_path, capsys):
     levels = {"dino_photos": {"s0": 0.9}}
     a = results(levels=levels, warnings=["odd"], versions={"torch": "2"}, seconds={"decode": 1.0})

@@ -10,7 +10,6 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from dreamtune.evaluation.curves import curve
 from dreamtune.evaluation.report import snippet, write_report
 from dreamtune.evaluation.selection import choose_best
 
@@ -39,7 +38,7 @@ def report(run_dir, **changes):
 class Checker(HTMLParser):
     """Open tags, images, text and every address the page would fetch."""
 
-    VOID = {"meta", "img", "br", "line", "circle", "polyline", "path"}
+    VOID = {"meta", "img", "br", "path", "use", "rect"}
 
     def __init__(self):
         super().__init__()
@@ -58,7 +57,9 @@ class Checker(HTMLParser):
 
     def handle_startendtag(self, tag, attributes):
         self.handle_starttag(tag, attributes)
-        assert tag in self.VOID
+        if tag not in self.VOID:  # an element of SVG may be empty
+            assert tag in ("g", "defs")
+            self.handle_endtag(tag)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -78,7 +79,9 @@ def read(path):
 def test_the_page_is_whole_and_fetches_nothing(tmp_path):
     html, page = read(report(tmp_path))
     assert page.fetched == []
-    assert "<script" not in html and "@import" not in html and "url(" not in html
+    assert (
+        "<script" not in html and "@import" not in html and "url(" not in html.replace("url(#", "")
+    )
     assert not re.search(r"\$[a-z_]", html), "a placeholder was left"
     assert len(page.images) == 3 + 2 * 3
     assert all(image["alt"] for image in page.images)
@@ -191,20 +194,3 @@ def test_progress_strip_marks_the_best(tmp_path):
 def test_lengths_must_agree(tmp_path):
     with pytest.raises(ValueError, match="3, 3 and 2"):
         report(tmp_path, adapted_images=pictures(2))
-
-
-@pytest.mark.parametrize("values", [[0.5, 0.5], [0.1, 0.9], [-0.02, 0.001], [0.3], [1e-5, 2e-5]])
-def test_curves_stay_inside_their_frame(values):
-    svg = curve("DINO", range(len(values)), values, 0, reference=0.6, reference_name="r")
-    points = re.search(r'class="line" points="([^"]*)"', svg).group(1).split()
-    for point in points:
-        x, y = map(float, point.split(","))
-        assert 0 <= x <= 340 and 0 <= y <= 216
-    assert svg.count('class="tick"') >= 3
-
-
-def test_axis_numbers_are_not_rounded_away():
-    svg = curve("CLIP-T", [0, 10], [0.83, 0.891], 0)
-    ticks = [float(t) for t in re.findall(r'text-anchor="end">(0\.\d+)<', svg)]
-    steps = {round(b - a, 6) for a, b in zip(ticks, ticks[1:])}
-    assert len(ticks) >= 2 and len(steps) == 1

@@ -12,13 +12,13 @@ import torch
 from galleries import PROMPTS, SUBJECTS, mask, picture, save, write_images, write_photos
 from PIL import Image
 
-from dreamtune.data.words import without_identifier
+from dreamtune.data.words import read_words, without_identifier
 from dreamtune.evaluation.compare import compare
-from dreamtune.evaluation.layout import read_images, read_photos
+from dreamtune.evaluation.layout import Photos, read_images, read_photos
 from dreamtune.evaluation.protocol_file import find_protocol
 from dreamtune.evaluation.protocols import Encoder, Protocol
 from dreamtune.evaluation.results import read_results, write_results
-from dreamtune.evaluation.scores_page import write_page
+from dreamtune.evaluation.scores_page import heat, write_page
 from dreamtune.evaluation.scoring import Task, score_images
 from dreamtune.metrics import METRICS, Scorers
 from dreamtune.metrics import store as store_module
@@ -338,6 +338,19 @@ def test_the_page_is_whole_and_escapes_what_people_wrote(folders, scorers, tmp_p
     assert str(tmp_path) not in (tmp_path / "results.json").read_text()
     stated = json.loads((tmp_path / "results.json").read_text())
     assert stated["protocol"]["scorers"]["dino"]["weights"] == scorers.protocol["dino"]["weights"]
+
+
+def test_the_prompts_of_subjects_share_lines_where_their_words_are_known(results):
+    images = [
+        replace(row, prompt=row.prompt.replace("sks thing", f"sks {row.subject}"))
+        for row in results.images
+    ]
+    named = replace(results, images=images)
+    words = {s: Photos(s, [], words=read_words(f"a sks {s}", f"a {s}")) for s in SUBJECTS}
+    drawn = heat(named, "dino", words)
+    lines = [line.split("</th>")[0] for line in drawn.split('<th scope="row">')[1:]]
+    assert lines == ["a {} in the snow", "a {} on the beach"] and "–" not in drawn
+    assert heat(named, "dino", {}).count('<th scope="row">') == 2 * len(SUBJECTS)
 
 
 def test_features_of_a_gallery_alone(scorers):

@@ -14,7 +14,7 @@ import pytest
 
 from dreamtune.config import Config
 from dreamtune.evaluation.summary import Entry, write_summary
-from dreamtune.evaluation.sweep_curves import places_of, swept_curve
+from dreamtune.evaluation.sweep_curves import Point, over_seeds, places_of, swept_curve
 from dreamtune.training.train import train_stacked
 
 
@@ -37,7 +37,7 @@ def test_a_sweep_leaves_a_summary_of_its_runs(
     assert [float(row["dino"]) for row in rows] == [run["scores"]["dino"] for run in stated]
     assert [row["seed"] for row in rows] == ["0", "1", "0", "1"]
     page = (result.run_dir / "summary.html").read_text()
-    links = [unquote(unescape(link)) for link in re.findall('href="([^"]*)"', page)]
+    links = [unquote(unescape(link)) for link in re.findall('href="([^#"][^"]*)"', page)]
     assert links == [f"{label}/report.html" for label in result.results]
     assert all((result.run_dir / link).is_file() for link in links)
     assert "CLIP-T against learning_rate" in page and "DINO against seed" in page
@@ -72,12 +72,37 @@ def test_what_failed_and_what_a_name_holds(tmp_path: Path) -> None:
 
 
 def test_where_swept_values_stand() -> None:
-    assert places_of([1e-4, 1e-2, 1e-3]) == pytest.approx({1e-4: 0, 1e-3: 0.5, 1e-2: 1})
-    assert places_of([2, 4, 8]) == pytest.approx({2: 0, 4: 1 / 3, 8: 1})
-    assert places_of(["lora", 3, "oft"]) == {"lora": 0, 3: 0.5, "oft": 1}
-    assert places_of([5]) == {5: 0.5}
-    points = [(1.0, "1", 0.2), (1.0, "1", 0.4), (2.0, "2", 0.5), (3.0, "3", float("nan"))]
+    assert places_of("learning_rate", [1e-4, 1e-2, 1e-3]) == ({v: v for v in (1e-4, 1e-2, 1e-3)}, 1)
+    assert places_of("rank", [2, 4, 8]) == ({2: 2, 4: 4, 8: 8}, False)
+    assert places_of("method", ["lora", 3, "oft"]) == ({"lora": 0, 3: 1, "oft": 2}, False)
+    assert places_of("decompose", [True, False]) == ({True: 0, False: 1}, False)
+    assert places_of("seed", [9, 1, 500]) == ({9: 0, 1: 1, 500: 2}, False)
+    points = [Point(v, str(v), s) for v, s in ((1, 0.2), (1, 0.4), (2, 0.5), (3, float("nan")))]
     drawn = swept_curve("DINO", "rank", points)
     assert 'aria-label="DINO against rank: 1: 0.300; 2: 0.500"' in drawn
-    assert drawn.count("<circle") == 3
+    dots = re.search('<g class="dots">.*?</g>', drawn)
+    assert dots is not None and dots[0].count("<use") == 3
     assert swept_curve("DINO", "rank", points[3:]) == ""
+
+
+def test_nothing_joins_seeds_or_words_but_an_interval_stands_at_their_means() -> None:
+    scores = {"0": (0.2, 0.4), "1": (0.3, 0.5), "2": (0.5, 0.7)}
+    rates = [Point(r, str(r), s[i], k) for k, s in scores.items() for i, r in enumerate((1, 2))]
+    seeds = [Point(int(p.seed), p.seed, p.score, p.seed) for p in rates]
+    words = [Point("ab"[p.value == 2], "ab"[p.value == 2], p.score, p.seed) for p in rates]
+    found = over_seeds(rates)
+    assert (found.mean, found.clusters, found.n) == (pytest.approx(2.6 / 6), 3, 6)
+    again = over_seeds([*rates, *rates[:2]])  # a seed with more runs weighs as the others
+    assert again.mean == pytest.approx(2.6 / 6)
+    kinds = ("line", "dash", "interval", "band")
+    drawn = [
+        swept_curve("DINO", name, points)
+        for name, points in (("rate", rates), ("method", words), ("seed", seeds))
+    ]
+    assert [[d.count(f'<g class="{kind}">') for kind in kinds] for d in drawn] == [
+        [1, 0, 2, 0], [0, 2, 2, 0], [0, 3, 0, 1],
+    ]  # fmt: skip
+    low, high = found.low, found.high
+    assert f"mean of 3 seeds: 0.433, 95% interval {low:.3f} to {high:.3f}" in drawn[2]
+    one = [Point(p.value, p.text, p.score) for p in rates]
+    assert "interval" not in swept_curve("DINO", "rate", one)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import types
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import disturb, tiny_unet
 from torch import Tensor, nn
 
@@ -239,3 +241,22 @@ def test_a_format_is_a_module_and_a_line(
     with pytest.raises(SystemExit):
         main(["export", "--help"])
     assert "toy (a test)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_folder_means_the_one_adapter_in_it_whatever_its_name(tmp_path: Path) -> None:
+    """As kohya's scripts leave it; weights of a model beside it are none."""
+    lora = dreamtune.export(trained(tiny_unet()), tmp_path, "kohya")
+    other = lora.rename(tmp_path / "last-000004.safetensors")
+    save_file({"conv_in.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    assert adapter_file(tmp_path) == other
+    shutil.copy(other, tmp_path / "last.safetensors")
+    with pytest.raises(ValueError, match="several adapters: give one of last-000004.safetensors, "):
+        adapter_file(tmp_path)
+    named = shutil.copy(other, tmp_path / "dog_kohya.safetensors")
+    assert adapter_file(tmp_path) == named
+    for path in (other, named, tmp_path / "last.safetensors"):
+        path.unlink()
+    with pytest.raises(ValueError, match="no adapter at .* and no LoRA under another name"):
+        adapter_file(tmp_path)
+    (tmp_path / "cut.safetensors").write_bytes(b"0" * 20)
+    assert adapter_file(tmp_path).name == "cut.safetensors"  # whose reader says what is wrong

@@ -19,6 +19,7 @@ from torchvision.transforms import InterpolationMode
 
 from dreamtune.metrics import METRICS, Dino, Features
 from dreamtune.metrics.dino import Dinov2, Dinov3
+from dreamtune.metrics.dreamsim import DreamSim
 from dreamtune.metrics.extractor import Extractor
 from dreamtune.metrics.lpips import FILE, Lpips, apart, distances
 from dreamtune.metrics.preprocess import Resizing
@@ -206,7 +207,7 @@ def test_resizing_is_obeyed(tmp_path: Path) -> None:
         assert (found.protocol["resize_mode"], found.protocol["crop"]) == (mode, 24)
 
 
-@pytest.mark.parametrize("kind", [Dinov2, Dinov3, Siglip, Lpips])
+@pytest.mark.parametrize("kind", [Dinov2, Dinov3, Siglip, Lpips, DreamSim])
 def test_nothing_is_fetched(kind: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"--{kind.name}"):
         kind(str(tmp_path / "nowhere"))

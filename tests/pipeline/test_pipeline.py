@@ -49,8 +49,9 @@ def test_scale_and_folder(tmp_path):
     loaded = dreamtune.load(pipe, tmp_path, scale=0.4)
     torch.testing.assert_close(images(pipe), expected)
     loaded.eject()
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no `adapter.safetensors` or `pytorch_lora_weights"):
-        dreamtune.load(pipe, tmp_path.parent / tmp_path.name / "..")
+        dreamtune.load(pipe, tmp_path / "empty")
     with pytest.raises(ValueError, match="no adapter file at"):
         dreamtune.load(pipe, tmp_path / "x.safetensors")
 

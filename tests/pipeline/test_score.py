@@ -17,6 +17,7 @@ import dreamtune
 from dreamtune.cli import main
 from dreamtune.config import Config
 from dreamtune.evaluation.results import read_results
+from dreamtune.pipeline.score import given, subject_of
 
 RULE = """
 like: dreamtune
@@ -65,8 +66,11 @@ def test_a_run_its_export_and_a_folder_of_pefts(
 
     outside = ["--photos", str(photos), "--instance_prompt", "a sks dog"]
     outside += ["--pretrained_model_name_or_path", settings["pretrained_model_name_or_path"]]
-    file = dreamtune.export(run, tmp_path / "exported")
-    second = scored(scorer_names, file, rule, tmp_path / "b", *outside)
+    # as kohya's scripts leave it: under any name, with the words in its photos' folder
+    lora = dreamtune.export(run, tmp_path / "exported", "kohya", base=settings[
+        "pretrained_model_name_or_path"])  # fmt: skip
+    lora.rename(lora.with_name("last.safetensors"))
+    second = scored(scorer_names, lora.parent, rule, tmp_path / "b", *outside)
     assert second["source"]["kind"] == "an adapter"
     for key, value in first["scores"].items():
         assert second["scores"][key]["mean"] == pytest.approx(value["mean"], abs=2e-2), key
@@ -147,6 +151,39 @@ def test_refusals(
     error = capsys.readouterr().err
     assert error.startswith("dreamtune score: ") and message in error
     assert not Path("scores").exists()
+
+
+def test_an_identifier_is_looked_for_in_prompt_txt(tmp_path: Path) -> None:
+    photos, images = write_photos(tmp_path / "photos"), write_images(tmp_path / "images")
+    words = {"backpack": "a sks backpack", "backpack_dog": "a zwx toy", "dog": "a zwx dog\na dog"}
+    for subject, text in words.items():
+        (photos / subject / "prompt.txt").write_text(text)
+    with pytest.raises(ValueError, match="the identifier `sks` is not in the prompt `a zwx toy`"):
+        given(images, "x", photos, None, None)
+    found = given(images, "x", photos, None, "zwx").photos
+    assert {n: (p.words.identifier, p.words.class_noun) for n, p in found.items() if p.words} == {
+        "backpack": ("sks", "backpack"), "backpack_dog": ("zwx", "toy"), "dog": ("zwx", "dog"),
+    }  # fmt: skip
+    (photos / "backpack_dog" / "prompt.txt").write_text("a sks toy")
+    with pytest.raises(
+        ValueError, match="--identifier `ohwx` is not in the `prompt.txt` of any su"
+    ):
+        given(images, "x", photos, None, "ohwx")
+    for subject in words:
+        (photos / subject / "prompt.txt").unlink()
+    assert given(images, "x", photos, None, "sks").identifier == "sks"
+    with pytest.raises(ValueError, match="`ohwx` is not in any prompt, so it would change nothing"):
+        given(images, "x", photos, None, "ohwx")
+    # of an adapter
+    own = photos / "dog"
+    (own / "prompt.txt").write_text("a zwx dog")
+    assert subject_of(None, own, None, "zwx")[1].identifier == "zwx"
+    assert subject_of(None, own, "a zwx pup", "zwx")[1].class_noun == "pup"
+    (own / "prompt.txt").write_text("a sks dog")
+    with pytest.raises(
+        ValueError, match="`zwx` is not in the `prompt.txt` of `dog`, which says `s"
+    ):
+        subject_of(None, own, None, "zwx")
 
 
 def test_an_unreadable_picture_is_named_before_anything_is_written(
