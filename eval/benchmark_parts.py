@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,16 @@ from dreamtune.training.train import train_stacked
 
 BASE = "base"
 PLAN, CLASSES, IDENTIFIER = "plan.json", "prompts_and_classes.txt", "sks"
-KEPT = ("benchmark", "subjects", "protocol", "training")  # what a continuation may not change
+# What a continuation may not change, and of a protocol file what its images depend on.
+KEPT = ("benchmark", "subjects", "protocol", "training", "images")
+IMAGES = ("prompts", "images_per_prompt", "first_seed", "unrelated", "sampling")
 
 
 @dataclass(frozen=True)
 class Plan:
     """What is made. subjects: name -> class noun. parts: subjects that train at once. methods: each
-    a name and its options, `oft,blocks=4`. seeds: of training. training: flags of the trainer."""
+    a name and its options, `oft,blocks=4`. seeds: of training. training: flags of the trainer.
+    images: what the protocol says of them; {} in the plan of an older version."""
 
     benchmark: str
     subjects: dict[str, str]
@@ -53,11 +56,19 @@ class Plan:
     seeds: list[int]
     protocol: str
     training: list[str] = field(default_factory=list)
+    images: dict[str, Any] = field(default_factory=dict)
 
     def tasks(self) -> list[tuple[str, int, int]]:
         """(method or BASE, training seed, number of the part), in an order that deals well."""
         kinds = [BASE, *self.methods]
         return [(m, s, p) for s in self.seeds for m in kinds for p in range(len(self.parts))]
+
+
+def images_by(protocol: Protocol) -> dict[str, Any]:
+    """What `Plan.images` holds, as it comes back from the plan's file."""
+    said = protocol.statement()
+    found: dict[str, Any] = json.loads(json.dumps({name: said[name] for name in IMAGES}))
+    return found
 
 
 def name_of(task: tuple[str, int, int]) -> str:
@@ -85,7 +96,15 @@ def sources(benchmark: str, photos: Path | None) -> dict[str, tuple[Path, str]]:
 
 
 def prepare(work: Path, plan: Plan, found: dict[str, tuple[Path, str]]) -> None:
-    """Copies the photos, with the words of each subject, and writes the plan."""
+    """Copies the photos, with the words of each subject, and writes the plan. Raises ValueError
+    where there are others: the trainer would take them for subjects."""
+    wanted = {f"{n:02}/{subject}" for n, part in enumerate(plan.parts) for subject in part}
+    there = {p.relative_to(work / "photos").as_posix() for p in (work / "photos").glob("*/*")}
+    if others := sorted(there - wanted):
+        raise ValueError(
+            f"`{work / 'photos'}` holds `{others[0]}`, which is no subject of this benchmark: a "
+            "start that was cut off may have left it. Take the folder away, or name another --work."
+        )
     for number, part in enumerate(plan.parts):
         for subject in part:
             source, noun = found[subject]
@@ -106,12 +125,13 @@ def read_plan(work: Path, asked: Plan) -> Plan:
     """The plan of the folder, with the methods and seeds asked for now. Raises ValueError where it
     is of another benchmark."""
     saved = Plan(**json.loads((work / PLAN).read_text()))
+    saved = replace(saved, images=saved.images or asked.images)
     if other := [n for n in KEPT if getattr(saved, n) != getattr(asked, n)]:
         told = "; ".join(
             f"`{n}` was {getattr(saved, n)!r}, is {getattr(asked, n)!r}" for n in other
         )
         raise ValueError(f"`{work}` was started otherwise: {told}. Name another --work.")
-    return Plan(**{**asdict(asked), "parts": saved.parts})
+    return replace(asked, parts=saved.parts)
 
 
 def do_task(
@@ -133,12 +153,25 @@ def do_task(
     return f"{name_of(task)}: {count} images made" + (f", {len(failed)} failed" if failed else "")
 
 
+def forget_failures(work: Path, tasks: Sequence[tuple[str, int, int]]) -> None:
+    """Takes away the marks of parts that failed in an earlier start: they are tried again, and who
+    waits for them shall not take those for this start's."""
+    for task in tasks:
+        mark = work / "done" / f"{name_of(task)}.json"
+        if mark.is_file() and json.loads(mark.read_text())["failed"]:
+            mark.unlink()
+
+
+def method_flags(method: str) -> list[str]:
+    """Of `oft,blocks=4`, for the trainer."""
+    name, *options = method.split(",")
+    return [*(f"--{option}" for option in options), "--method", name]
+
+
 def config_of(work: Path, plan: Plan, task: tuple[str, int, int]) -> Config:
     """Of the trainer, for the subjects of a part."""
     method, seed, part = task
-    name, *options = method.split(",")
-    flags = [f"--{option}" for option in options]
-    flags += ["--method", name] if method != BASE else []
+    flags = [] if method == BASE else method_flags(method)
     return train_config([
         *plan.training, *flags, "--seed", str(seed),
         "--subjects", str(work / "photos" / f"{part:02}"),

@@ -28,16 +28,29 @@ from dreamtune.files.whole import whole
 from dreamtune.pipeline.score import load_scorers
 
 
+def marks_of(work: Path, plan: Plan, method: str) -> dict[str, Path]:
+    """Name of a part -> its mark, there or not: of all that a method's scores need."""
+    names = [name_of(task) for task in plan.tasks() if task[0] in (BASE, method)]
+    return {name: work / "done" / f"{name}.json" for name in names}
+
+
 def scored_by(work: Path, plan: Plan, method: str, weights: dict[str, str]) -> dict[str, Any]:
     """What the results of a method depend on, for its mark. Raises ValueError where a part is not
     done."""
-    tasks = {
-        t: work / "done" / f"{name_of(t)}.json" for t in plan.tasks() if t[0] in (BASE, method)
-    }
-    if missing := [name_of(task) for task, mark in tasks.items() if not mark.is_file()]:
+    marks = marks_of(work, plan, method)
+    if missing := [name for name, mark in marks.items() if not mark.is_file()]:
         raise ValueError(f"not done yet: {', '.join(missing)}.")
-    done = {name_of(task): mark.stat().st_mtime_ns for task, mark in tasks.items()}
-    return {"seeds": plan.seeds, "weights": weights, "done": done}
+    return {
+        "seeds": plan.seeds,
+        "weights": weights,
+        "protocol": plain_json(find_protocol(plan.protocol).statement()),
+        "done": {name: mark.stat().st_mtime_ns for name, mark in marks.items()},
+    }
+
+
+def plain_json(values: Any) -> Any:
+    """As they come back from a file."""
+    return json.loads(json.dumps(values))
 
 
 def mark_of(work: Path, method: str) -> Path:
@@ -45,8 +58,11 @@ def mark_of(work: Path, method: str) -> Path:
 
 
 def is_scored(work: Path, plan: Plan, method: str, weights: dict[str, str]) -> bool:
+    """Whether its results are of what is asked for now; not while a part is to be done."""
     mark = mark_of(work, method)
-    return mark.is_file() and json.loads(mark.read_text()) == scored_by(work, plan, method, weights)
+    if not all(path.is_file() for path in (mark, *marks_of(work, plan, method).values())):
+        return False
+    return bool(json.loads(mark.read_text()) == scored_by(work, plan, method, weights))
 
 
 def score_method(work: Path, plan: Plan, method: str, weights: dict[str, str]) -> str:
@@ -55,16 +71,10 @@ def score_method(work: Path, plan: Plan, method: str, weights: dict[str, str]) -
     if is_scored(work, plan, method, weights):
         return f"{method}: was scored"
     wanted = scored_by(work, plan, method, weights)
-    done = {
-        task: json.loads((work / "done" / f"{name_of(task)}.json").read_text())
-        for task in plan.tasks()
-        if task[0] in (BASE, method)
-    }
-    how = next((d["sampling"] for t, d in done.items() if t[0] == method and d["sampling"]), {})
-    base_how = next((d["sampling"] for t, d in done.items() if t[0] == BASE), {})
-    failed = {s: why for t, d in done.items() if t[0] == method for s, why in d["failed"].items()}
+    how, base_how = (sampling_of(work, plan, kind) for kind in (method, BASE))
+    failed = dict(failures(work, plan, method))
     folder, text = work / "results" / method, ""
-    if (work / "images" / method).is_dir():
+    if how:  # an earlier plan's seeds may have images where those of this one have none
         if base_how and how != base_how:
             raise ValueError(
                 f"the base was sampled by {base_how} and `{method}` by {how}: name another --work."
@@ -81,6 +91,22 @@ def score_method(work: Path, plan: Plan, method: str, weights: dict[str, str]) -
     with whole(mark_of(work, method)) as partial:
         partial.write_text(json.dumps(wanted))
     return text
+
+
+def done_of(work: Path, plan: Plan, kind: str) -> list[dict[str, Any]]:
+    """What the marks of the parts of a method, or of BASE, say."""
+    names = [name_of(task) for task in plan.tasks() if task[0] == kind]
+    return [json.loads((work / "done" / f"{name}.json").read_text()) for name in names]
+
+
+def sampling_of(work: Path, plan: Plan, kind: str) -> dict[str, Any]:
+    """{} where nothing could be sampled."""
+    return next((d["sampling"] for d in done_of(work, plan, kind) if d["sampling"]), {})
+
+
+def failures(work: Path, plan: Plan, method: str) -> list[tuple[str, str]]:
+    """(subject, why), of all seeds."""
+    return [pair for d in done_of(work, plan, method) for pair in d["failed"].items()]
 
 
 def write_scores(
@@ -109,11 +135,11 @@ def write_scores(
 
 
 def finish(work: Path, plan: Plan, tell: Callable[[str], None] = print) -> dict[str, Results]:
-    """The results of the methods that have images, all scored, and how they compare."""
+    """The results of the methods that could be sampled, all scored, and how they compare."""
     results = {
         method: read_results(work / "results" / method)
         for method in plan.methods
-        if (work / "images" / method).is_dir()
+        if sampling_of(work, plan, method)
     }
     write_comparisons(work / "results" / "comparisons.txt", results, tell)
     return results

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -36,17 +37,26 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "eval"), str(ROOT)]
 
 from benchmark_parts import (  # noqa: E402
-    BASE,
     PLAN,
     Plan,
     do_task,
-    name_of,
+    forget_failures,
+    images_by,
+    method_flags,
     prepare,
     read_plan,
     sources,
 )
-from benchmark_scores import finish, is_scored, mark_of, score_method  # noqa: E402
+from benchmark_scores import (  # noqa: E402
+    failures,
+    finish,
+    is_scored,
+    mark_of,
+    marks_of,
+    score_method,
+)
 
+from dreamtune.evaluation.protocol_file import find_protocol  # noqa: E402
 from dreamtune.fields import nearest  # noqa: E402
 from dreamtune.flags import train_config  # noqa: E402
 from dreamtune.metrics import METRICS  # noqa: E402
@@ -82,9 +92,31 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             raise ValueError(
                 f"{flag} is set for each part: use --methods, --seeds, --only, --work."
             )
-    # what is not understood is an error here, not in a worker
-    train_config([*training, "--subjects", str(args.work)])
+    check(args, training)
     return args, training
+
+
+def check(args: argparse.Namespace, training: Sequence[str]) -> None:
+    """Raises ValueError for what is not understood: here, not in a worker hours later."""
+    train_config([*training, "--subjects", str(args.work)])
+    find_protocol(args.protocol)
+    for name in ("methods", "seeds", "only"):
+        given = getattr(args, name) or []
+        if twice := [x for x in given if given.count(x) > 1]:
+            raise ValueError(f"--{name} has `{twice[0]}` twice: two processes would make it.")
+    for method in args.methods:
+        for option in method.split(",")[1:]:
+            if (name := option.partition("=")[0]) in OWN:
+                raise ValueError(f"`{method}`: `{name}` is no option of a method, and set for all.")
+        if Path(method).name != method:
+            raise ValueError(f"`{method}` names folders, and has a separator of paths in it.")
+        train_config([*training, *method_flags(method), "--subjects", str(args.work)])
+    if min(args.seeds) < 0:
+        raise ValueError(f"--seeds must be 0 or more, got {min(args.seeds)}.")
+    if args.at_once is not None and args.at_once < 1:
+        raise ValueError(f"--at_once must be 1 or more, got {args.at_once}.")
+    if (args.ray or "").startswith("local:") and not re.fullmatch("local:[1-9][0-9]*", args.ray):
+        raise ValueError(f"--ray must be local:N of N workers, auto or an address, got {args.ray}.")
 
 
 def planned(args: argparse.Namespace, training: list[str], workers: int) -> Plan:
@@ -104,6 +136,7 @@ def planned(args: argparse.Namespace, training: list[str], workers: int) -> Plan
         args.seeds,
         str(path.resolve()) if path.is_file() else args.protocol,
         training,
+        images_by(find_protocol(args.protocol)),
     )
 
 
@@ -122,30 +155,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     wait(work / PLAN)
     plan, began = read_plan(work, plan), time.perf_counter()
     weights = {name: w for name in EXTRACTORS if (w := getattr(args, f"score_{name}")) is not None}
+    own = plan.tasks()[rank::world]
+    forget_failures(work, own)
+    _store = meet(rank, world)
     if args.ray:
         by_ray(args.ray, work, plan, weights)
     else:
-        for task in plan.tasks()[rank::world]:
+        for task in own:
             print(do_task(work, plan, task), flush=True)
         for method in plan.methods[rank::world]:
-            for task in plan.tasks():
-                if task[0] in (BASE, method):
-                    wait(work / "done" / f"{name_of(task)}.json")
+            for mark in marks_of(work, plan, method).values():
+                wait(mark)
             print(score_method(work, plan, method, weights), flush=True)
     if rank:
         return 0
     for method in plan.methods:
         wait(mark_of(work, method), lambda m=method: is_scored(work, plan, m, weights))
-    results = finish(work, plan)
+    finish(work, plan)
     seconds = time.perf_counter() - began
     print(f"{seconds:.1f} s of work by {workers} process{'es' if workers > 1 else ''}", flush=True)
-    failed = [f"{m}: {s}: {why}" for m, r in results.items() for s, why in failures(r.source)]
+    failed = [f"{m}: {s}: {why}" for m in plan.methods for s, why in failures(work, plan, m)]
     print("\n".join(f"failed: {text}" for text in failed))
     return 1 if failed else 0
 
 
-def failures(source: Any) -> list[tuple[str, str]]:
-    return list(source["failed"].items())
+def meet(rank: int, world: int) -> Any:
+    """Until all processes of the launcher are here; alone, and without a launcher, at once. What it
+    returns must be kept: it may be where the others ask."""
+    if world == 1 or "MASTER_ADDR" not in os.environ:
+        return None
+    store, *_ = next(torch.distributed.rendezvous("env://", rank, world))
+    here = store.add("dreambench", 1)
+    while here < world:
+        time.sleep(SECONDS / 10)
+        here = store.add("dreambench", 0)
+    return store
 
 
 def wait(path: Path, ready: Callable[[], bool] | None = None) -> None:

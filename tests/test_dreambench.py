@@ -5,18 +5,26 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import sys
+import threading
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from dreamtune.evaluation.protocol_file import find_protocol
 from dreamtune.evaluation.results import read_results
 
 sys.path.append(str(Path(__file__).parents[1] / "eval"))
 
+import benchmark_parts  # noqa: E402
+import benchmark_scores  # noqa: E402
 import dreambench  # noqa: E402
+from benchmark_parts import Plan  # noqa: E402
 
 METHOD = "lora,rank=2"
 SUBJECTS = {"backpack": "backpack", "backpack_dog": "backpack", "dog": "dog"}
@@ -134,12 +142,141 @@ def test_parts_are_dealt_over_processes(
         (["--max_train_stepz", "2"], "unknown flag --max_train_stepz. Did you mean"),
         (["--seed", "3"], "--seed is set for each part"),
         (["--only", "dogg"], "no subject `dogg`. Did you mean `dog`"),
+        (["--methods", "lorra"], "unknown method `lorra`. Did you mean `lora`"),
+        (["--methods", "base"], "unknown method `base`"),
+        (["--methods", "lora,rnk=3"], "unknown flag --rnk. Did you mean `rank`"),
+        (["--methods", "lora,seed=3"], "`seed` is no option of a method"),
+        (["--methods", "lora,target_modules=a/b"], "has a separator of paths in it"),
+        (["--methods", "lora", "dora", "lora"], "--methods has `lora` twice"),
+        (["--seeds", "1", "1"], "--seeds has `1` twice"),
+        (["--seeds", "-1"], "--seeds must be 0 or more, got -1"),
+        (["--at_once", "-1"], "--at_once must be 1 or more, got -1"),
+        (["--at_once", "0"], "--at_once must be 1 or more, got 0"),
+        (["--ray", "local:0"], "--ray must be local:N .* got local:0"),
+        (["--protocol", "nope"], "unknown protocol `nope`"),
     ],
 )
 def test_refusals(flags: list[str], tmp_path: Path, more: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dreambench.main(["--work", str(tmp_path / "new"), "--methods", "lora", *flags, *more])
     assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def marked(tmp_path: Path) -> tuple[Path, Plan]:
+    """A benchmark as its marks have it: `lora` failed for `b`, `dora` for all, both are scored."""
+    plan = Plan("dreambooth", {"a": "cat", "b": "dog"}, [["a"], ["b"]], ["lora", "dora"], [0],
+                "dreamtune")  # fmt: skip
+    (tmp_path / "done").mkdir()
+    (tmp_path / "scored").mkdir()
+    for kind, number, failed in (
+        ("base", 0, {}), ("base", 1, {}), ("lora", 0, {}), ("lora", 1, {"b": "no"}),
+        ("dora", 0, {"a": "why"}), ("dora", 1, {"b": "why"}),
+    ):  # fmt: skip
+        said = {"failed": failed, "sampling": {} if failed else {"steps": 2}}
+        mark = tmp_path / "done" / f"{kind}-seed-0-part-0{number}.json"
+        mark.write_text(json.dumps(said))
+    for method in plan.methods:
+        wanted = benchmark_scores.scored_by(tmp_path, plan, method, {})
+        benchmark_scores.mark_of(tmp_path, method).write_text(json.dumps(wanted))
+    return tmp_path, plan
+
+
+def test_a_mark_of_scores_is_of_one_plan(
+    marked: tuple[Path, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a part is still to be done a method is not scored, and nothing is raised: the first
+    process looks while the others are at it."""
+    work, plan = marked
+    assert benchmark_scores.is_scored(work, plan, "lora", {})
+    assert not benchmark_scores.is_scored(work, replace(plan, seeds=[0, 1]), "lora", {})
+    assert not benchmark_scores.is_scored(work, plan, "lora", {"dino": "other"})
+    with pytest.raises(ValueError, match="not done yet: base-seed-1-part-00, "):
+        benchmark_scores.score_method(work, replace(plan, seeds=[0, 1]), "lora", {})
+    other = replace(find_protocol("dreamtune"), metrics=("dino",))
+    monkeypatch.setattr(benchmark_scores, "find_protocol", lambda name: other)
+    assert not benchmark_scores.is_scored(work, plan, "lora", {})
+
+
+def test_what_failed_is_forgotten_before_anyone_waits_for_it(marked: tuple[Path, Plan]) -> None:
+    work, plan = marked
+    benchmark_parts.forget_failures(work, plan.tasks())
+    left = ["base-seed-0-part-00", "base-seed-0-part-01", "lora-seed-0-part-00"]
+    assert sorted(p.stem for p in (work / "done").iterdir()) == left
+    assert not benchmark_scores.is_scored(work, plan, "lora", {})
+
+
+def test_a_method_that_failed_for_all_is_said(marked: tuple[Path, Plan]) -> None:
+    """Its images, of another seed of an earlier start, are not its images now."""
+    work, plan = marked
+    (work / "images" / "dora" / "a").mkdir(parents=True)
+    assert benchmark_scores.sampling_of(work, plan, "dora") == {}
+    assert benchmark_scores.failures(work, plan, "dora") == [("a", "why"), ("b", "why")]
+    benchmark_scores.mark_of(work, "dora").unlink()
+    said = benchmark_scores.score_method(work, plan, "dora", {})
+    assert said == "dora: no images, for training failed: why; why"
+
+
+def test_a_total_failure_is_no_success(
+    marked: tuple[Path, Plan], flags: list[str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The exit status, and the reasons, of a method none of whose subjects could be trained."""
+    work, plan = marked
+    plan = replace(plan, methods=["dora"])
+    monkeypatch.setattr(dreambench, "read_plan", lambda work, asked: plan)
+    monkeypatch.setattr(dreambench, "forget_failures", lambda work, tasks: None)
+    monkeypatch.setattr(dreambench, "do_task", lambda work, plan, task: "")
+    (work / "plan.json").write_text("{}")
+    (work / "results").mkdir()
+    assert dreambench.main(["--work", str(work), "--methods", "dora", *flags]) == 1
+    assert capsys.readouterr().out.endswith("failed: dora: a: why\nfailed: dora: b: why\n")
+
+
+def test_processes_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None goes on before the last has come."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setattr(dreambench, "SECONDS", 0.1)
+    kept: list[Any] = []
+    first = threading.Thread(target=lambda: kept.append(dreambench.meet(0, 2)))
+    first.start()
+    time.sleep(0.3)
+    assert kept == []
+    dreambench.meet(1, 2)
+    first.join(20)
+    assert len(kept) == 1 and dreambench.meet(0, 1) is None
+
+
+def test_photos_of_a_start_that_was_cut_off(flags: list[str], tmp_path: Path) -> None:
+    """By another number of processes: its parts would be trained as further subjects."""
+    args, training = dreambench.parse(["--work", str(tmp_path), "--methods", METHOD, *flags])
+    found = dreambench.sources("dreambooth", args.photos)
+    plan = dreambench.planned(args, training, 1)
+    dreambench.prepare(tmp_path, plan, found)
+    (tmp_path / "plan.json").unlink()
+    dreambench.prepare(tmp_path, plan, found)  # the same again goes on
+    (tmp_path / "plan.json").unlink()
+    args.at_once = 3
+    with pytest.raises(ValueError, match="`01/dog`, which is no subject of this benchmark"):
+        dreambench.prepare(tmp_path, dreambench.planned(args, training, 1), found)
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_protocol_of_other_images_is_another_benchmark(flags: list[str], tmp_path: Path) -> None:
+    args, training = dreambench.parse(["--work", str(tmp_path), "--methods", METHOD, *flags])
+    plan = dreambench.planned(args, training, 1)
+    assert plan.images["prompts"] == ["a {} in the snow", "a red {}"]
+    (tmp_path / "plan.json").write_text(json.dumps(asdict(plan)))
+    assert benchmark_parts.read_plan(tmp_path, plan) == plan
+    other = replace(plan, images={**plan.images, "images_per_prompt": 3})
+    with pytest.raises(ValueError, match="was started otherwise: `images` was"):
+        benchmark_parts.read_plan(tmp_path, other)
+    (tmp_path / "plan.json").write_text(json.dumps({**asdict(plan), "images": {}}))
+    assert benchmark_parts.read_plan(tmp_path, other) == other  # an older version's
 
 
 def test_ray_is_asked_for_by_name(
