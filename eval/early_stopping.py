@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,13 +24,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
 from dreamtune import embedded  # noqa: E402
+from dreamtune.adapters import find_method  # noqa: E402
+from dreamtune.config import Config  # noqa: E402
 from dreamtune.evaluation.selection import choose_best, stale  # noqa: E402
 from dreamtune.evaluation.statistics import Estimate, estimate  # noqa: E402
+from dreamtune.files.whole import whole  # noqa: E402
 from dreamtune.flags import train_config  # noqa: E402
 from dreamtune.training.records import read_metrics  # noqa: E402
 from dreamtune.training.train import train_stacked  # noqa: E402
 
 PATIENCE = (1, 2, 3, 4, 6)
+OWN = ("subjects", "output_dir", "resume_from_checkpoint", "method", "seed", "sweep", "early_stop")
 LOST = 0.05  # of the product of shares: a run that lost more stopped too early
 
 
@@ -49,38 +52,62 @@ class Stopped:
     dino_lost: float
 
 
-def stopped(history: Sequence[Mapping[str, Any]], patience: int) -> tuple[float, float, float]:
-    """(share of the steps made, lost, dino_lost)."""
-    whole = choose_best(history)
+def stopped(
+    history: Sequence[Mapping[str, Any]], patience: int, identity_at_start: bool = True
+) -> tuple[float, float, float]:
+    """(share of the steps made, lost, dino_lost). identity_at_start: of the method, see
+    `choose_best`. Raises ValueError for a run whose checkpoints have no product of shares."""
+    whole_run = choose_best(history, identity_at_start)
+    products = [rating.product for rating in whole_run.ratings]
+    if not products or None in products:
+        raise ValueError(f"what was lost cannot be told: {whole_run.reason}")
     end = len(history)
     for count in range(1, len(history)):
         seen = history[:count]
-        if stale(seen, choose_best(seen).step, patience):
+        if stale(seen, choose_best(seen, identity_at_start).step, patience):
             end = count
             break
-    kept = choose_best(history[:end]).index
-    products = [rating.product or 0.0 for rating in whole.ratings]
+    best, kept = whole_run.index, choose_best(history[:end], identity_at_start).index
     return (
         history[end - 1]["step"] / history[-1]["step"],
-        products[whole.index] - products[kept],
-        history[whole.index]["dino"] - history[kept]["dino"],
+        (products[best] or 0.0) - (products[kept] or 0.0),
+        history[best]["dino"] - history[kept]["dino"],
     )
 
 
-def train(work: Path, method: str, seed: int, training: list[str]) -> dict[str, Path]:
-    """Subject -> its run, trained to the end."""
-    photos, out = work / "photos", work / "runs" / method / f"seed-{seed}"
-    for subject in embedded.subjects("dev"):
-        shutil.copytree(subject.folder, photos / subject.id, dirs_exist_ok=True)
-    flags = ["--subjects", str(photos), "--output_dir", str(out), "--seed", str(seed)]
-    mark = out / "done"
+def config_of(work: Path, method: str, seed: int, training: Sequence[str]) -> Config:
+    """Of the trainer. Raises ValueError for flags that are set here, and without scores."""
+    for flag in training:
+        if flag.startswith("--") and flag[2:].partition("=")[0] in OWN:
+            raise ValueError(f"{flag} is set for each run: use --methods, --seeds, --work.")
+    out = work / "runs" / method / f"seed-{seed}"
+    config = train_config([
+        *training, "--subjects", str(work / "photos"), "--output_dir", str(out), "--seed",
+        str(seed), "--method", method, "--resume_from_checkpoint", "latest",
+    ])  # fmt: skip
+    if config.early_stop:
+        raise ValueError("`early_stop` is set in a file of settings: the runs must go to the end.")
+    if "none" in (config.dino, config.clip):
+        raise ValueError("the runs are read by their scores, but `dino` or `clip` is none.")
+    return config
+
+
+def train(work: Path, config: Config, training: Sequence[str]) -> dict[str, Path]:
+    """Subject -> its run, trained to the end. Raises ValueError where it was by other flags."""
+    assert config.output_dir is not None
+    out = Path(config.output_dir)
+    mark = out / "done.json"
     if not mark.is_file():
-        config = train_config([
-            *training, *flags, "--method", method, "--resume_from_checkpoint", "latest",
-        ])  # fmt: skip
+        for subject in embedded.subjects("dev"):
+            shutil.copytree(subject.folder, work / "photos" / subject.id, dirs_exist_ok=True)
         if failed := train_stacked(config).failed:
-            raise ValueError(f"`{method}`, seed {seed}: {failed}")
-        mark.touch()
+            raise ValueError(f"`{config.method}`, seed {config.seed}: {failed}")
+        with whole(mark) as partial:
+            partial.write_text(json.dumps(list(training)))
+    if (before := json.loads(mark.read_text())) != list(training):
+        raise ValueError(
+            f"`{out}` was trained by {before}, asked for is {list(training)}: name another --work."
+        )
     return {s.id: out / s.id for s in embedded.subjects("dev")}
 
 
@@ -121,19 +148,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     args, training = parser.parse_known_args(argv)
-    rows = []
-    for method in args.methods:
-        for seed in args.seeds:
-            for subject, run in train(args.work.resolve(), method, seed, training).items():
-                history = read_metrics(run)
-                rows += [
-                    Stopped(method, subject, seed, patience, *stopped(history, patience))
-                    for patience in PATIENCE
-                ]
-    target = args.work / "early_stopping.json"
-    partial = target.with_suffix(".partial")
-    partial.write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    os.replace(partial, target)
+    work, rows = args.work.resolve(), []
+    configs = {
+        (method, seed): config_of(work, method, seed, training)
+        for method in args.methods
+        for seed in args.seeds
+    }
+    for (method, seed), config in configs.items():
+        identity = find_method(method).identity_at_start
+        for subject, run in train(work, config, training).items():
+            history = read_metrics(run)
+            rows += [
+                Stopped(method, subject, seed, patience, *stopped(history, patience, identity))
+                for patience in PATIENCE
+            ]
+    with whole(work / "early_stopping.json") as partial:
+        partial.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     print(table(rows))
     return 0
 

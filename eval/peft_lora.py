@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+PREDICTIONS = ("epsilon", "v_prediction")
+FILE = "pytorch_lora_weights.safetensors"  # what `save_lora_weights` writes
 
 
 def latents_of(pipe: Any, photos: Path, size: int) -> torch.Tensor:
@@ -27,7 +29,7 @@ def latents_of(pipe: Any, photos: Path, size: int) -> torch.Tensor:
     codes = []
     for path in sorted(p for p in photos.iterdir() if p.suffix.lower() in SUFFIXES):
         with Image.open(path) as opened:
-            image = opened.convert("RGB")
+            image = ImageOps.exif_transpose(opened).convert("RGB")
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side)).resize((size, size))
@@ -36,7 +38,7 @@ def latents_of(pipe: Any, photos: Path, size: int) -> torch.Tensor:
         mean = code.latent_dist.mean if "latent_dist" in code else code.latents  # a tiny one's
         codes.append(mean * pipe.vae.config.scaling_factor)
     if not codes:
-        raise SystemExit(f"`{photos}` has no photo: {', '.join(SUFFIXES)}")
+        raise ValueError(f"`{photos}` has no photo: {', '.join(SUFFIXES)}.")
     return torch.cat(codes)
 
 
@@ -46,6 +48,8 @@ def train(pipe: Any, photos: Path, prompt: str, steps: int, rate: float, rank: i
 
     unet, device = pipe.unet, pipe.device
     noise_of = DDPMScheduler.from_config(pipe.scheduler.config)
+    if (kind := noise_of.config.prediction_type) not in PREDICTIONS:
+        raise ValueError(f"the base predicts `{kind}`; known are {', '.join(PREDICTIONS)}.")
     with torch.no_grad():
         size = unet.config.sample_size * pipe.vae_scale_factor
         latents = latents_of(pipe, photos, size)
@@ -96,6 +100,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--learning_rate", type=float, default=6e-4)
     parser.add_argument("--rank", type=int, default=16)
     args = parser.parse_args(argv)
+    if args.steps < 1 or args.rank < 1:
+        raise ValueError(f"--steps and --rank must be 1 or more, got {args.steps}, {args.rank}.")
+    if not (Path(args.base) / "model_index.json").is_file():
+        raise ValueError(f"`{args.base}` is no folder of a pipeline: it has no model_index.json.")
+    if not args.photos.is_dir():
+        raise ValueError(f"`{args.photos}` is no folder of photos.")
+    if (args.output / FILE).exists():
+        raise ValueError(f"`{args.output / FILE}` is there: name another --output.")
     torch.manual_seed(0)
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -109,4 +121,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"peft_lora: {error}") from None
