@@ -10,6 +10,8 @@ import hashlib
 import io
 import re
 import threading
+import unicodedata
+import warnings
 from collections.abc import Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Literal
@@ -27,6 +29,8 @@ RC = {"svg.fonttype": "none", "svg.hashsalt": "dreamtune", "text.parse_math": Fa
 METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 LINK = "{http://www.w3.org/1999/xlink}href"
 
+# Where a text lies is measured in the font that matplotlib has; the page shows it in its own.
+NO_GLYPH = r"Glyph \d+ .*missing from"
 # matplotlib keeps its settings in one global place, so charts are drawn one at a time.
 _DRAWING = threading.Lock()
 
@@ -52,7 +56,12 @@ def chart(
     from matplotlib.figure import Figure
 
     title, said, buffer = plain(title), plain(said), io.StringIO()
-    with _DRAWING, style.context(["default", RC]):  # a person's own style is not the page's
+    with (
+        _DRAWING,
+        style.context(["default", RC]),  # a person's own style is not the page's
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", NO_GLYPH, UserWarning)
         figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72)
         canvas = FigureCanvasSVG(figure)
         if margins is not None:
@@ -129,8 +138,12 @@ def font(found: re.Match[str]) -> str:
 
 
 def plain(text: str) -> str:
-    """Without characters that no XML may hold."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+    """Without characters that no XML may hold, and without breaks of the line."""
+
+    def shown(c: str) -> bool:  # joiners and narrow spaces are part of words
+        return unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp") and c not in "\ufffe\uffff"
+
+    return "".join(c if shown(c) else "\ufffd" for c in text)
 
 
 def limits(values: Sequence[float]) -> tuple[float, float]:

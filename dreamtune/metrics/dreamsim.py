@@ -203,13 +203,16 @@ def _lora(folder: Path) -> dict[int, dict[str, Tensor]]:
         raise ValueError(f"DreamSim: `{folder}` has no {' or '.join(WEIGHTS)}: {HOW}.")
     factors: dict[tuple[int, str], dict[str, Tensor]] = {}
     for key, value in _tensors(file).items():
-        found = KEY.search(key)
-        if found is None or found.end() != len(key):
+        found = KEY.search(str(key))
+        pair = {} if found is None else factors.setdefault((int(found[1]), found[2]), {})
+        matrix = isinstance(value, Tensor) and value.dim() == 2 and value.is_floating_point()
+        if found is None or found.end() != len(key) or found[3] in pair or not matrix:
             raise UnreadableFile(f"`{file}`: `{key}` is no LoRA of a base model of DreamSim.")
-        factors.setdefault((int(found[1]), found[2]), {})[found[3]] = value.float()
+        pair[found[3]] = value.float()
     changes: dict[int, dict[str, Tensor]] = {}
     for (number, path), pair in factors.items():
-        if pair.keys() != {"A", "B"} or len(pair["A"]) != config["r"]:
+        ranks = {pair["A"].shape[0], pair["B"].shape[1]} if len(pair) == 2 else set()
+        if ranks != {config["r"]}:
             raise UnreadableFile(f"`{file}`: the LoRA of `{path}` is not whole, of rank r.")
         change = config["lora_alpha"] / config["r"] * pair["B"] @ pair["A"]
         changes.setdefault(number, {})[path] = change
@@ -225,7 +228,9 @@ def _tensors(file: Path) -> dict[str, Any]:
     with read_by_library(str(file)):
         if file.suffix == ".safetensors":
             return load_file(file)
-        found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        found = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(found, dict):
+            raise UnreadableFile(f"`{file}` holds no tensors by name.")
         return found
 
 
@@ -250,6 +255,10 @@ def _vit(
         projection = state.pop("proj") if branch.projected else torch.empty(width, 0)
         grid = round((state["pos_embed"].shape[1] - 1) ** 0.5)
         for path, change in changes.items():
+            if (shape := state[f"{path}.weight"].shape) != change.shape:
+                raise UnreadableFile(
+                    f"`{file}`: `{path}` is {tuple(shape)}, its LoRA {tuple(change.shape)}."
+                )
             state[f"{path}.weight"] = state[f"{path}.weight"] + change
         model: Any = VisionTransformer(
             img_size=grid * patch,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import cycle
@@ -75,6 +76,28 @@ def test_no_text_is_a_formula_or_markup() -> None:
     assert EVIL in texts(drawn[0]) and EVIL in texts(drawn[1])
     assert texts(drawn[2])[:2] == ["$a$", "#010101\ufffd"]
     assert [t.count(EVIL) for t in texts(drawn[3]) if not t[0].isdigit()] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "name", ["柴犬", "\U0001f469\u200d\U0001f3a8", "नमस्\u200dते", "a\u00a0b", "می\u200cخواهم"]
+)
+def test_names_of_all_scripts_are_as_they_were_written(name: str) -> None:
+    """Without a warning that matplotlib's own font lacks them: the page has its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = [
+            curve(name, [0, 1], [0.1, 0.2], 1, reference=0.3, reference_name=name),
+            swept_curve("t", name, [Point(name, name, 0.1), Point("b", "b", 0.2)]),
+            scatter([replace(some_cloud(), name=name)], name, "y"),
+        ]
+    for figure in drawn:
+        assert any(name in text for text in texts(figure)) and "\ufffd" not in figure
+        assert name in str(parsed(figure).get("aria-label"))
+
+
+def test_what_no_xml_may_hold_is_replaced() -> None:
+    for odd in "\x00\x1b\ud800\ufffe\uffff\n\u2028":
+        assert texts(swept_curve("t", "x", [Point(f"a{odd}b", f"a{odd}b", 0.1)]))[0] == "a\ufffdb"
 
 
 def test_colours_are_the_page_s_and_ids_are_a_chart_s_own() -> None:

@@ -174,6 +174,17 @@ def test_what_is_missing_or_another_is_named(tmp_path: Path) -> None:
     broken(
         "`other` is no LoRA of a base", weights, lambda f: save_file({"other": torch.ones(1)}, f)
     )
+    for what, other in {
+        "is not whole, of rank r": lambda k, v: v[:, :3] if ".lora_B" in k else v,
+        r"is \(384, 128\), its LoRA \(1, 128\)": lambda k, v: v[:1] if ".lora_B" in k else v,
+        r"is \(384, 128\), its LoRA \(384, 1\)": lambda k, v: v[:, :1] if ".lora_A" in k else v,
+        "is no LoRA of a base": lambda k, v: v.int() if k == first else v,
+        "is no LoRA of a base model": lambda k, v: v[0] if k == first else v,
+    }.items():
+        odd = {k: other(k, v).contiguous() for k, v in change.items()}
+        broken(what, weights, lambda f, odd=odd: save_file(odd, f))
+    twice = {**change, first.replace(".weight", ".default.weight"): change[first] + 1}
+    broken("is no LoRA of a base", weights, lambda f: save_file(twice, f))
     swapped = {k.replace("list.0", "list.1"): v for k, v in change.items()}
     broken("changes base model 1, which it", weights, lambda f: save_file(swapped, f))
     config = tmp_path / kind / "adapter_config.json"
@@ -184,6 +195,14 @@ def test_what_is_missing_or_another_is_named(tmp_path: Path) -> None:
     part = {k: v for k, v in states[0].items() if k != "norm.bias"}
     broken(f"`{base}` could not be loaded.*norm.bias", base, lambda f: torch.save(part, f))
     broken("holds more than tensors", base, lambda f: torch.save({"a": Evil()}, f))
+    whole = weights.read_bytes()
+    weights.unlink()
+    for held, what in (([1], "no tensors by name"), ({1: 2}, "`1` is no"), ({first: "x"}, "is no")):
+        torch.save(held, weights.with_suffix(".bin"))
+        with pytest.raises(ValueError, match=what):
+            DreamSim(str(tmp_path / kind))
+    weights.with_suffix(".bin").unlink()
+    weights.write_bytes(whole)
     base.unlink()
     with pytest.raises(ValueError, match=f"there is no `{base}` or .*a base model of it"):
         DreamSim(str(tmp_path / kind))
