@@ -130,3 +130,5 @@ def test_speed_of_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     said: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said["images"] == 8 and said["all_s"] > 0
     assert (tmp_path / "new" / "scores" / "report.html").is_file()
+    with pytest.raises(SystemExit, match="new` is there: name a new --work"):
+        score.main(["--work", str(tmp_path / "new"), "--size", "tiny", "--count", "8"])

@@ -31,18 +31,21 @@ def adapter_file(path: str | Path) -> Path:
     patterns = [f.file_name.format(name="*") for f in formats().values() if f.file_name]
     for place in places:
         for pattern in patterns:
-            found = sorted(p for p in place.glob(pattern) if p.is_file())
-            if found:
+            if found := files(place, pattern):
                 return only(place, found)
     for place in places:
-        found = [p for p in sorted(place.glob("*.safetensors")) if p.is_file() and is_adapter(p)]
-        if found:
+        if found := [path for path in files(place, "*.safetensors") if is_adapter(path)]:
             return only(place, found)
     also = " or in its best/" if len(places) > 1 else ""
     raise ValueError(
         f"no adapter at `{path}`: no {' or '.join(f'`{p}`' for p in patterns)} in it{also}, and no "
         "LoRA under another name. Give such a file, or the folder of a run"
     )
+
+
+def files(place: Path, pattern: str) -> list[Path]:
+    """Of a folder, by name; without hidden ones, which file managers and archives lay beside."""
+    return [p for p in sorted(place.glob(pattern)) if p.is_file() and not p.name.startswith(".")]
 
 
 def only(place: Path, found: Sequence[Path]) -> Path:

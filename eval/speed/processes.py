@@ -88,6 +88,8 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", default=["lora", "delora"])
     args = parser.parse_args()
     work = args.work.resolve()
+    if work.exists():
+        raise SystemExit(f"processes: `{work}` is there: name a new --work.")
     work.mkdir(parents=True)
     flags = models(work, args.size, args.subjects)
     flags += ["--max_train_steps", str(args.steps), "--at_once", "1", "--methods", *args.methods]

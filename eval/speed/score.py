@@ -88,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=3000, help="images")
     parser.add_argument("--size", choices=SIZES, default="full", help="of the encoders")
     a = parser.parse_args(argv)
+    if a.work.exists():
+        raise SystemExit(f"score: `{a.work}` is there: name a new --work.")
     a.work.mkdir(parents=True)
     os.environ["DREAMTUNE_CACHE"] = str(a.work / "cache")  # empty, and written as any other
     photos = copied(a.photos, a.work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,17 @@ def test_native_before_lora_and_a_lora_where_it_is_alone(run_dir: Path) -> None:
     assert adapter_file(run_dir) == run_dir / "best" / "adapter.safetensors"
     (run_dir / "best" / "adapter.safetensors").unlink()
     assert adapter_file(run_dir) == run_dir / "best" / "pytorch_lora_weights.safetensors"
+
+
+@pytest.mark.parametrize("name", ["adapter_kohya.safetensors", "of_a_tool.safetensors"])
+def test_hidden_files_are_no_adapters(run_dir: Path, tmp_path: Path, name: str) -> None:
+    """Such as a file manager's `._name` beside each file, and one that is being downloaded."""
+    shutil.copyfile(run_dir / "best" / "pytorch_lora_weights.safetensors", tmp_path / name)
+    (tmp_path / f"._{name}").write_bytes(b"no tensors")
+    assert adapter_file(tmp_path) == tmp_path / name
+    shutil.copyfile(tmp_path / name, tmp_path / f"2{name}")
+    with pytest.raises(ValueError, match=f"several adapters: give one of 2{name}, {name}$"):
+        adapter_file(tmp_path)
 
 
 def test_a_checkpoint_without_its_adapter_is_not_its_best(run_dir: Path) -> None:
