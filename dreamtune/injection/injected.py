@@ -175,8 +175,9 @@ class InjectedAdapter:
         A pipeline's batch under guidance has all rows twice: `route(rows.repeat(2))`.
         """
         if rows is not None:
-            if rows.dim() != 1 or rows.dtype != torch.long:
-                raise ValueError(f"`rows` must be 1-D long, got {rows.dtype} {tuple(rows.shape)}")
+            if not isinstance(rows, Tensor) or rows.dim() != 1 or rows.dtype != torch.long:
+                got = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, Tensor) else f"{rows}"
+                raise ValueError(f"`rows` must be a tensor, 1-D long, got {got}")
             if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.slots:
                 raise ValueError(f"`rows` must be slots 0 to {self.slots - 1}, got {rows.tolist()}")
         self._use.rows = rows

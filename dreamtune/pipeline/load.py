@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,9 @@ def load(
 
 
 def _has_transformer(pipe: Any) -> bool:
-    """And no UNet: of a pipeline, not of a model that calls a part of it so."""
-    parts = getattr(pipe, "components", {})
-    return "transformer" in parts and "unet" not in parts
+    """And no UNet: of a pipeline, not of a model that calls parts of it so."""
+    parts = getattr(pipe, "components", None)
+    return isinstance(parts, Mapping) and "transformer" in parts and "unet" not in parts
 
 
 def _inject(model: nn.Module, file: AdapterFile, force: bool) -> InjectedAdapter:

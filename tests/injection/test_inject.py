@@ -160,7 +160,8 @@ def test_routed_gradients():
 
 
 @pytest.mark.parametrize(
-    "rows", [torch.tensor([0.0]), torch.tensor([[0]]), torch.tensor([2]), torch.tensor([-1])]
+    "rows",
+    [torch.tensor([0.0]), torch.tensor([[0]]), torch.tensor([2]), torch.tensor([-1]), [0, 1], 0],
 )
 def test_bad_rows(rows):
     with pytest.raises(ValueError, match="`rows` must be"):

@@ -232,3 +232,18 @@ def test_package_names_stay_functions():
     assert callable(dreamtune.inject) and callable(dreamtune.export) and callable(dreamtune.load)
     with pytest.raises(AttributeError, match="has no attribute `injekt`"):
         _ = dreamtune.injekt
+
+
+@pytest.mark.parametrize("parts", [3, torch.nn.ModuleDict({"transformer": torch.nn.Identity()})])
+def test_a_model_with_components_of_its_own_is_no_pipeline(tmp_path, parts):
+    model = torch.nn.ModuleDict({"to_q": torch.nn.Linear(4, 4)})
+    model.components = parts
+    adapter = dreamtune.inject(model, "lora", rank=2, target_modules=["to_q"])
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.fill_(0.5)
+    wanted = model["to_q"](torch.ones(1, 4))
+    adapter.save(tmp_path)
+    adapter.eject()
+    dreamtune.load(model, tmp_path)
+    torch.testing.assert_close(model["to_q"](torch.ones(1, 4)), wanted)
