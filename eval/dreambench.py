@@ -66,6 +66,12 @@ SECONDS = 1.0  # between looks at what other processes have done
 EXTRACTORS = tuple(dict.fromkeys(metric.extractor.name for metric in METRICS.values()))
 OWN = ("subjects", "output_dir", "resume_from_checkpoint", "method", "seed", "sweep")
 
+# Of the trainer: what the base's images and the held-out photos of all methods depend on.
+COMMON = (
+    "pretrained_model_name_or_path", "revision", "variant", "prediction_type", "instance_prompt",
+    "identifier", "class_prompt", "holdout",
+)  # fmt: skip
+
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """(our flags, the trainer's). Raises ValueError for a trainer's flag that is set by us."""
@@ -98,7 +104,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def check(args: argparse.Namespace, training: Sequence[str]) -> None:
     """Raises ValueError for what is not understood: here, not in a worker hours later."""
-    train_config([*training, "--subjects", str(args.work)])
+    common = train_config([*training, "--subjects", str(args.work)])
     find_protocol(args.protocol)
     for name in ("methods", "seeds", "only"):
         given = getattr(args, name) or []
@@ -110,7 +116,12 @@ def check(args: argparse.Namespace, training: Sequence[str]) -> None:
                 raise ValueError(f"`{method}`: `{name}` is no option of a method, and set for all.")
         if Path(method).name != method:
             raise ValueError(f"`{method}` names folders, and has a separator of paths in it.")
-        train_config([*training, *method_flags(method), "--subjects", str(args.work)])
+        own = train_config([*training, *method_flags(method), "--subjects", str(args.work)])
+        if other := [name for name in COMMON if getattr(own, name) != getattr(common, name)]:
+            raise ValueError(
+                f"`{method}`: `{other[0]}` must be that of the base's images and of all methods: "
+                f"give --{other[0]} once."
+            )
     if min(args.seeds) < 0:
         raise ValueError(f"--seeds must be 0 or more, got {min(args.seeds)}.")
     if args.at_once is not None and args.at_once < 1:

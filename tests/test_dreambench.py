@@ -146,6 +146,8 @@ def test_parts_are_dealt_over_processes(
         (["--methods", "base"], "unknown method `base`"),
         (["--methods", "lora,rnk=3"], "unknown flag --rnk. Did you mean `rank`"),
         (["--methods", "lora,seed=3"], "`seed` is no option of a method"),
+        (["--methods", "lora,holdout=2"], "`holdout` must be that of .*give --holdout once"),
+        (["--methods", "lora,variant=fp16"], "`variant` must be that of"),
         (["--methods", "lora,target_modules=a/b"], "has a separator of paths in it"),
         (["--methods", "lora", "dora", "lora"], "--methods has `lora` twice"),
         (["--seeds", "1", "1"], "--seeds has `1` twice"),
