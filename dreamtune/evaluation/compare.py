@@ -164,7 +164,9 @@ def loose(protocol: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(encoders, Mapping) and isinstance(scorers, Mapping):
         found["encoders"] = {
             name: {k: v for k, v in said.items() if k != "weights"}
-            if isinstance(said, Mapping) and "weights" in (scorers.get(name) or {})
+            if isinstance(said, Mapping)
+            and isinstance(loaded := scorers.get(name), Mapping)
+            and "weights" in loaded
             else said
             for name, said in encoders.items()
         }

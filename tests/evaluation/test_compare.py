@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dreamtune.cli import main
-from dreamtune.evaluation.compare import compare, differing
+from dreamtune.evaluation.compare import compare, differing, loose
 from dreamtune.evaluation.results import (
     PER_IMAGE,
     PER_SUBJECT,
@@ -175,3 +175,13 @@ def test_damaged_results_are_named(tmp_path, change, message):
 def test_a_folder_without_results(tmp_path, capsys):
     assert main(["compare", str(tmp_path), str(tmp_path)]) == 1
     assert "give the folder that `dreamtune score` wrote" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("odd", [3, None, "x", ["weights"]])
+def test_a_protocol_that_somebody_wrote_is_compared(odd):
+    """Its scorers may be anything: the encoders are then compared with their weights."""
+    said = {"encoders": {"dino": {"weights": "a"}}, "scorers": {"dino": odd}}
+    assert loose(said) == said
+    hashed = {**said, "scorers": {"dino": {"weights": "0" * 64}}}
+    assert loose(hashed)["encoders"] == {"dino": {}}
+    assert differing(loose(said), loose(hashed))[0] == "`encoders.dino.weights`: a and nothing"
