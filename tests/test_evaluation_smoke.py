@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dreamtune import embedded
 from dreamtune.cli import main
@@ -35,6 +36,7 @@ unrelated: [a pizza on a green background]
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`eval/dreambench.py --benchmark emojibench`: one subject, two steps, three images."""
+    torch.set_num_threads(1)  # as every test: pictures are compared to the bit
     folder = tmp_path_factory.mktemp("emojibench")
     (folder / "small.yaml").write_text(PROTOCOL)
     flags = [
