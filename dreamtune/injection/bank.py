@@ -103,7 +103,12 @@ class Bank:
     # Around each forward
 
     def _before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # neither locks nor looks at a batch
+            if self.mix.rows is not None:
+                raise ValueError(
+                    "rows are routed, which a compiled network cannot follow: call it as it was"
+                    " before `torch.compile`"
+                )
             return
         self.lock.acquire()
         self.inside.depth = getattr(self.inside, "depth", 0) + 1

@@ -395,3 +395,31 @@ def test_whoever_leaves_last_leaves_the_model_as_it_was(files):
     assert all(p.requires_grad for p in unet.parameters())
     assert not unet._forward_pre_hooks and not unet._forward_hooks
     assert not any("mix" in m.__dict__ for m in unet.modules())
+
+
+def test_a_compiled_network(tmp_path):
+    """Strengths and routes hold."""
+
+    def net():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
+
+    for number, (name, method) in enumerate((("dog", "lora"), ("cat", "ether"))):
+        adapter = dreamtune.inject(net(), method, target_modules=["0", "2"], seed=number)
+        disturb(adapter)
+        adapter.save(tmp_path / f"{name}.safetensors")
+    model, x = net(), torch.randn(3, 8)
+    for name in ("dog", "cat"):
+        dreamtune.load(model, tmp_path / f"{name}.safetensors", name=name)
+    compiled = torch.compile(model, backend="aot_eager")
+    seen = []
+    with torch.no_grad():
+        for strengths in ({"dog": 1.0, "cat": 1.0}, {"dog": 0.5, "cat": 0.3}, {}):
+            dreamtune.set_adapters(model, strengths)
+            seen.append(model(x))
+            close(compiled(x), seen[-1])
+        assert torch.equal(seen[-1], net()(x))
+        assert len({float(y.sum()) for y in seen}) == 3
+        with dreamtune.route(model, ["dog", None, "cat"]):
+            close(model(x)[1], net()(x)[1])
+            close(compiled(x), model(x))
