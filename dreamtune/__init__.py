@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from dreamtune.files.export import export as export
     from dreamtune.injection.inject import InjectedAdapter as InjectedAdapter
     from dreamtune.injection.inject import inject as inject
+    from dreamtune.pipeline.adapters import get_adapters as get_adapters
+    from dreamtune.pipeline.adapters import merge as merge
+    from dreamtune.pipeline.adapters import route as route
+    from dreamtune.pipeline.adapters import set_adapters as set_adapters
+    from dreamtune.pipeline.adapters import unload as unload
+    from dreamtune.pipeline.adapters import unmerge as unmerge
     from dreamtune.pipeline.load import load as load
     from dreamtune.pipeline.score import score as score
     from dreamtune.pipeline.speed import slow_down as slow_down
@@ -28,38 +34,50 @@ if TYPE_CHECKING:
 
 
 _PUBLIC = {
-    "METHODS": "dreamtune.adapters",
     "Adapter": "dreamtune.adapters",
     "Config": "dreamtune.config",
     "InjectedAdapter": "dreamtune.injection.inject",
+    "METHODS": "dreamtune.adapters",
     "compare": "dreamtune.evaluation.compare",
     "export": "dreamtune.files.export",
+    "get_adapters": "dreamtune.pipeline.adapters",
     "inject": "dreamtune.injection.inject",
     "load": "dreamtune.pipeline.load",
+    "merge": "dreamtune.pipeline.adapters",
     "read_results": "dreamtune.evaluation.results",
     "register": "dreamtune.adapters",
+    "route": "dreamtune.pipeline.adapters",
     "score": "dreamtune.pipeline.score",
+    "set_adapters": "dreamtune.pipeline.adapters",
     "slow_down": "dreamtune.pipeline.speed",
     "speed_up": "dreamtune.pipeline.speed",
     "train": "dreamtune.training.train",
     "train_stacked": "dreamtune.training.train",
+    "unload": "dreamtune.pipeline.adapters",
+    "unmerge": "dreamtune.pipeline.adapters",
 }
 __all__ = [
-    "METHODS",
     "Adapter",
     "Config",
     "InjectedAdapter",
+    "METHODS",
     "compare",
     "export",
+    "get_adapters",
     "inject",
     "load",
+    "merge",
     "read_results",
     "register",
+    "route",
     "score",
+    "set_adapters",
     "slow_down",
     "speed_up",
     "train",
     "train_stacked",
+    "unload",
+    "unmerge",
 ]
 
 

@@ -1,6 +1,6 @@
 """What an adapter does to one layer: the factors of its change, and a forward with them.
 
-Forward is `linear`, of what `factors_of` computes for one layer or for a group of them; merge is
+Forward is `combined`, of what `factors_of` computes for one layer or for a group of them; merge is
 `merged`.
 """
 
@@ -107,15 +107,12 @@ def factors_of(adapter: Adapter, weight: Tensor, use: Use, *constants: Tensor) -
     return Factors(*(None if x is None else use.finish(x, weight.dtype) for x in parts))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequence[Change]) -> Tensor:
-    """`W x + b` and the changes, (batch, ..., out) for x (batch, ..., in)."""
-    return combined(x, weight, bias, [(c.factors(weight), c.use) for c in changes])
-
-
 def combined(
     x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequence[tuple[Factors, Use]]
 ) -> Tensor:
-    """The same with factors; each change is of W, none of another."""
+    """`W x + b` and the changes, (batch, ..., out) for x (batch, ..., in). Each is of W, none of
+    another.
+    """
     flat, batch = x.reshape(-1, x.shape[-1]), len(x)
     inner = flat
     for factors, use in changes:
@@ -184,13 +181,22 @@ def merged(adapter: Adapter, weight: Tensor, use: Use) -> Tensor:
     the strength that is set; computed in float32 at least, and cast. adapter: of this layer alone,
     as `row` gives it.
     """
-    base = weight.detach().flatten(1)[None]
+    if not use.whole():
+        return (weight + difference(adapter, weight, use)).to(weight.dtype)
+    return _changed(adapter, weight)[0, 0].to(weight.dtype).view(weight.shape)
+
+
+@torch.no_grad()
+def difference(adapter: Adapter, weight: Tensor, use: Use) -> Tensor:
+    """What `merged` adds, in float32 at least."""
+    changed = _changed(adapter, weight)
+    return use.scaled(changed - weight.detach().flatten(1).to(changed.dtype)).view(weight.shape)
+
+
+def _changed(adapter: Adapter, weight: Tensor) -> Tensor:
+    """(1, 1, out, in)."""
     with torch.autocast(weight.device.type, enabled=False):
-        changed = adapter.merged(base)
-        if not use.whole():
-            wide = base.unsqueeze(1).to(changed.dtype)
-            changed = wide + use.scaled(changed - wide)
-    return changed[0, 0].to(weight.dtype).view(weight.shape)
+        return adapter.merged(weight.detach().flatten(1)[None])
 
 
 def blocks_of(batch: int, blocks: int, routed: bool) -> int:
@@ -249,8 +255,8 @@ class Change:
     tensors, or how it is used.
     """
 
-    def __init__(self, adapter: Adapter, index: int, use: Use) -> None:
-        self.adapter, self.index, self.use = adapter, index, use
+    def __init__(self, adapter: Adapter, index: int, use: Use, path: str) -> None:
+        self.adapter, self.index, self.use, self.path = adapter, index, use, path
         self.kept: tuple[Any, tuple[object, ...], Factors] | None = None
 
     def __getstate__(self) -> dict[str, Any]:

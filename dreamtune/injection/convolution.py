@@ -13,16 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamtune.injection.change import Change, Factors, Use, blocks_of
-
-
-def convolution(layer: nn.Conv2d, x: Tensor, changes: Sequence[Change]) -> Tensor:
-    """`W * x + b` and the changes, (batch, out, h, w) for x (batch, in, height, width)."""
-    return convolved(layer, x, [(c.factors(layer.weight), c.use) for c in changes])
+from dreamtune.injection.change import Factors, Use, blocks_of
 
 
 def convolved(layer: nn.Conv2d, x: Tensor, changes: Sequence[tuple[Factors, Use]]) -> Tensor:
-    """The same with factors; each change is of W, none of another."""
+    """`W * x + b` and the changes, (batch, out, h, w) for x (batch, in, height, width); each change
+    is of W, none of another.
+    """
     if x.dim() == 3:
         return convolved(layer, x[None], changes)[0]
     y = plain = layer._conv_forward(x, layer.weight, layer.bias)

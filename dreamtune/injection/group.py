@@ -41,7 +41,7 @@ class Group:
         self.names = list(made.places)
         self.layers = [Adapted.of(place.layer) for place in made.places.values()]
         self.key = "x".join(map(str, self.layers[0].weight.shape)) + made.suffix
-        self.changes = [Change(made.adapter, i, use) for i in range(len(self.layers))]
+        self.changes = [Change(made.adapter, i, use, n) for i, n in enumerate(self.names)]
         self.stack: Stack | None = None
 
     def __getstate__(self) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from dreamtune.adapters import Adapter, find_method, resolve_options
 from dreamtune.injection.group import Made
 from dreamtune.injection.injected import InjectedAdapter as InjectedAdapter
+from dreamtune.injection.injected import check_name
+from dreamtune.injection.layer import Adapted
 from dreamtune.injection.targets import (
     TARGET_MODULES,
     Choice,
@@ -88,9 +91,16 @@ def adapt(
     slots: int = 1,
     seed: int | Sequence[int] = 0,
     fast: bool = False,
+    beside: str | None = None,
 ) -> InjectedAdapter:
-    """`inject` for layers that are chosen. target_modules: what chose them, for the file."""
+    """`inject` for layers that are chosen. target_modules: what chose them, for the file. beside:
+    name of an adapter that may be added to others in the layers.
+    """
     cls = find_method(method)
+    if beside is not None:
+        check_name(model, beside)
+    elif taken := [n for n, choice in chosen.items() if isinstance(choice.place.layer, Adapted)]:
+        raise ValueError(f"`{taken[0]}` is adapted already: call `eject()` or `merge()` first")
     seeds = [seed] * slots if isinstance(seed, int) else list(seed)
     if len(seeds) != slots:
         raise ValueError(f"`seed` must be one number or one a slot, got {len(seeds)} for {slots}")
@@ -118,7 +128,24 @@ def adapt(
         made.append(Made({name: chosen[name].place for name in names}, adapter, suffix))
         del like
     _one_strength(made, chosen)
-    return InjectedAdapter(model, method, made, target_modules, common, fast)
+    if beside is not None:
+        plainly(model)
+    name = beside or "default"
+    return InjectedAdapter(model, method, made, target_modules, common, fast, name)
+
+
+def plainly(model: nn.Module) -> None:
+    """Slows down what is sped up in the model, and says so: the fast way is for one adapter that is
+    in all rows as it is.
+    """
+    for adapter in InjectedAdapter.of(model):
+        if adapter.is_fast:
+            warnings.warn(
+                f"dreamtune: `{adapter.name}` is slowed down, for the fast way has one adapter, in"
+                " all rows at one strength",
+                stacklevel=3,
+            )
+            adapter.slow_down()
 
 
 def _made(

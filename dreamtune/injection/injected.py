@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from dreamtune.adapters import find_method
 from dreamtune.injection.adapter_file import AdapterFile
+from dreamtune.injection.bank import MERGED, Bank, owners, writable
 from dreamtune.injection.change import Use, merged
 from dreamtune.injection.follow import Following
 from dreamtune.injection.group import Group, Made
 from dreamtune.injection.layer import AdaptedLayer
-from dreamtune.injection.places import holders, unwrapped, weight_of
+from dreamtune.injection.places import holders
 
 
 class InjectedAdapter:
@@ -42,12 +43,13 @@ class InjectedAdapter:
         target_modules: tuple[str, ...],
         options: Mapping[str, Any],
         fast: bool = False,
+        name: str = "default",
     ) -> None:
         self.model, self.method, self.target_modules = model, method, target_modules
         common = (part.adapter.options for part in made if not part.suffix)
         self.options = dict(next(common, options))
         self.slots = made[0].adapter.slots
-        self._name = "default"
+        self._name = name
         self._use = Use(self.slots)
         self._out: str | None = None  # how it left the model
         self._trained = [p for p in model.parameters() if p.requires_grad]
@@ -64,13 +66,17 @@ class InjectedAdapter:
         ]
         if fast:
             self._following.stack(watched=False)
+        self._tell()
+
+    def _tell(self) -> None:
+        """That other changes, or others' names, are in the layers."""
+        for bank in owners(self.model, Bank):
+            bank.share([self] if self._out is None else [])
 
     @staticmethod
     def of(model: nn.Module) -> list[InjectedAdapter]:
         """The adapters in a model, in the order that they were put there."""
-        hooks = unwrapped(model)._forward_pre_hooks.values()
-        owners = [getattr(hook, "__self__", None) for hook in hooks]
-        return [owner for owner in owners if isinstance(owner, InjectedAdapter)]
+        return owners(model, InjectedAdapter)
 
     @property
     def name(self) -> str:
@@ -79,9 +85,12 @@ class InjectedAdapter:
 
     @name.setter
     def name(self, value: str) -> None:
+        if self._out is None and value != self._name:
+            check_name(self.model, value)
         for layer in self._inside():
             layer.changes[value] = layer.changes.pop(self._name)
         self._name = value
+        self._tell()
 
     def _inside(self) -> list[AdaptedLayer]:
         """The layers, for as long as the adapter is in them."""
@@ -164,6 +173,11 @@ class InjectedAdapter:
         self._must_be_in()
         self._following.speed_up()
 
+    @property
+    def is_fast(self) -> bool:
+        """Whether `speed_up` holds."""
+        return self._following.stacked is not None
+
     def slow_down(self) -> None:
         """The layers plain again, as `inject` leaves them."""
         self._following.slow_down()
@@ -228,6 +242,7 @@ class InjectedAdapter:
         """One slot as data. metadata: JSON values to keep, no paths and no user names."""
         if self._out == "merged":
             raise ValueError("the adapter was merged: its base is gone, save it before `merge()`")
+        self._must_be_free()
         options = find_method(self.method).one_slot(self.options, slot)
         layers = [(g, n, layer) for g in self.groups for n, layer in zip(g.names, g.layers)]
         own = {n: g.own_options(options, slot) for g, n, _ in layers}
@@ -261,15 +276,22 @@ class InjectedAdapter:
         self.slow_down()
         for hook in self._hooks:
             hook.remove()
+        others = InjectedAdapter.of(self.model)
         for group in self.groups:
             group.forget()
         for layer in self._inside():
             del layer.changes[self._name]
             if not layer.changes:
                 layer.release()
-        for parameter in self._trained:
-            parameter.requires_grad_(True)
+        if others:  # who leaves last leaves the model as it was
+            others[0]._trained += self._trained
+        else:
+            for parameter in self._trained:
+                parameter.requires_grad_(True)
+            for bank in owners(self.model, Bank):
+                bank.remove()
         self._out = "ejected"
+        self._tell()
 
     def merge(self) -> None:
         """Bakes the change, at the present strength, into the weights as they are now, where they
@@ -282,6 +304,11 @@ class InjectedAdapter:
         self._must_be_in()
         if self.slots > 1:
             raise ValueError(f"`merge` needs one slot, got {self.slots}")
+        if len(InjectedAdapter.of(self.model)) > 1:
+            raise ValueError(
+                "there are other adapters in the model, whose changes are of its weights:"
+                " `dreamtune.merge(pipe)` merges all"
+            )
         if self.groups[0].adapter.asks_for_timestep:
             raise ValueError(
                 f"the strength of `{self.method}` depends on the timestep here: no weight holds it"
@@ -292,23 +319,7 @@ class InjectedAdapter:
         changed: list[tuple[Tensor, Tensor]] = []
         for group in self.groups:
             for name, layer, change in zip(group.names, group.layers, group.changes):
-                weight = weight_of(layer)
-                if layer._parameters.get("weight") is None:
-                    raise ValueError(
-                        f"the weight of `{name}` is made anew at each forward, and no change stays"
-                        " in it: call `remove_weight_norm`, `remove_spectral_norm` or"
-                        " `prune.remove` on the layer first"
-                    )
-                if weight.data_ptr() != weight_of(layer).data_ptr() or weight.device.type == "meta":
-                    raise ValueError(
-                        f"the weight of `{name}` is offloaded to where none is written"
-                    )
-                if len(tied := held.get(id(layer.weight), [])) > 1:
-                    raise ValueError(
-                        f"{' and '.join(f'`{m}`' for m in tied)} have one weight, which a merge"
-                        " would change for both: untie them first,"
-                        " `layer.weight = nn.Parameter(layer.weight.clone())`"
-                    )
+                weight = writable(name, layer, held)
                 new = merged(change.alone(weight.device), weight, self._use)
                 if not torch.isfinite(new).all():
                     raise ValueError(f"the merged weight of `{name}` would not be finite")
@@ -322,3 +333,19 @@ class InjectedAdapter:
     def _must_be_in(self) -> None:
         if self._out is not None:
             raise ValueError(f"the adapter `{self.name}` is not in the model: it was {self._out}")
+        self._must_be_free()
+
+    def _must_be_free(self) -> None:
+        if any(bank.written is not None for bank in owners(self.model, Bank)):
+            raise ValueError(f"the adapter `{self.name}` is {MERGED}")
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Raises ValueError where an adapter in the model has it, or nothing can be added."""
+    if any(bank.written is not None for bank in owners(model, Bank)):
+        raise ValueError(f"the adapters in the model are {MERGED}")
+    if name in [adapter.name for adapter in InjectedAdapter.of(model)]:
+        raise ValueError(
+            f"there is an adapter `{name}` in this `{type(model).__name__}`: give another `name`,"
+            f" or take that one out, `dreamtune.unload(pipe, {name!r})` or its `eject()`"
+        )

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from dreamtune.injection.change import Change, linear
-from dreamtune.injection.convolution import convolution
+from dreamtune.injection.change import Change, combined
+from dreamtune.injection.convolution import convolved
+from dreamtune.injection.mix import Mix, Mixed, Pairs
 
 
 class Faster(Protocol):
@@ -26,27 +27,33 @@ class Adapted:
 
     Attributes:
         changes: name -> change, all added.
+        mix: how much of each; None for all of them. mixed: what that came to.
         projection: the fast way that computes it; None in a layer that is plain.
         index: in the projection.
     """
 
     changes: dict[str, Change]
+    mix: Mix | None
+    mixed: Mixed | None
     projection: Faster | None
     index: int
     weight: Any
 
     @staticmethod
     def of(layer: nn.Module) -> AdaptedLayer:
-        """The layer itself, adapted, without a change yet."""
+        """The layer itself, adapted, without a change yet; or with those that it has."""
+        if isinstance(layer, Adapted):
+            return layer  # type: ignore[return-value]
         layer.__class__ = KINDS[type(layer)]
         assert isinstance(layer, AdaptedLinear | AdaptedConv2d)
-        layer.changes, layer.projection, layer.index = {}, None, 0
+        layer.changes, layer.mix, layer.mixed = {}, None, None
+        layer.projection, layer.index = None, 0
         follow(layer)
         return layer
 
     def release(self) -> nn.Module:
         """The layer as it was."""
-        for name in ("changes", "projection", "index"):
+        for name in ("changes", "mix", "mixed", "projection", "index"):
             self.__dict__.pop(name, None)
         self.__class__ = PLAIN[type(self)]  # type: ignore[assignment]
         assert isinstance(self, nn.Module)
@@ -54,7 +61,15 @@ class Adapted:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "projection": None, "index": 0}  # a copy is plain
+        # a copy is plain, and computes its own
+        return {**self.__dict__, "mixed": None, "projection": None, "index": 0}
+
+    def pairs(self) -> Pairs:
+        """What it computes with."""
+        mix, changes = getattr(self, "mix", None), getattr(self, "changes", {})
+        if mix is not None:
+            return mix.pairs(self)
+        return [(change.factors(self.weight), change.use) for change in changes.values()]
 
 
 # Who took a `forward` while the layer was adapted may call it when the layer is released.
@@ -64,20 +79,20 @@ class AdaptedLinear(Adapted, nn.Linear):
     """`y = W x + b + up (down x)`, with the layer's own weight and bias, where they are."""
 
     def forward(self, input: Tensor) -> Tensor:
-        projection, changes = getattr(self, "projection", None), getattr(self, "changes", {})
+        projection = getattr(self, "projection", None)
         if projection is not None:
             return projection.one(self, input)
-        return linear(input, self.weight, self.bias, list(changes.values()))
+        return combined(input, self.weight, self.bias, self.pairs())
 
 
 class AdaptedConv2d(Adapted, nn.Conv2d):
     """The same with convolutions: by `down`, as the layer's own, then by `up`, 1x1."""
 
     def forward(self, input: Tensor) -> Tensor:
-        projection, changes = getattr(self, "projection", None), getattr(self, "changes", {})
+        projection = getattr(self, "projection", None)
         if projection is not None:
             return projection.one(self, input)
-        return convolution(self, input, list(changes.values()))
+        return convolved(self, input, self.pairs())
 
 
 AdaptedLayer = AdaptedLinear | AdaptedConv2d

@@ -134,9 +134,7 @@ def adaptable(module: nn.Module) -> bool:
 
 def _adaptable(spot: Spot) -> nn.Linear | nn.Conv2d:
     layer, name = spot.module, spot.path
-    if isinstance(layer, Adapted):
-        raise ValueError(f"`{name}` is adapted already: call `eject()` or `merge()` first")
-    if type(layer) not in KINDS:
+    if type(layer) not in KINDS and not isinstance(layer, Adapted):
         raise ValueError(
             f"`{name}` must be a torch `Linear` or `Conv2d`, got `{type(layer).__name__}`"
         )

@@ -156,6 +156,9 @@ def why_not(model: nn.Module, groups: Sequence[Group], places: Mapping[str, Plac
             return f"`{name}` has hooks: a joint projection would not call them"
         if isinstance(place.layer, Adapted) and len(place.layer.changes) > 1:
             return f"`{name}` holds several adapters"
+        mix = getattr(place.layer, "mix", None)
+        if mix is not None and not mix.plain:
+            return "its strengths are not 1 in all rows and layers: `set_adapters` or `route`"
         kind = type(getattr(place.attention, "processor", None)).__name__
         if place.attention is not None and kind != "AttnProcessor2_0":
             return f"the processor of `{name}` is `{kind}`, not `AttnProcessor2_0`"

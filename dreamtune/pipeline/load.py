@@ -14,7 +14,7 @@ from dreamtune.files.fingerprint import check_base, fingerprint
 from dreamtune.files.formats import read_adapter
 from dreamtune.files.tensors import naming
 from dreamtune.injection.adapter_file import AdapterFile
-from dreamtune.injection.inject import InjectedAdapter, adapt
+from dreamtune.injection.inject import InjectedAdapter, adapt, check_name
 from dreamtune.injection.targets import REGEX, Choice, choose, choose_paths, weight_of
 from dreamtune.models.load import load_network
 
@@ -27,32 +27,38 @@ def load(
     force: bool = False,
     trainable: bool = False,
 ) -> InjectedAdapter:
-    """Puts an adapter on the pipeline's UNet or transformer, or on a model, at `scale`; `eject()`
-    on the result takes it out.
+    """Puts an adapter on the pipeline's UNet or transformer, or on a model, at `scale`, beside
+    those that are there; `eject()` on the result takes it out.
 
     Args:
         pipe: a diffusers pipeline, or the model itself, whatever module it is.
         path: a native file, an exported one, another trainer's LoRA, LoHa or LoKr, or a folder: of
             a run (its best/), a checkpoint-N (its own step), one that PEFT saved, or one with such
             a file.
-        name: kept on the result as `.name`.
+        name: for `set_adapters` and `route`, each once; on the result as `.name`.
         scale: strength, linear in the change; change it later with `.scale`.
         force: recompute a method that contains the base weights on another base.
         trainable: leave the adapter's parameters to be trained on, in `.parameters()`.
 
     Raises:
         ValueError: keys that match no layer, layers without keys, values that are not finite,
-        another base.
+        another base, a name that is taken, adapters that are merged.
     """
-    model = load_network(pipe.transformer if _has_transformer(pipe) else pipe)
+    model = network_of(pipe)
+    check_name(model, name)
     file = read_adapter(adapter_file(path), model)
     with naming(file.source):
-        adapter = _inject(model, file, force)
+        adapter = _inject(model, file, force, name)
     if not trainable:
         for parameter in list(adapter.parameters()):
             parameter.requires_grad_(False)
-    adapter.scale, adapter.name = scale, name
+    adapter.scale = scale
     return adapter
+
+
+def network_of(pipe: Any) -> nn.Module:
+    """What adapters are put on, of a pipeline; a model itself."""
+    return load_network(pipe.transformer if _has_transformer(pipe) else pipe)
 
 
 def _has_transformer(pipe: Any) -> bool:
@@ -61,7 +67,7 @@ def _has_transformer(pipe: Any) -> bool:
     return isinstance(parts, Mapping) and "transformer" in parts and "unet" not in parts
 
 
-def _inject(model: nn.Module, file: AdapterFile, force: bool) -> InjectedAdapter:
+def _inject(model: nn.Module, file: AdapterFile, force: bool, name: str) -> InjectedAdapter:
     chosen = _chosen(model, file)
     shapes = {path: tuple(choice.place.layer.weight.shape) for path, choice in chosen.items()}
     asked = file.shapes if file.some_layers else {**shapes, **file.shapes}
@@ -74,7 +80,7 @@ def _inject(model: nn.Module, file: AdapterFile, force: bool) -> InjectedAdapter
         )
     here = fingerprint({path: weight_of(chosen[path].place.layer) for path in file.shapes})
     warning = check_base(file, here, force)
-    adapter = adapt(model, file.method, chosen, file.target_modules, file.options)
+    adapter = adapt(model, file.method, chosen, file.target_modules, file.options, beside=name)
     try:
         adapter.load_state_dict(file.tensors)
     except BaseException:

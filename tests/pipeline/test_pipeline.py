@@ -217,11 +217,11 @@ def test_training_goes_on_from_a_file_of_any_format(exported, tmp_path):
         torch.testing.assert_close(again(*inputs).sample, unet(*inputs).sample)
 
 
-def test_second_adapter_is_an_error(exported, tmp_path):
+def test_a_second_adapter_has_another_name(exported, tmp_path):
     pipe = tiny_pipeline(tiny_unet())
     path = rewritten(exported, tmp_path)
     dreamtune.load(pipe, path)
-    with pytest.raises(ValueError, match="is adapted already"):
+    with pytest.raises(ValueError, match="there is an adapter `default` in this .* give another"):
         dreamtune.load(pipe, path)
 
 

@@ -1,0 +1,228 @@
+"""The adapters of a model together: how much of each is in which row, and in the weights."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dreamtune.injection.change import difference
+from dreamtune.injection.group import Group
+from dreamtune.injection.layer import AdaptedLayer
+from dreamtune.injection.mix import Mix, Strength, at
+from dreamtune.injection.places import holders, unwrapped, weight_of
+
+Kind = TypeVar("Kind")
+Rows = Sequence[Mapping[str, Strength]]
+_MAKING = threading.Lock()
+MERGED = "merged into the weights: `dreamtune.unmerge(pipe)` takes it out again"
+
+
+class InModel(Protocol):
+    """Of an adapter, what a bank looks at."""
+
+    groups: list[Group]
+    name: str
+
+
+class Written(NamedTuple):
+    """A weight before and after a merge, on the CPU."""
+
+    layer: AdaptedLayer
+    path: str
+    before: Tensor
+    after: Tensor
+
+
+class Bank:
+    """Attributes:
+    mix: shared by the adapted layers.
+    lock: held by a route, and by each forward of the model: those of other threads wait.
+    written: what a merge has written; None where the adapters are not in the weights.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.mix = model, Mix()
+        self.guided: Callable[[], bool] | None = None  # None: rows are those of the model's batch
+        self.written: list[Written] | None = None
+        self._fresh()
+        self.hooks = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
+            model.register_forward_hook(self._after, always_call=True),
+        ]
+
+    def _fresh(self) -> None:
+        self.lock, self.inside = threading.RLock(), threading.local()
+
+    @staticmethod
+    def on(model: nn.Module, adapters: Callable[[], Sequence[InModel]]) -> Bank:
+        """The model's, there from now on. adapters: those in it."""
+        with _MAKING:  # of two threads that ask, one makes it
+            found = owners(model, Bank)
+            if not found:
+                found = [Bank(unwrapped(model))]
+                found[0].share(adapters())
+            return found[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        without = {"lock": None, "inside": None, "guided": None}
+        return {**self.__dict__, **without}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._fresh()
+
+    def share(self, adapters: Sequence[InModel]) -> None:
+        """Their layers go by the mix, and look anew at which changes they hold."""
+        for adapter in adapters:
+            for group in adapter.groups:
+                for layer in group.layers:
+                    layer.mix = self.mix
+        self.mix.state += 1
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    @contextmanager
+    def routed(self, rows: Rows, guided: Callable[[], bool] | None) -> Iterator[None]:
+        with self.lock:
+            before = self.mix.strengths, self.mix.rows, self.guided
+            self.guided = guided
+            self.mix.set({}, rows)
+            try:
+                yield
+            finally:
+                self.guided = before[2]
+                self.mix.set(*before[:2])
+
+    # Around each forward
+
+    def _before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():  # neither locks nor looks at a batch
+            if self.mix.rows is not None:
+                raise ValueError(
+                    "rows are routed, which a compiled network cannot follow: call it as it was"
+                    " before `torch.compile`"
+                )
+            return
+        self.lock.acquire()
+        self.inside.depth = getattr(self.inside, "depth", 0) + 1
+        if self.mix.rows is not None:
+            given = [*args, *kwargs.values()]
+            first = next((x for x in given if isinstance(x, Tensor) and x.dim() > 0), None)
+            if first is None:
+                raise ValueError(
+                    f"`{type(model).__name__}` was called without a tensor, whose rows are routed"
+                )
+            self.mix.spread(self._order(len(self.mix.rows), len(first)))
+
+    def _after(self, model: nn.Module, args: Any, out: Any) -> None:
+        if getattr(self.inside, "depth", 0):  # 0 where a hook before ours raised
+            self.inside.depth -= 1
+            self.lock.release()
+
+    def _order(self, rows: int, batch: int) -> list[int]:
+        """The row of each row of the batch: under guidance all without the prompt, then all with
+        it, and in each the images of a prompt side by side.
+        """
+        copies = 2 if self.guided is not None and self.guided() else 1
+        images, rest = divmod(batch, rows * copies)
+        if rest or not images or (self.guided is None and images > 1):
+            told = f", each twice under guidance: {rows * copies}" if copies > 1 else ""
+            several = "" if self.guided is None else " or a multiple of it, images a prompt,"
+            raise ValueError(
+                f"{rows} rows are routed{told}{several} but the batch has {batch} rows: give an"
+                " entry a prompt"
+            )
+        return [row for row in range(rows) for _ in range(images)] * copies
+
+    # In the weights
+
+    def merge(self, adapters: Sequence[InModel]) -> None:
+        """All at their strengths into the weights. Raises ValueError, with nothing changed, where
+        no weight holds them or one cannot be written.
+        """
+        if self.mix.rows is not None:
+            raise ValueError("rows of a batch have changes of their own: no weight holds them")
+        for adapter in adapters:
+            if adapter.groups[0].adapter.asks_for_timestep:
+                raise ValueError(
+                    f"the strength of `{adapter.name}` depends on the timestep: no weight holds it"
+                )
+        held, written = holders(self.model), []
+        places = {
+            path: layer
+            for adapter in adapters
+            for group in adapter.groups
+            for path, layer in zip(group.names, group.layers)
+        }
+        for path, layer in places.items():
+            weight = writable(path, layer, held)
+            new = self._with_changes(layer, weight)
+            if not torch.isfinite(new).all():
+                raise ValueError(f"the merged weight of `{path}` would not be finite")
+            written.append(Written(layer, path, weight.cpu().clone(), new.cpu()))
+        for part in written:
+            _write(part.layer, part.after)
+        self.written, self.mix.off = written, True
+
+    def _with_changes(self, layer: AdaptedLayer, weight: Tensor) -> Tensor:
+        total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        for name, change in layer.changes.items():
+            strength = at(self.mix.strengths.get(name, 1.0), change.path)
+            if strength != 0:
+                total += strength * difference(change.alone(weight.device), weight, change.use)
+        return total.to(weight.dtype)
+
+    def unmerge(self, force: bool = False) -> None:
+        """The weights as they were, bit for bit. Raises ValueError where somebody has written to
+        them since, unless forced.
+        """
+        for part in self.written or ():
+            weight = weight_of(part.layer)
+            if not force and not torch.equal(weight.cpu(), part.after.to(weight.dtype)):
+                raise ValueError(
+                    f"the weight of `{part.path}` was changed after `merge`, which `unmerge` would"
+                    " undo: take that out first, or call `unmerge(pipe, force=True)`"
+                )
+        for part in self.written or ():
+            _write(part.layer, part.before)
+        self.written, self.mix.off = None, False
+
+
+def owners(model: nn.Module, kind: type[Kind]) -> list[Kind]:
+    """Those of a kind that look at each forward of the model, in the order that they came."""
+    hooks = unwrapped(model)._forward_pre_hooks.values()
+    found = [getattr(hook, "__self__", None) for hook in hooks]
+    return [owner for owner in found if isinstance(owner, kind)]
+
+
+def writable(path: str, layer: nn.Module, held: Mapping[int, list[str]]) -> Tensor:
+    """The weight, to be written to. held: see `holders`. Raises ValueError where that would be
+    lost, or change another layer.
+    """
+    weight = weight_of(layer)
+    if layer._parameters.get("weight") is None:
+        raise ValueError(
+            f"the weight of `{path}` is made anew at each forward, and no change stays in it: call"
+            " `remove_weight_norm`, `remove_spectral_norm` or `prune.remove` on the layer first"
+        )
+    if weight.data_ptr() != weight_of(layer).data_ptr() or weight.device.type == "meta":
+        raise ValueError(f"the weight of `{path}` is offloaded to where none is written")
+    if len(tied := held.get(id(layer.weight), [])) > 1:
+        raise ValueError(
+            f"{' and '.join(f'`{m}`' for m in tied)} have one weight, which a merge would change"
+            " for both: untie them first, `layer.weight = nn.Parameter(layer.weight.clone())`"
+        )
+    return weight
+
+
+def _write(layer: nn.Module, values: Tensor) -> None:
+    weight = weight_of(layer)
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():
+        weight.copy_(values)

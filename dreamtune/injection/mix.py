@@ -1,0 +1,176 @@
+"""How the changes in a model's layers add up: each at a strength, in all rows of a batch or row by
+row.
+
+A layer holds the changes, by name; a `Mix` that its layers share says how much of each. What they
+come to is kept in the layer until a strength, a row or a factor is another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dreamtune.injection.change import Change, Factors, Use, trains
+
+Strength = float | Mapping[str, float]
+Pairs = list[tuple[Factors, Use]]
+
+
+def at(strength: Strength, path: str) -> float:
+    """In the layer of that path: by parts of a model, that of the longest that it is in, 1 where it
+    is in none.
+    """
+    if not isinstance(strength, Mapping):
+        return strength
+    found = [part for part in strength if path == part or path.startswith(f"{part}.")]
+    return strength[max(found, key=len)] if found else 1.0
+
+
+class Used(NamedTuple):
+    """A change that some row has. strengths: of each row; one where all have the same."""
+
+    name: str
+    strengths: Sequence[float]
+
+
+class Mixed(NamedTuple):
+    """What a layer keeps: of that state of the mix, of those factors."""
+
+    state: int
+    used: Sequence[Used]
+    factors: Sequence[Factors] = ()
+    pairs: Pairs | None = None
+
+
+class Mix:
+    """Attributes:
+    strengths: of adapters by name, in all rows; 1 where none is given.
+    rows: in their place the same for each row of a batch; an adapter that a row does not name is
+        not in it. None where all rows are alike.
+    order: the row of each row of the model's batch, (batch,).
+    off: nothing is added: the changes are in the weights.
+    state: differs where something was set.
+    """
+
+    def __init__(self) -> None:
+        self.strengths: Mapping[str, Strength] = {}
+        self.rows: Sequence[Mapping[str, Strength]] | None = None
+        self.order = torch.zeros(0, dtype=torch.long)
+        self.off = False
+        self.state = 0
+
+    def set(
+        self,
+        strengths: Mapping[str, Strength],
+        rows: Sequence[Mapping[str, Strength]] | None = None,
+    ) -> None:
+        self.strengths, self.rows = strengths, rows
+        self.state += 1
+
+    def spread(self, order: Sequence[int]) -> None:
+        """Which row each row of the batch is, in the forwards that come."""
+        if self.order.tolist() != list(order):
+            self.order = torch.tensor(order)
+            self.state += 1
+
+    @property
+    def plain(self) -> bool:
+        """Whether all changes are in all rows as they are."""
+        return not self.off and self.rows is None and all(s == 1 for s in self.strengths.values())
+
+    def pairs(self, layer: Any) -> Pairs:
+        """What the layer computes with, of its changes."""
+        if self.off:
+            return []
+        changes: Mapping[str, Change] = layer.changes
+        kept: Mixed | None = layer.__dict__.get("mixed")
+        if kept is None or kept.state != self.state:
+            kept = Mixed(self.state, self._used(changes))
+        own = [changes[used.name] for used in kept.used]
+        factors = [change.factors(layer.weight) for change in own]
+        if self.rows is None and all(used.strengths[0] == 1 for used in kept.used):
+            return [(f, change.use) for f, change in zip(factors, own)]
+        if kept.pairs is not None and all(a is b for a, b in zip(kept.factors, factors)):
+            return kept.pairs
+        with torch.autocast(layer.weight.device.type, enabled=False):
+            parts = list(zip(factors, (c.use for c in own), (u.strengths for u in kept.used)))
+            pairs = everywhere(parts) if self.rows is None else by_row(parts, self.order)
+        passing = any(trains(c.adapter) or c.use.at is not None for c in own)
+        if not passing and not torch.compiler.is_compiling():
+            layer.mixed = kept._replace(factors=factors, pairs=pairs)
+        return pairs
+
+    def _used(self, changes: Mapping[str, Change]) -> list[Used]:
+        found = []
+        for name, change in changes.items():
+            given = [self.strengths.get(name, 1.0)]
+            if self.rows is not None:
+                given = [row.get(name, 0.0) for row in self.rows]
+            strengths = [at(strength, change.path) for strength in given]
+            if any(strength != 0 for strength in strengths):
+                found.append(Used(name, strengths))
+        return found
+
+
+Part = tuple[Factors, Use, Sequence[float]]
+
+
+def is_low_rank(part: Part) -> bool:
+    """Whether `up @ down` is all, the same for all rows: then several are one product."""
+    factors, use, _ = part
+    return factors.low_rank and use.at is None and factors.up is not None
+
+
+def everywhere(parts: Sequence[Part]) -> Pairs:
+    """In all rows each change at its one strength."""
+    pairs = [
+        (scaled(factors, strengths[0]), use)
+        for factors, use, strengths in parts
+        if not is_low_rank((factors, use, strengths))
+    ]
+    low = [scaled(f, strengths[0]) for f, _, strengths in filter(is_low_rank, parts)]
+    if low:
+        up = torch.cat([f.up for f in low if f.up is not None], -1)
+        down = torch.cat([f.down for f in low if f.down is not None], -2)
+        pairs.append((Factors(up=up, down=down), Use(1)))
+    return pairs
+
+
+def by_row(parts: Sequence[Part], order: Tensor) -> Pairs:
+    """In the rows that `order` has (batch,), each change at the strength of that row."""
+    pairs: Pairs = []
+    for factors, use, strengths in parts:
+        if not is_low_rank((factors, use, strengths)):
+            some = next(x for x in factors if x is not None)
+            row = torch.tensor(strengths, device=some.device)[order.to(some.device)]
+            row = row if use.at is None else row * use.at.to(row)
+            pairs.append((factors, replace(use, at=row)))
+    low = list(filter(is_low_rank, parts))
+    if not low:
+        return pairs
+    ups, downs = [], []
+    for number in range(len(low[0][2])):
+        own = [(f, strengths[number]) for f, _, strengths in low if strengths[number] != 0]
+        own = own or [(low[0][0], 0.0)]
+        ups.append(torch.cat([s * f.up for f, s in own if f.up is not None], -1))
+        downs.append(torch.cat([f.down for f, _ in own if f.down is not None], -2))
+    rank = max(up.shape[-1] for up in ups)
+    up = torch.stack([F.pad(x, (0, rank - x.shape[-1])) for x in ups])
+    down = torch.stack([F.pad(x, (0, 0, 0, rank - x.shape[-2])) for x in downs])
+    order = order.to(up.device)
+    rows = Use(len(order), rows=torch.arange(len(order), device=up.device))
+    return [*pairs, (Factors(up=up[order], down=down[order]), rows)]
+
+
+def scaled(factors: Factors, strength: float) -> Factors:
+    """Linear in each but `down`, which `up` is with."""
+    if strength == 1:
+        return factors
+    up, down, gain, rotation = factors
+    up, gain, rotation = (None if x is None else x * strength for x in (up, gain, rotation))
+    return Factors(up, down, gain, rotation)

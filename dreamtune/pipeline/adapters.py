@@ -1,0 +1,210 @@
+"""Several adapters in one pipeline: how much of each, which rows have which, all in the weights.
+
+    dreamtune.load(pipe, "runs/dog", name="dog")
+    dreamtune.load(pipe, "runs/cat", name="cat")
+    dreamtune.set_adapters(pipe, {"dog": 1.0, "cat": 0.4})
+    with dreamtune.route(pipe, ["dog", "cat", None]):
+        images = pipe([p0, p1, p2], num_images_per_prompt=2).images
+
+Each is a change of the base's weights, whatever else is in the model: sums, of which the order does
+not matter. A strength is a factor on the change, and on the adapter's own `scale`: 1 is as it was
+trained, 0 the base bit for bit. Of ETHER and ETHER+, whose reflections are no sums, 0.5 is half of
+the difference that they make to the weight, which is no reflection.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from dreamtune.fields import nearest
+from dreamtune.injection.bank import MERGED, Bank, owners
+from dreamtune.injection.inject import InjectedAdapter, plainly
+from dreamtune.injection.mix import Strength
+from dreamtune.pipeline.load import network_of
+
+BLOCKS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
+Row = str | None | Mapping[str, Strength]
+
+
+def get_adapters(pipe: Any) -> dict[str, InjectedAdapter]:
+    """Those in the pipeline's network by name, in the order that they were loaded."""
+    return {adapter.name: adapter for adapter in InjectedAdapter.of(network_of(pipe))}
+
+
+def set_adapters(pipe: Any, strengths: Mapping[str, Strength | Sequence[Strength]]) -> None:
+    """Name -> strength; an adapter that is not named is not in use until it is.
+
+    A strength is a number; a mapping of parts of the network to numbers, "down", "mid", "up" or a
+    module path such as "up_blocks.1", 1 in what is not named; or a list of either, one a prompt of
+    the batch: a sweep in one call.
+
+    Raises:
+        ValueError: no adapter of that name, a part that the network does not have, a number that is
+        not finite, lists of several lengths.
+    """
+    adapters = _adapters(pipe)
+    for name in strengths:
+        _known(name, adapters)
+    lists = {name: s for name, s in strengths.items() if isinstance(s, list | tuple)}
+    counts = {len(s) for s in lists.values()}
+    if len(counts) > 1 or 0 in counts:
+        told = ", ".join(f"`{name}` {len(s)}" for name, s in lists.items())
+        raise ValueError(f"lists of strengths must have one for each prompt, got {told}")
+    bank = _bank(pipe)
+    if not lists:
+        whole = {name: _checked(strengths.get(name, 0.0), pipe, name) for name in adapters}
+        with bank.lock:
+            bank.mix.set(whole)
+    else:
+        (count,) = counts
+        rows = [
+            {
+                name: _checked(s[i] if name in lists else s, pipe, name)  # type: ignore[index]
+                for name, s in strengths.items()
+            }
+            for i in range(count)
+        ]
+        with bank.lock:
+            bank.guided = _guided(pipe)
+            bank.mix.set({}, rows)
+    if not bank.mix.plain:
+        plainly(network_of(pipe))
+
+
+@contextmanager
+def route(pipe: Any, rows: Sequence[Row]) -> Iterator[None]:
+    """Inside, each prompt of a batch has an adapter of its own.
+
+    The pipeline's lock is held: calls from other threads wait until the block is over.
+
+    Args:
+        rows: one entry a prompt: a name, at strength 1; None for the base; or a mapping name ->
+            strength for several, as in `set_adapters`. Images of one prompt have its entry, and so
+            have its rows without the prompt under guidance. Of a network given instead of a
+            pipeline they are the rows of its batch.
+
+    Raises:
+        ValueError: as `set_adapters`; a call inside, where the batch does not have these prompts.
+    """
+    adapters = _adapters(pipe)
+    if isinstance(rows, str) or not len(rows):
+        raise ValueError(f"`rows` must be a list with an entry for each prompt, got {rows!r}")
+    found: list[dict[str, Strength]] = []
+    for row in rows:
+        given: Mapping[str, Strength] = {} if row is None else row  # type: ignore[assignment]
+        if isinstance(row, str):
+            given = {row: 1.0}
+        for name in given:
+            _known(name, adapters)
+        found.append({name: _checked(s, pipe, name) for name, s in given.items()})
+    bank = _bank(pipe)
+    with bank.routed(found, _guided(pipe)):
+        plainly(network_of(pipe))
+        yield
+
+
+def unload(pipe: Any, name: str) -> None:
+    """Takes one out. Raises ValueError where there is none of that name."""
+    adapters = _adapters(pipe)
+    _known(name, adapters)
+    adapters[name].eject()
+
+
+def merge(pipe: Any) -> None:
+    """All adapters, at their strengths, into the weights: no more work at each call. What the
+    weights were is kept on the CPU; until `unmerge` nothing else can be done with the adapters.
+
+    Raises:
+        ValueError: merged already; several changes for rows of a batch, or a strength that depends
+        on the timestep; a weight that would not be finite or cannot be written. Then nothing was
+        changed.
+    """
+    adapters, bank = _adapters(pipe), _bank(pipe)
+    with bank.lock:
+        for adapter in adapters.values():
+            adapter.slow_down()
+        bank.merge(list(adapters.values()))
+
+
+def unmerge(pipe: Any, force: bool = False) -> None:
+    """The weights as they were, bit for bit, and the adapters beside them as before `merge`. force:
+    also where weights were changed after it, which is lost.
+
+    Raises:
+        ValueError: nothing is merged; weights were changed meanwhile.
+    """
+    network = network_of(pipe)
+    banks = [bank for bank in owners(network, Bank) if bank.written is not None]
+    if not banks:
+        raise ValueError(f"nothing is merged in this `{type(network).__name__}`")
+    with banks[0].lock:
+        banks[0].unmerge(force)
+
+
+def _adapters(pipe: Any) -> dict[str, InjectedAdapter]:
+    """Raises ValueError where there is none, or nothing can be done with them."""
+    adapters, network = get_adapters(pipe), network_of(pipe)
+    if not adapters:
+        raise ValueError(
+            f"there is no adapter in this `{type(network).__name__}`: `dreamtune.load` brings one"
+        )
+    if any(bank.written is not None for bank in owners(network, Bank)):
+        raise ValueError(f"the adapters are {MERGED}")
+    if several := [name for name, adapter in adapters.items() if adapter.slots > 1]:
+        raise ValueError(
+            f"`{several[0]}` has several slots, which its own `route` gives to rows:"
+            " `dreamtune.load` brings each alone"
+        )
+    return adapters
+
+
+def _bank(pipe: Any) -> Bank:
+    network = network_of(pipe)
+    return Bank.on(network, lambda: InjectedAdapter.of(network))
+
+
+def _known(name: object, adapters: Mapping[str, InjectedAdapter]) -> None:
+    if name not in adapters:
+        listed = ", ".join(f"`{known}`" for known in adapters)
+        hint = nearest(name, adapters) if isinstance(name, str) else ""
+        raise ValueError(f"no adapter `{name}`.{hint} There are {listed}.")
+
+
+def _checked(strength: Any, pipe: Any, name: str) -> Strength:
+    """With the paths of the parts."""
+    if not isinstance(strength, Mapping):
+        return _number(strength, name)
+    network: nn.Module = network_of(pipe)
+    found: dict[str, float] = {}
+    inside = [p for group in get_adapters(pipe)[name].groups for p in group.names]
+    for part, value in strength.items():
+        path = str(BLOCKS.get(part, part))
+        if not any(p == path or p.startswith(f"{path}.") for p in inside):
+            there = sorted({".".join(p.split(".")[:2]) for p in inside})
+            raise ValueError(
+                f"strength of `{name}`: it changes nothing in a part `{part}` of this"
+                f" `{type(network).__name__}`; there are {', '.join(f'`{p}`' for p in there)}, and"
+                f" {', '.join(f'`{b}`' for b in BLOCKS)} of a UNet"
+            )
+        found[path] = _number(value, name)
+    return found
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"strength of `{name}` must be a finite number, got {value!r}")
+    return float(value)
+
+
+def _guided(pipe: Any) -> Callable[[], bool] | None:
+    """Whether a call has all rows twice, asked while it runs; None for a network."""
+    if isinstance(pipe, nn.Module):
+        return None
+    reference = weakref.ref(pipe)  # the network does not hold its pipeline
+    return lambda: bool(getattr(reference(), "do_classifier_free_guidance", False))
