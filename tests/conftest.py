@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,20 @@ def scorer_names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("scorers")
     dino, clip = write_dino(folder / "dino"), write_clip(folder / "clip")
     return {"dino": str(dino), "clip": f"local-dir:{clip}"}
+
+
+@pytest.fixture
+def undrawn() -> Iterator[pytest.MonkeyPatch]:
+    """A run's charts are their captions: four or more a run, each as long as a training step."""
+    from dreamtune.evaluation import curves, sweep_curves
+
+    def caption(title: str, said: str, *rest: Any) -> str:
+        return f'<figure class="chart"><figcaption>{escape(title)}</figcaption></figure>'
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (curves, sweep_curves):
+            patch.setattr(module, "chart", caption)
+        yield patch
 
 
 @pytest.fixture

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import without_dreamtune
 from PIL import Image
 
 from dreamtune import embedded
@@ -71,10 +69,7 @@ def test_an_unknown_subject_names_near_ones() -> None:
 
 def test_diffusers_alone_draws_what_is_asked_for(tmp_path: Path) -> None:
     """In a process without dreamtune, without network, with no option but the folder."""
-    command = [sys.executable, "-c", ALONE, str(embedded.MODEL)]
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=offline)
-    assert done.returncode == 0, done.stderr
+    without_dreamtune(ALONE, [embedded.MODEL], tmp_path / "log.txt")
 
 
 def test_the_quickstart_finds_its_base() -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from forked import without_dreamtune
 
 from dreamtune import embedded
 
@@ -57,12 +55,8 @@ def test_a_process_without_dreamtune_gets_the_trained_images(tmp_path: Path) -> 
     base = images()
     wave.close()
     out = tmp_path / "images.pt"
-    command = [sys.executable, "-c", ALONE, embedded.MODEL, tmp_path / "run" / "best", out]
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, cwd=tmp_path, env=offline
-    )
-    assert done.returncode == 0, done.stderr
+    alone = [embedded.MODEL, tmp_path / "run" / "best", out]
+    without_dreamtune(ALONE, alone, tmp_path / "log.txt")
     theirs = torch.load(out)
     assert float((theirs - trained).abs().max()) <= 1e-3
     assert float((theirs - base).abs().max()) > 0.1

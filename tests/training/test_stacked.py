@@ -23,8 +23,11 @@ from dreamtune.training.run import Run
 from dreamtune.training.train import Interrupted, train, train_stacked
 from dreamtune.training.wave import Wave
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 # Of a tensor's norm: float32 sums in another order.
 TOLERANCE = 1e-4
+UNSCORED = {"dino": "none", "clip": "none"}
 
 
 @pytest.fixture
@@ -168,7 +171,7 @@ def test_sweep_in_waves(common: dict[str, Any], photo_dir: Path, tmp_path: Path)
         result = train_stacked(Config(**common, sweep=sweep, slots="4"))
         assert sizes == [4, 2] and len(result.results) == 6
         sizes.clear()
-        other = {**common, "output_dir": str(tmp_path / "other"), "max_train_steps": 1}
+        other = {**common, **UNSCORED, "output_dir": str(tmp_path / "other"), "max_train_steps": 1}
         train_stacked(Config(**other, sweep=["method=lora,ether", "seed=0,1"]))
         other["output_dir"] = str(tmp_path / "third")
         train_stacked(Config(**other, sweep=["rank=2,3", "seed=0,1"]))
@@ -203,14 +206,18 @@ def test_options_of_equal_shape_share_a_wave(
 
 
 def test_a_rate_that_equals_a_method_s_own(
-    common: dict[str, Any], photo_dir: Path, tmp_path: Path
+    common: dict[str, Any], photo_dir: Path, tmp_path: Path, undrawn: pytest.MonkeyPatch
 ) -> None:
-    """DeLoRA's lambda learns at 1e-3: a slot of that rate groups its parameters otherwise."""
+    """DeLoRA's lambda learns at 1e-3: a slot of that rate groups its parameters otherwise. With
+    the charts of its pages."""
+    undrawn.undo()
     common |= photos_of(photo_dir)
     result = train_stacked(Config(**common, sweep=["learning_rate=1e-2,1e-3"]))
     own = {"learning_rate": 1e-3, "output_dir": str(tmp_path / "alone")}
     alone = train(Config(**{**common, **own}))
     assert_same_run(result.results["learning_rate=1e-3"].run_dir, alone.run_dir)
+    for page in (alone.run_dir / "report.html", tmp_path / "all" / "summary.html"):
+        assert "<svg" in page.read_text()
 
 
 def test_a_finished_run_leaves_and_the_rest_is_packed(
@@ -342,7 +349,7 @@ def test_cli(
     from dreamtune.cli import main
 
     lists = ("validation_prompt",)
-    flags = [f"--{k}={v}" for k, v in common.items() if k not in lists]
+    flags = [f"--{k}={v}" for k, v in {**common, **UNSCORED}.items() if k not in lists]
     flags += ["--subjects", str(subjects), "--sweep", "seed=0,1", "--sweep", "lambda_init=2,4"]
     assert main(["train", *flags, "--max_train_steps", "1", "--slots", "8"]) == 0
     names = {p.name for p in (tmp_path / "all").iterdir() if p.is_dir()}

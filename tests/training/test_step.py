@@ -12,7 +12,7 @@ from steps import DTYPE, cache, make, process
 from dreamtune import METHODS
 from dreamtune.training.step import Step, draw, mix
 
-STEPS = 8
+STEPS = 3
 
 
 @pytest.mark.parametrize("method", list(METHODS))

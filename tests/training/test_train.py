@@ -6,9 +6,9 @@ import html
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import ended, start
 from safetensors.torch import load_file
 
 from dreamtune import inject, load
@@ -334,17 +335,19 @@ def test_ctrl_c_saves_and_says_how_to_go_on(settings: dict[str, Any], tmp_path: 
     flags += ["--rank", "2", "--max_train_steps", "100000", "--validation_steps", "50000"]
     flags += ["--validation_prompt", "a {}"]
     script = Path(__file__).parents[2] / "train_dreambooth.py"
-    process = subprocess.Popen(
-        [sys.executable, str(script), *flags], stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+
+    def work() -> None:
+        sys.argv = [str(script), *flags]
+        runpy.run_path(str(script), run_name="__main__")
+
+    process = start(work, tmp_path / "log.txt")
     deadline = time.time() + 90
     while not (tmp_path / "run" / "metrics.jsonl").is_file() and time.time() < deadline:
         time.sleep(0.1)
     time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
+    os.kill(process, signal.SIGINT)
+    status, error = ended(process), (tmp_path / "log.txt").read_text()
+    assert status == 130, error
     assert "Stopped after step" in error and "--resume_from_checkpoint latest" in error
     (saved,) = run_folder.checkpoints(tmp_path / "run")
     assert run_folder.read_state(saved)["step"] == int(saved.name.split("-")[1]) > 0
