@@ -93,8 +93,9 @@ def test_geglu_and_sums() -> None:
 
 def test_a_fused_step_is_the_step() -> None:
     """Loss and parameters after a step of two slots, in float64."""
-    plain_adapter, plain = make("delora", [0, 1], device=DEVICE)
-    adapter, step = make("delora", [0, 1], device=DEVICE)
+    small = {"train_batch_size": 1}  # the interpreter's time goes with the pictures
+    plain_adapter, plain = make("delora", [0, 1], device=DEVICE, **small)
+    adapter, step = make("delora", [0, 1], device=DEVICE, **small)
     before = adapter.state_dict(0)
     done = fast_unet.fuse(adapter.model)
     assert not done.left and len(done.modules) > 10

@@ -86,6 +86,6 @@ def images(pipe: object, seed: int = 0, **kwargs: object) -> Tensor:
     g = torch.Generator().manual_seed(seed)
     prompt, negative = torch.randn(2, 2, 5, 24, generator=g)
     return pipe(  # type: ignore[operator]
-        prompt_embeds=prompt, negative_prompt_embeds=negative, num_inference_steps=3, height=8,
+        prompt_embeds=prompt, negative_prompt_embeds=negative, num_inference_steps=2, height=8,
         width=8, generator=torch.Generator().manual_seed(seed), output_type="pt", **kwargs,
     ).images  # fmt: skip

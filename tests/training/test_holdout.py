@@ -20,6 +20,8 @@ from dreamtune.evaluation.validation import read_grid
 from dreamtune.metrics import Scorers
 from dreamtune.training.train import train, train_stacked
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def test_how_many_are_held_out() -> None:
     digests = [f"{i * 37 % 11:02}" for i in range(11)]

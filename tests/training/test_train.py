@@ -173,6 +173,7 @@ def test_the_page_shows_what_best_holds(
     assert html.escape(result.reason) in page
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("method", ["delora", "ether+"])
 def test_three_and_three_resumed_equal_six(
     settings: dict[str, Any], scorer_names: dict[str, str], tmp_path: Path, method: str
@@ -407,9 +408,9 @@ def test_kl_autoencoder_noise_prediction_and_checkpointing(
 
 def test_training_learns(settings: dict[str, Any]) -> None:
     """The mean loss of the last steps is below that of the first on the same photos."""
-    long = {**settings, "max_train_steps": 120, "validation_steps": 30, "learning_rate": 3e-2}
+    long = {**settings, "max_train_steps": 60, "validation_steps": 20, "learning_rate": 3e-2}
     history = train(Config(**{**long, "num_inference_steps": 1, "options": {"rank": 8}})).history
-    assert history[-1]["loss"] < 0.97 * history[1]["loss"]
+    assert history[-1]["loss"] < 0.9 * history[1]["loss"]
 
 
 def test_divergence_is_an_error(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
