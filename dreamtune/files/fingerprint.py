@@ -40,7 +40,8 @@ def fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
             raise ValueError("weights on the meta device have no fingerprint")
         left = signs("left", weight.shape[0], weight.device)
         right = signs("right", weight.shape[1], weight.device)
-        values = ((left @ weight.float()) * right).sum(-1)
+        with torch.autocast(weight.device.type, enabled=False):
+            values = ((left @ weight.float()) * right).sum(-1)
         prints[name] = values
     if not prints:
         return {}

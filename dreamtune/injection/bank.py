@@ -11,13 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from dreamtune.injection.change import difference
+from dreamtune.injection.follow import strength_of_call
 from dreamtune.injection.group import Group
 from dreamtune.injection.layer import AdaptedLayer
 from dreamtune.injection.mix import Mix, Strength, at
 from dreamtune.injection.places import holders, unwrapped, weight_of
+from dreamtune.injection.turns import Turns, caller
 
 Kind = TypeVar("Kind")
 Rows = Sequence[Mapping[str, Strength]]
+Copies = Callable[[], int]
+BATCHES = ("sample", "hidden_states", "latents", "x")  # what diffusers calls a model's input
 _MAKING = threading.Lock()
 MERGED = "merged into the weights: `dreamtune.unmerge(pipe)` takes it out again"
 
@@ -43,11 +47,14 @@ class Bank:
     mix: shared by the adapted layers.
     lock: held by a route, and by each forward of the model: those of other threads wait.
     written: what a merge has written; None where the adapters are not in the weights.
+    copies: how often a call has each row; None: rows are those of the model's batch.
+    under: of the routes that are open, what is set again when each is over.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.mix = model, Mix()
-        self.guided: Callable[[], bool] | None = None  # None: rows are those of the model's batch
+        self.copies: Copies | None = None
+        self.under: list[tuple[Mapping[str, Strength], Rows | None, Copies | None]] = []
         self.written: list[Written] | None = None
         self._fresh()
         self.hooks = [
@@ -56,7 +63,7 @@ class Bank:
         ]
 
     def _fresh(self) -> None:
-        self.lock, self.inside = threading.RLock(), threading.local()
+        self.lock = Turns()
 
     @staticmethod
     def on(model: nn.Module, adapters: Callable[[], Sequence[InModel]]) -> Bank:
@@ -69,12 +76,16 @@ class Bank:
             return found[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        without = {"lock": None, "inside": None, "guided": None}
-        return {**self.__dict__, **without}
+        without = {"lock": None, "copies": None}
+        under = [(strengths, rows, None) for strengths, rows, _ in self.under]
+        return {**self.__dict__, **without, "under": under}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._fresh()
+        if self.under:  # a route is over in a copy, which nobody would end there
+            self.mix.set(*self.under[0][:2])
+            self.under = []
 
     def share(self, adapters: Sequence[InModel]) -> None:
         """Their layers go by the mix, and look anew at which changes they hold."""
@@ -89,16 +100,57 @@ class Bank:
             hook.remove()
 
     @contextmanager
-    def routed(self, rows: Rows, guided: Callable[[], bool] | None) -> Iterator[None]:
+    def routed(self, rows: Rows, copies: Copies | None) -> Iterator[None]:
         with self.lock:
-            before = self.mix.strengths, self.mix.rows, self.guided
-            self.guided = guided
+            self._free()
+            self.under.append((self.mix.strengths, self.mix.rows, self.copies))
+            self.copies = copies
             self.mix.set({}, rows)
             try:
                 yield
             finally:
-                self.guided = before[2]
-                self.mix.set(*before[:2])
+                strengths, before, self.copies = self.under.pop()
+                self.mix.set(strengths, before)
+
+    def set(
+        self,
+        strengths: Mapping[str, Strength],
+        rows: Rows | None = None,
+        copies: Copies | None = None,
+    ) -> None:
+        """Raises ValueError inside a route, which would undo it, and where all is merged."""
+        with self.lock:
+            self._free()
+            if self.under:
+                raise ValueError(
+                    "a route is open, at whose end the strengths from before come back: set them"
+                    " outside of it, or open another route inside"
+                )
+            self.copies = copies
+            self.mix.set(strengths, rows)
+
+    def _free(self) -> None:
+        if self.written is not None:  # asked with the lock: another thread may have merged
+            raise ValueError(f"the adapters are {MERGED}")
+
+    def rename(self, old: str, new: str | None) -> None:
+        """What is set for an adapter is for its new name; for none where it is out."""
+
+        def renamed(given: Mapping[str, Strength]) -> dict[str, Strength]:
+            names = ((new if name == old else name, s) for name, s in given.items())
+            return {name: s for name, s in names if name is not None}
+
+        def each(rows: Rows | None) -> Rows | None:
+            return None if rows is None else [renamed(row) for row in rows]
+
+        with self.lock:
+            self.under = [(renamed(s), each(rows), copies) for s, rows, copies in self.under]
+            self.mix.set(renamed(self.mix.strengths), each(self.mix.rows))
+
+    def check_out(self, name: str) -> None:
+        """Raises ValueError where an open route gives rows to the adapter."""
+        if self.under and any(name in row for row in self.mix.rows or ()):
+            raise ValueError(f"a route that is open gives rows to `{name}`: end it first")
 
     # Around each forward
 
@@ -110,10 +162,14 @@ class Bank:
                     " before `torch.compile`"
                 )
             return
-        self.lock.acquire()
-        self.inside.depth = getattr(self.inside, "depth", 0) + 1
+        self.lock.acquire(caller())
+        if self.mix.off and strength_of_call(kwargs) != 1:
+            raise ValueError(
+                f"a strength for one call was given, but the adapters are {MERGED}: without it"
+            )
         if self.mix.rows is not None:
-            given = [*args, *kwargs.values()]
+            named = (kwargs[name] for name in BATCHES if name in kwargs)
+            given = [*args, *named, *kwargs.values()]
             first = next((x for x in given if isinstance(x, Tensor) and x.dim() > 0), None)
             if first is None:
                 raise ValueError(
@@ -122,22 +178,22 @@ class Bank:
             self.mix.spread(self._order(len(self.mix.rows), len(first)))
 
     def _after(self, model: nn.Module, args: Any, out: Any) -> None:
-        if getattr(self.inside, "depth", 0):  # 0 where a hook before ours raised
-            self.inside.depth -= 1
-            self.lock.release()
+        if not torch.compiler.is_compiling():
+            self.lock.release(caller())
 
     def _order(self, rows: int, batch: int) -> list[int]:
         """The row of each row of the batch: under guidance all without the prompt, then all with
         it, and in each the images of a prompt side by side.
         """
-        copies = 2 if self.guided is not None and self.guided() else 1
+        copies = 1 if self.copies is None else self.copies()
         images, rest = divmod(batch, rows * copies)
-        if rest or not images or (self.guided is None and images > 1):
-            told = f", each twice under guidance: {rows * copies}" if copies > 1 else ""
-            several = "" if self.guided is None else " or a multiple of it, images a prompt,"
+        if rest or not images or (self.copies is None and images > 1):
+            often = {2: "twice", 3: "three times"}.get(copies, f"{copies} times")
+            told = f", each {often} under guidance: {rows * copies}" if copies > 1 else ""
+            several = "" if self.copies is None else " or a multiple of it, images a prompt,"
             raise ValueError(
                 f"{rows} rows are routed{told}{several} but the batch has {batch} rows: give an"
-                " entry a prompt"
+                f" entry {'a row of the network' if self.copies is None else 'a prompt'}"
             )
         return [row for row in range(rows) for _ in range(images)] * copies
 
@@ -147,10 +203,14 @@ class Bank:
         """All at their strengths into the weights. Raises ValueError, with nothing changed, where
         no weight holds them or one cannot be written.
         """
+        self._free()
         if self.mix.rows is not None:
             raise ValueError("rows of a batch have changes of their own: no weight holds them")
         for adapter in adapters:
-            if adapter.groups[0].adapter.asks_for_timestep:
+            changes = [change for group in adapter.groups for change in group.changes]
+            given = self.mix.strengths.get(adapter.name, 1.0)
+            used = any(at(given, change.path) != 0 for change in changes)
+            if used and adapter.groups[0].adapter.asks_for_timestep:
                 raise ValueError(
                     f"the strength of `{adapter.name}` depends on the timestep: no weight holds it"
                 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -167,7 +167,18 @@ def by_row(x: Tensor, batch: int, use: Use) -> Tensor:
     """x (T, n) at the strength of each row of the batch."""
     if use.at is None:
         return x
-    return (x.view(batch, -1, x.shape[-1]) * use.at.to(x)[:, None, None]).view(x.shape)
+    return (x.view(batch, -1, x.shape[-1]) * of_rows(use.at, batch).to(x)[:, None, None]).view(
+        x.shape
+    )
+
+
+def of_rows(at: Tensor, batch: int) -> Tensor:
+    """Strengths of rows. ValueError where a layer's batch has other rows than the model's."""
+    if len(at) not in (1, batch):
+        raise ValueError(
+            f"{len(at)} rows have strengths of their own, but a layer was called with {batch}"
+        )
+    return at
 
 
 def in_blocks(x: Tensor, blocks: int, batch: int, use: Use) -> Tensor:
@@ -181,7 +192,7 @@ def merged(adapter: Adapter, weight: Tensor, use: Use) -> Tensor:
     the strength that is set; computed in float32 at least, and cast. adapter: of this layer alone,
     as `row` gives it.
     """
-    if not use.whole():
+    if not replace(use, call=1.0).whole():
         return (weight + difference(adapter, weight, use)).to(weight.dtype)
     return _changed(adapter, weight)[0, 0].to(weight.dtype).view(weight.shape)
 
@@ -190,6 +201,7 @@ def merged(adapter: Adapter, weight: Tensor, use: Use) -> Tensor:
 def difference(adapter: Adapter, weight: Tensor, use: Use) -> Tensor:
     """What `merged` adds, in float32 at least."""
     changed = _changed(adapter, weight)
+    use = replace(use, call=1.0)  # that of a call is no longer set when the call is over
     return use.scaled(changed - weight.detach().flatten(1).to(changed.dtype)).view(weight.shape)
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamtune.injection.change import Factors, Use, blocks_of
+from dreamtune.injection.change import Factors, Use, blocks_of, of_rows
 
 
 def convolved(layer: nn.Conv2d, x: Tensor, changes: Sequence[tuple[Factors, Use]]) -> Tensor:
@@ -27,8 +27,12 @@ def convolved(layer: nn.Conv2d, x: Tensor, changes: Sequence[tuple[Factors, Use]
         plain = y - layer.bias.to(y.dtype)[:, None, None]
     for factors, use in changes:
         for part in _parts(layer, x, plain, factors, use):
-            y = y + (part if use.at is None else part * use.at.to(part)[:, None, None, None])
+            y = y + (part if use.at is None else _at_rows(part, use.at))
     return y
+
+
+def _at_rows(part: Tensor, at: Tensor) -> Tensor:
+    return part * of_rows(at, len(part)).to(part)[:, None, None, None]
 
 
 def _parts(layer: nn.Conv2d, x: Tensor, plain: Tensor, factors: Factors, use: Use) -> list[Tensor]:

@@ -89,6 +89,9 @@ class InjectedAdapter:
             check_name(self.model, value)
         for layer in self._inside():
             layer.changes[value] = layer.changes.pop(self._name)
+        if self._out is None:
+            for bank in owners(self.model, Bank):
+                bank.rename(self._name, value)
         self._name = value
         self._tell()
 
@@ -270,9 +273,11 @@ class InjectedAdapter:
     def eject(self) -> None:
         """Takes the adapter out: the model is as it was, the adapter keeps its parameters.
 
-        Raises ValueError where it is out already.
+        Raises ValueError where it is out already, or an open route gives rows to it.
         """
         self._must_be_in()
+        for bank in owners(self.model, Bank):
+            bank.check_out(self.name)
         self.slow_down()
         for hook in self._hooks:
             hook.remove()
@@ -290,6 +295,8 @@ class InjectedAdapter:
                 parameter.requires_grad_(True)
             for bank in owners(self.model, Bank):
                 bank.remove()
+        for bank in owners(self.model, Bank):
+            bank.rename(self.name, None)
         self._out = "ejected"
         self._tell()
 

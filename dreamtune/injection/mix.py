@@ -8,6 +8,7 @@ come to is kept in the layer until a strength, a row or a factor is another.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dreamtune.injection.change import Change, Factors, Use, trains
+from dreamtune.injection.change import Change, Factors, Use, constant, trains
 
 Strength = float | Mapping[str, float]
 Pairs = list[tuple[Factors, Use]]
@@ -75,7 +76,8 @@ class Mix:
     def spread(self, order: Sequence[int]) -> None:
         """Which row each row of the batch is, in the forwards that come."""
         if self.order.tolist() != list(order):
-            self.order = torch.tensor(order)
+            with constant():  # also of a later forward with gradients
+                self.order = torch.tensor(order)
             self.state += 1
 
     @property
@@ -97,11 +99,15 @@ class Mix:
             return [(f, change.use) for f, change in zip(factors, own)]
         if kept.pairs is not None and all(a is b for a, b in zip(kept.factors, factors)):
             return kept.pairs
-        with torch.autocast(layer.weight.device.type, enabled=False):
+        passing = any(trains(c.adapter) or c.use.at is not None for c in own)
+        keep = not passing and not torch.compiler.is_compiling()
+        with (
+            torch.autocast(layer.weight.device.type, enabled=False),
+            constant() if keep else nullcontext(),
+        ):
             parts = list(zip(factors, (c.use for c in own), (u.strengths for u in kept.used)))
             pairs = everywhere(parts) if self.rows is None else by_row(parts, self.order)
-        passing = any(trains(c.adapter) or c.use.at is not None for c in own)
-        if not passing and not torch.compiler.is_compiling():
+        if keep:
             layer.mixed = kept._replace(factors=factors, pairs=pairs)
         return pairs
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -29,6 +29,7 @@ from dreamtune.injection.mix import Strength
 from dreamtune.pipeline.load import network_of
 
 BLOCKS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
+GUIDED = "do_classifier_free_guidance"
 Row = str | None | Mapping[str, Strength]
 
 
@@ -46,9 +47,11 @@ def set_adapters(pipe: Any, strengths: Mapping[str, Strength | Sequence[Strength
 
     Raises:
         ValueError: no adapter of that name, a part that the network does not have, a number that is
-        not finite, lists of several lengths.
+        not finite, lists of several lengths, a route that is open.
     """
     adapters = _adapters(pipe)
+    if not isinstance(strengths, Mapping):
+        raise ValueError(f"`strengths` must be a mapping name -> strength, got {strengths!r}")
     for name in strengths:
         _known(name, adapters)
     lists = {name: s for name, s in strengths.items() if isinstance(s, list | tuple)}
@@ -59,8 +62,7 @@ def set_adapters(pipe: Any, strengths: Mapping[str, Strength | Sequence[Strength
     bank = _bank(pipe)
     if not lists:
         whole = {name: _checked(strengths.get(name, 0.0), pipe, name) for name in adapters}
-        with bank.lock:
-            bank.mix.set(whole)
+        bank.set(whole)
     else:
         (count,) = counts
         rows = [
@@ -70,9 +72,7 @@ def set_adapters(pipe: Any, strengths: Mapping[str, Strength | Sequence[Strength
             }
             for i in range(count)
         ]
-        with bank.lock:
-            bank.guided = _guided(pipe)
-            bank.mix.set({}, rows)
+        bank.set({}, rows, _copies(pipe))
     if not bank.mix.plain:
         plainly(network_of(pipe))
 
@@ -86,25 +86,30 @@ def route(pipe: Any, rows: Sequence[Row]) -> Iterator[None]:
     Args:
         rows: one entry a prompt: a name, at strength 1; None for the base; or a mapping name ->
             strength for several, as in `set_adapters`. Images of one prompt have its entry, and so
-            have its rows without the prompt under guidance. Of a network given instead of a
-            pipeline they are the rows of its batch.
+            have its rows without the prompt under guidance: of this pipeline, whatever else calls
+            the network. Of a network given instead of a pipeline, and of a pipeline that does not
+            tell its guidance (`do_classifier_free_guidance`), they are the rows of the network's
+            batch. A backward that computes blocks again (checkpoints) belongs inside.
 
     Raises:
         ValueError: as `set_adapters`; a call inside, where the batch does not have these prompts.
     """
     adapters = _adapters(pipe)
-    if isinstance(rows, str) or not len(rows):
+    if not isinstance(rows, list | tuple) or not rows:
         raise ValueError(f"`rows` must be a list with an entry for each prompt, got {rows!r}")
     found: list[dict[str, Strength]] = []
     for row in rows:
-        given: Mapping[str, Strength] = {} if row is None else row  # type: ignore[assignment]
-        if isinstance(row, str):
-            given = {row: 1.0}
+        given = {} if row is None else {row: 1.0} if isinstance(row, str) else row
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                "an entry of `rows` must be a name, None or a mapping name -> strength, got"
+                f" {row!r}"
+            )
         for name in given:
             _known(name, adapters)
         found.append({name: _checked(s, pipe, name) for name, s in given.items()})
     bank = _bank(pipe)
-    with bank.routed(found, _guided(pipe)):
+    with bank.routed(found, _copies(pipe)):
         plainly(network_of(pipe))
         yield
 
@@ -113,7 +118,10 @@ def unload(pipe: Any, name: str) -> None:
     """Takes one out. Raises ValueError where there is none of that name."""
     adapters = _adapters(pipe)
     _known(name, adapters)
-    adapters[name].eject()
+    with ExitStack() as held:
+        for bank in owners(network_of(pipe), Bank):
+            held.enter_context(bank.lock)  # another thread's forward is over first
+        adapters[name].eject()
 
 
 def merge(pipe: Any) -> None:
@@ -192,6 +200,8 @@ def _checked(strength: Any, pipe: Any, name: str) -> Strength:
                 f" `{type(network).__name__}`; there are {', '.join(f'`{p}`' for p in there)}, and"
                 f" {', '.join(f'`{b}`' for b in BLOCKS)} of a UNet"
             )
+        if path in found:
+            raise ValueError(f"strength of `{name}`: `{path}` is given twice, also as `{part}`")
         found[path] = _number(value, name)
     return found
 
@@ -202,9 +212,19 @@ def _number(value: Any, name: str) -> float:
     return float(value)
 
 
-def _guided(pipe: Any) -> Callable[[], bool] | None:
-    """Whether a call has all rows twice, asked while it runs; None for a network."""
-    if isinstance(pipe, nn.Module):
+def _copies(pipe: Any) -> Callable[[], int] | None:
+    """How often a call has each row, asked while it runs; None where nothing tells."""
+    if isinstance(pipe, nn.Module) or not hasattr(type(pipe), GUIDED):
         return None
     reference = weakref.ref(pipe)  # the network does not hold its pipeline
-    return lambda: bool(getattr(reference(), "do_classifier_free_guidance", False))
+
+    def copies() -> int:
+        held = reference()
+        if held is None:
+            raise ValueError("rows are routed by a pipeline that is gone: route by the one in use")
+        guided = bool(getattr(held, GUIDED, False))  # without: it was never called
+        if hasattr(type(held), "image_guidance_scale"):  # InstructPix2Pix: text, picture, neither
+            return 3 if guided else 1
+        return 1 + guided + bool(getattr(held, "do_perturbed_attention_guidance", False))
+
+    return copies
