@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from test_adapters import alone, close, files, inputs, said  # noqa: F401
+from test_several_adapters import alone, close, files, inputs, said  # noqa: F401
 from tiny import disturb, tiny_pipeline, tiny_unet
 
 import dreamtune
