@@ -67,8 +67,13 @@ class Plan:
 def images_by(protocol: Protocol) -> dict[str, Any]:
     """What `Plan.images` holds, as it comes back from the plan's file."""
     said = protocol.statement()
-    found: dict[str, Any] = json.loads(json.dumps({name: said[name] for name in IMAGES}))
+    found: dict[str, Any] = plain_json({name: said[name] for name in IMAGES})
     return found
+
+
+def plain_json(values: Any) -> Any:
+    """As they come back from a file."""
+    return json.loads(json.dumps(values))
 
 
 def name_of(task: tuple[str, int, int]) -> str:

@@ -16,6 +16,7 @@ from benchmark_parts import (
     image_seeds,
     name_of,
     of_seeds,
+    plain_json,
 )
 
 from dreamtune.evaluation.compare import compare
@@ -46,11 +47,6 @@ def scored_by(work: Path, plan: Plan, method: str, weights: dict[str, str]) -> d
         "protocol": plain_json(find_protocol(plan.protocol).statement()),
         "done": {name: mark.stat().st_mtime_ns for name, mark in marks.items()},
     }
-
-
-def plain_json(values: Any) -> Any:
-    """As they come back from a file."""
-    return json.loads(json.dumps(values))
 
 
 def mark_of(work: Path, method: str) -> Path:

@@ -14,7 +14,7 @@ from dreamtune.injection.change import difference
 from dreamtune.injection.follow import strength_of_call
 from dreamtune.injection.group import Group
 from dreamtune.injection.layer import AdaptedLayer
-from dreamtune.injection.mix import Mix, Strength, at
+from dreamtune.injection.mix import Mix, Strength
 from dreamtune.injection.places import holders, unwrapped, weight_of
 from dreamtune.injection.turns import Turns, caller
 
@@ -30,7 +30,11 @@ class InModel(Protocol):
     """Of an adapter, what a bank looks at."""
 
     groups: list[Group]
-    name: str
+
+    @property
+    def name(self) -> str: ...
+
+    def check(self) -> None: ...
 
 
 class Written(NamedTuple):
@@ -56,14 +60,11 @@ class Bank:
         self.copies: Copies | None = None
         self.under: list[tuple[Mapping[str, Strength], Rows | None, Copies | None]] = []
         self.written: list[Written] | None = None
-        self._fresh()
+        self.lock = Turns()
         self.hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._after, always_call=True),
         ]
-
-    def _fresh(self) -> None:
-        self.lock = Turns()
 
     @staticmethod
     def on(model: nn.Module, adapters: Callable[[], Sequence[InModel]]) -> Bank:
@@ -82,7 +83,7 @@ class Bank:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._fresh()
+        self.lock = Turns()
         if self.under:  # a route is over in a copy, which nobody would end there
             self.mix.set(*self.under[0][:2])
             self.under = []
@@ -130,8 +131,7 @@ class Bank:
             self.mix.set(strengths, rows)
 
     def _free(self) -> None:
-        if self.written is not None:  # asked with the lock: another thread may have merged
-            raise ValueError(f"the adapters are {MERGED}")
+        check_free(self.model)  # asked with the lock: another thread may have merged
 
     def rename(self, old: str, new: str | None) -> None:
         """What is set for an adapter is for its new name; for none where it is out."""
@@ -204,40 +204,14 @@ class Bank:
         no weight holds them or one cannot be written.
         """
         self._free()
-        if self.mix.rows is not None:
-            raise ValueError("rows of a batch have changes of their own: no weight holds them")
-        for adapter in adapters:
-            changes = [change for group in adapter.groups for change in group.changes]
-            given = self.mix.strengths.get(adapter.name, 1.0)
-            used = any(at(given, change.path) != 0 for change in changes)
-            if used and adapter.groups[0].adapter.asks_for_timestep:
-                raise ValueError(
-                    f"the strength of `{adapter.name}` depends on the timestep: no weight holds it"
-                )
-        held, written = holders(self.model), []
-        places = {
-            path: layer
-            for adapter in adapters
-            for group in adapter.groups
-            for path, layer in zip(group.names, group.layers)
-        }
-        for path, layer in places.items():
-            weight = writable(path, layer, held)
-            new = self._with_changes(layer, weight)
-            if not torch.isfinite(new).all():
-                raise ValueError(f"the merged weight of `{path}` would not be finite")
-            written.append(Written(layer, path, weight.cpu().clone(), new.cpu()))
-        for part in written:
-            _write(part.layer, part.after)
-        self.written, self.mix.off = written, True
-
-    def _with_changes(self, layer: AdaptedLayer, weight: Tensor) -> Tensor:
-        total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-        for name, change in layer.changes.items():
-            strength = at(self.mix.strengths.get(name, 1.0), change.path)
-            if strength != 0:
-                total += strength * difference(change.alone(weight.device), weight, change.use)
-        return total.to(weight.dtype)
+        changed = changed_weights(self.model, adapters, self.mix)
+        self.written = [
+            Written(layer, path, weight_of(layer).cpu().clone(), new.cpu())
+            for path, layer, new in changed
+        ]
+        for _, layer, new in changed:
+            write(layer, new)
+        self.mix.off = True
 
     def unmerge(self, force: bool = False) -> None:
         """The weights as they were, bit for bit. Raises ValueError where somebody has written to
@@ -251,7 +225,7 @@ class Bank:
                     " undo: take that out first, or call `unmerge(pipe, force=True)`"
                 )
         for part in self.written or ():
-            _write(part.layer, part.before)
+            write(part.layer, part.before)
         self.written, self.mix.off = None, False
 
 
@@ -260,6 +234,45 @@ def owners(model: nn.Module, kind: type[Kind]) -> list[Kind]:
     hooks = unwrapped(model)._forward_pre_hooks.values()
     found = [getattr(hook, "__self__", None) for hook in hooks]
     return [owner for owner in found if isinstance(owner, kind)]
+
+
+def check_free(model: nn.Module) -> None:
+    """Raises ValueError where the adapters are in the weights: then nothing else can be done."""
+    if any(bank.written is not None for bank in owners(model, Bank)):
+        raise ValueError(f"the adapters are {MERGED}")
+
+
+def changed_weights(
+    model: nn.Module, adapters: Sequence[InModel], mix: Mix
+) -> list[tuple[str, AdaptedLayer, Tensor]]:
+    """(module path, layer, its weight with the changes at their strengths), of all layers. Raises
+    ValueError where no weight holds them, one would not be finite or cannot be written, or
+    something else stands for the layers.
+    """
+    if mix.rows is not None:
+        raise ValueError("rows of a batch have changes of their own: no weight holds them")
+    for adapter in adapters:
+        adapter.check()
+        changes = [change for group in adapter.groups for change in group.changes]
+        used = any(mix.strength(adapter.name, change.path) != 0 for change in changes)
+        if used and adapter.groups[0].adapter.asks_for_timestep:
+            raise ValueError(
+                f"the strength of `{adapter.name}` depends on the timestep here: no weight holds it"
+            )
+    held, found = holders(model), []
+    groups = [group for adapter in adapters for group in adapter.groups]
+    layers = {path: layer for g in groups for path, layer in zip(g.names, g.layers)}
+    for path, layer in layers.items():
+        weight = writable(path, layer, held)
+        new = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        for name, change in layer.changes.items():
+            if (strength := mix.strength(name, path)) != 0:
+                new += strength * difference(change.alone(weight.device), weight, change.use)
+        new = new.to(weight.dtype)
+        if not torch.isfinite(new).all():
+            raise ValueError(f"the merged weight of `{path}` would not be finite")
+        found.append((path, layer, new))
+    return found
 
 
 def writable(path: str, layer: nn.Module, held: Mapping[int, list[str]]) -> Tensor:
@@ -282,7 +295,8 @@ def writable(path: str, layer: nn.Module, held: Mapping[int, list[str]]) -> Tens
     return weight
 
 
-def _write(layer: nn.Module, values: Tensor) -> None:
+def write(layer: nn.Module, values: Tensor) -> None:
+    """Into the layer's weight, where it is."""
     weight = weight_of(layer)
     with torch.inference_mode(weight.is_inference()), torch.no_grad():
         weight.copy_(values)

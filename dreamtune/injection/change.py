@@ -1,7 +1,7 @@
 """What an adapter does to one layer: the factors of its change, and a forward with them.
 
-Forward is `combined`, of what `factors_of` computes for one layer or for a group of them; merge is
-`merged`.
+Forward is `combined`, of what `factors_of` computes for one layer or for a group of them; a merge
+adds `difference`.
 """
 
 from __future__ import annotations
@@ -187,28 +187,15 @@ def in_blocks(x: Tensor, blocks: int, batch: int, use: Use) -> Tensor:
 
 
 @torch.no_grad()
-def merged(adapter: Adapter, weight: Tensor, use: Use) -> Tensor:
-    """The weight (out, in) or (out, in, kh, kw) with the change of an adapter of one slot in it, at
-    the strength that is set; computed in float32 at least, and cast. adapter: of this layer alone,
-    as `row` gives it.
-    """
-    if not replace(use, call=1.0).whole():
-        return (weight + difference(adapter, weight, use)).to(weight.dtype)
-    return _changed(adapter, weight)[0, 0].to(weight.dtype).view(weight.shape)
-
-
-@torch.no_grad()
 def difference(adapter: Adapter, weight: Tensor, use: Use) -> Tensor:
-    """What `merged` adds, in float32 at least."""
-    changed = _changed(adapter, weight)
-    use = replace(use, call=1.0)  # that of a call is no longer set when the call is over
-    return use.scaled(changed - weight.detach().flatten(1).to(changed.dtype)).view(weight.shape)
-
-
-def _changed(adapter: Adapter, weight: Tensor) -> Tensor:
-    """(1, 1, out, in)."""
+    """What an adapter of one slot, at the strength that is set, adds to a weight (out, in) or (out,
+    in, kh, kw), in float32 at least. adapter: of this layer alone, as `row` gives it.
+    """
+    base = weight.detach().flatten(1)[None]
     with torch.autocast(weight.device.type, enabled=False):
-        return adapter.merged(weight.detach().flatten(1)[None])
+        changed = adapter.merged(base)  # (1, 1, out, in)
+    use = replace(use, call=1.0)  # that of a call is no longer set when the call is over
+    return use.scaled(changed - base.to(changed.dtype)).view(weight.shape)
 
 
 def blocks_of(batch: int, blocks: int, routed: bool) -> int:

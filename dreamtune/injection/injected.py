@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from dreamtune.adapters import find_method
 from dreamtune.injection.adapter_file import AdapterFile
-from dreamtune.injection.bank import MERGED, Bank, owners, writable
-from dreamtune.injection.change import Use, merged
+from dreamtune.injection.bank import Bank, changed_weights, check_free, owners, write
+from dreamtune.injection.change import Use
 from dreamtune.injection.follow import Following
 from dreamtune.injection.group import Group, Made
 from dreamtune.injection.layer import AdaptedLayer
-from dreamtune.injection.places import holders
+from dreamtune.injection.mix import Mix
 
 
 class InjectedAdapter:
@@ -66,12 +66,8 @@ class InjectedAdapter:
         ]
         if fast:
             self._following.stack(watched=False)
-        self._tell()
-
-    def _tell(self) -> None:
-        """That other changes, or others' names, are in the layers."""
-        for bank in owners(self.model, Bank):
-            bank.share([self] if self._out is None else [])
+        for bank in owners(model, Bank):
+            bank.share([self])
 
     @staticmethod
     def of(model: nn.Module) -> list[InjectedAdapter]:
@@ -93,7 +89,6 @@ class InjectedAdapter:
             for bank in owners(self.model, Bank):
                 bank.rename(self._name, value)
         self._name = value
-        self._tell()
 
     def _inside(self) -> list[AdaptedLayer]:
         """The layers, for as long as the adapter is in them."""
@@ -166,6 +161,10 @@ class InjectedAdapter:
 
     def _after_forward(self, model: nn.Module, args: Any, out: Any) -> Any:
         return self._following.after_forward()
+
+    def check(self) -> None:
+        """Raises ValueError where the model no longer does what the adapter's layers do."""
+        self._following.check()
 
     def speed_up(self) -> None:
         """The same in fewer kernels: weights stacked, projections joint. Where somebody else
@@ -245,7 +244,7 @@ class InjectedAdapter:
         """One slot as data. metadata: JSON values to keep, no paths and no user names."""
         if self._out == "merged":
             raise ValueError("the adapter was merged: its base is gone, save it before `merge()`")
-        self._must_be_free()
+        check_free(self.model)
         options = find_method(self.method).one_slot(self.options, slot)
         layers = [(g, n, layer) for g in self.groups for n, layer in zip(g.names, g.layers)]
         own = {n: g.own_options(options, slot) for g, n, _ in layers}
@@ -298,7 +297,6 @@ class InjectedAdapter:
         for bank in owners(self.model, Bank):
             bank.rename(self.name, None)
         self._out = "ejected"
-        self._tell()
 
     def merge(self) -> None:
         """Bakes the change, at the present strength, into the weights as they are now, where they
@@ -316,41 +314,22 @@ class InjectedAdapter:
                 "there are other adapters in the model, whose changes are of its weights:"
                 " `dreamtune.merge(pipe)` merges all"
             )
-        if self.groups[0].adapter.asks_for_timestep:
-            raise ValueError(
-                f"the strength of `{self.method}` depends on the timestep here: no weight holds it"
-            )
-        self._following.check()
         self.slow_down()
-        held = holders(self.model)
-        changed: list[tuple[Tensor, Tensor]] = []
-        for group in self.groups:
-            for name, layer, change in zip(group.names, group.layers, group.changes):
-                weight = writable(name, layer, held)
-                new = merged(change.alone(weight.device), weight, self._use)
-                if not torch.isfinite(new).all():
-                    raise ValueError(f"the merged weight of `{name}` would not be finite")
-                changed.append((weight, new))
-        for weight, new in changed:
-            with torch.inference_mode(weight.is_inference()), torch.no_grad():
-                weight.copy_(new)
+        mix = next((bank.mix for bank in owners(self.model, Bank)), Mix())
+        for _, layer, new in changed_weights(self.model, [self], mix):
+            write(layer, new)
         self.eject()
         self._out = "merged"
 
     def _must_be_in(self) -> None:
         if self._out is not None:
             raise ValueError(f"the adapter `{self.name}` is not in the model: it was {self._out}")
-        self._must_be_free()
-
-    def _must_be_free(self) -> None:
-        if any(bank.written is not None for bank in owners(self.model, Bank)):
-            raise ValueError(f"the adapter `{self.name}` is {MERGED}")
+        check_free(self.model)
 
 
 def check_name(model: nn.Module, name: str) -> None:
     """Raises ValueError where an adapter in the model has it, or nothing can be added."""
-    if any(bank.written is not None for bank in owners(model, Bank)):
-        raise ValueError(f"the adapters in the model are {MERGED}")
+    check_free(model)
     if name in [adapter.name for adapter in InjectedAdapter.of(model)]:
         raise ValueError(
             f"there is an adapter `{name}` in this `{type(model).__name__}`: give another `name`,"

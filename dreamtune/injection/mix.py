@@ -85,6 +85,10 @@ class Mix:
         """Whether all changes are in all rows as they are."""
         return not self.off and self.rows is None and all(s == 1 for s in self.strengths.values())
 
+    def strength(self, name: str, path: str) -> float:
+        """Of an adapter in a layer, where all rows are alike."""
+        return at(self.strengths.get(name, 1.0), path)
+
     def pairs(self, layer: Any) -> Pairs:
         """What the layer computes with, of its changes."""
         if self.off:
@@ -93,6 +97,8 @@ class Mix:
         kept: Mixed | None = layer.__dict__.get("mixed")
         if kept is None or kept.state != self.state:
             kept = Mixed(self.state, self._used(changes))
+            if not torch.compiler.is_compiling():
+                layer.mixed = kept
         own = [changes[used.name] for used in kept.used]
         factors = [change.factors(layer.weight) for change in own]
         if self.rows is None and all(used.strengths[0] == 1 for used in kept.used):
@@ -114,10 +120,9 @@ class Mix:
     def _used(self, changes: Mapping[str, Change]) -> list[Used]:
         found = []
         for name, change in changes.items():
-            given = [self.strengths.get(name, 1.0)]
+            strengths = [self.strength(name, change.path)]
             if self.rows is not None:
-                given = [row.get(name, 0.0) for row in self.rows]
-            strengths = [at(strength, change.path) for strength in given]
+                strengths = [at(row.get(name, 0.0), change.path) for row in self.rows]
             if any(strength != 0 for strength in strengths):
                 found.append(Used(name, strengths))
         return found
@@ -134,11 +139,7 @@ def is_low_rank(part: Part) -> bool:
 
 def everywhere(parts: Sequence[Part]) -> Pairs:
     """In all rows each change at its one strength."""
-    pairs = [
-        (scaled(factors, strengths[0]), use)
-        for factors, use, strengths in parts
-        if not is_low_rank((factors, use, strengths))
-    ]
+    pairs = [(scaled(p[0], p[2][0]), p[1]) for p in parts if not is_low_rank(p)]
     low = [scaled(f, strengths[0]) for f, _, strengths in filter(is_low_rank, parts)]
     if low:
         up = torch.cat([f.up for f in low if f.up is not None], -1)
@@ -150,12 +151,11 @@ def everywhere(parts: Sequence[Part]) -> Pairs:
 def by_row(parts: Sequence[Part], order: Tensor) -> Pairs:
     """In the rows that `order` has (batch,), each change at the strength of that row."""
     pairs: Pairs = []
-    for factors, use, strengths in parts:
-        if not is_low_rank((factors, use, strengths)):
-            some = next(x for x in factors if x is not None)
-            row = torch.tensor(strengths, device=some.device)[order.to(some.device)]
-            row = row if use.at is None else row * use.at.to(row)
-            pairs.append((factors, replace(use, at=row)))
+    for factors, use, strengths in (part for part in parts if not is_low_rank(part)):
+        some = next(x for x in factors if x is not None)
+        row = torch.tensor(strengths, device=some.device)[order.to(some.device)]
+        row = row if use.at is None else row * use.at.to(row)
+        pairs.append((factors, replace(use, at=row)))
     low = list(filter(is_low_rank, parts))
     if not low:
         return pairs

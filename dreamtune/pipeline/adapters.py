@@ -23,7 +23,7 @@ from typing import Any
 from torch import nn
 
 from dreamtune.fields import nearest
-from dreamtune.injection.bank import MERGED, Bank, owners
+from dreamtune.injection.bank import Bank, check_free, owners
 from dreamtune.injection.inject import InjectedAdapter, plainly
 from dreamtune.injection.mix import Strength
 from dreamtune.pipeline.load import network_of
@@ -162,8 +162,7 @@ def _adapters(pipe: Any) -> dict[str, InjectedAdapter]:
         raise ValueError(
             f"there is no adapter in this `{type(network).__name__}`: `dreamtune.load` brings one"
         )
-    if any(bank.written is not None for bank in owners(network, Bank)):
-        raise ValueError(f"the adapters are {MERGED}")
+    check_free(network)
     if several := [name for name, adapter in adapters.items() if adapter.slots > 1]:
         raise ValueError(
             f"`{several[0]}` has several slots, which its own `route` gives to rows:"

@@ -312,6 +312,32 @@ def test_what_is_merged_is_left_alone(files):
     assert not unet._forward_pre_hooks and not unet._forward_hooks
 
 
+def test_its_own_merge_is_at_the_strength_that_is_set(files):
+    unet = tiny_unet()
+    dog = dreamtune.load(unet, files["dog"], name="dog", scale=2.0)
+    dreamtune.set_adapters(unet, {"dog": [0.5, 1.0]})
+    with pytest.raises(ValueError, match="rows of a batch have changes of their own"):
+        dog.merge()
+    dreamtune.set_adapters(unet, {"dog": {"up": 0.25}})
+    want = said(unet)
+    dog.merge()
+    close(said(unet), want, atol=2e-5)
+    assert not unet._forward_pre_hooks
+
+
+def test_layers_that_others_stand_for_are_not_merged(files):
+    """As the adapter's own `merge`: the weights that would be written are not those in use."""
+    pipe = pipe_with(files, "dog", "cat")
+    pipe.unet.fuse_qkv_projections()
+    before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    with pytest.raises(ValueError, match="call `unfuse_qkv_projections"):
+        dreamtune.merge(pipe)
+    assert all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items())
+    pipe.unet.unfuse_qkv_projections()
+    dreamtune.merge(pipe)
+    dreamtune.unmerge(pipe)
+
+
 def test_refusals(files):
     unet = tiny_unet()
     with pytest.raises(ValueError, match="there is no adapter in this"):
