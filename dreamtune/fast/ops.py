@@ -11,6 +11,7 @@ import importlib.util
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 GROUPS = 32  # groups that one program looks at, at most
@@ -238,6 +239,29 @@ class _AddBias(torch.autograd.Function):
 def add_bias(x: Tensor, skip: Tensor, bias: Tensor) -> Tensor:
     """x + skip + bias: x, skip (N, C, H, W), bias (C,)."""
     y: Tensor = _AddBias.apply(x, skip, bias)
+    return y
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, padding: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.padding = padding
+        return F.conv2d(x, weight, padding=padding)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        return F.conv_transpose2d(dy, weight, padding=ctx.padding), None, None
+
+
+def convolution(x: Tensor, weight: Tensor, padding: tuple[int, int]) -> Tensor:
+    """`F.conv2d(x, weight, padding=padding)`, x (N, C, H, W), weight (out, C, kh, kw), frozen.
+
+    torch's own keeps x for the gradient of the weight, also where nobody asks for it; the gradient
+    of x is the transposed convolution, which needs the weight alone.
+    """
+    y: Tensor = _Convolution.apply(x, weight, padding)
     return y
 
 

@@ -135,7 +135,14 @@ def knows_resnet(m: Any) -> bool:
         and m.dropout.p == 0
         and m.output_scale_factor == 1
         and all(type(c) is nn.Conv2d and c.bias is not None for c in convolutions)
+        and all(simple(c) for c in (m.conv1, m.conv2))
     )
+
+
+def simple(c: nn.Conv2d) -> bool:
+    """Whether its weight and padding are all that it computes with."""
+    usual = c.stride == c.dilation == (1, 1) and c.groups == 1 and c.padding_mode == "zeros"
+    return usual and not isinstance(c.padding, str)
 
 
 def time_bias(m: Any) -> Tensor:
@@ -157,10 +164,10 @@ def resnet(
     if not plain(m.conv1, m.conv2, m.conv_shortcut, m.time_emb_proj):
         return original(x, temb)
     h, x = apply_norm(m.norm1, x, silu=True)
-    h = F.conv2d(h, m.conv1.weight, None, m.conv1.stride, m.conv1.padding)
+    h = ops.convolution(h, m.conv1.weight, m.conv1.padding)
     time = F.linear(silu(temb), m.time_emb_proj.weight, bias)
     h, _ = apply_norm(m.norm2, h, silu=True, add=time)
-    h = F.conv2d(h, m.conv2.weight, None, m.conv2.stride, m.conv2.padding)
+    h = ops.convolution(h, m.conv2.weight, m.conv2.padding)
     if m.conv_shortcut is not None:
         x = pointwise(x, m.conv_shortcut)
     return ops.add_bias(h, x, m.conv2.bias)

@@ -164,9 +164,11 @@ class Step:
                     self.cache, self.pools, self.generators, settings.train_batch_size, self.process
                 )
             )
-            new = torch.autograd.grad(
-                (part * self.loss_scale / settings.gradient_accumulation_steps).sum(), params
-            )
+            scaled = part * self.loss_scale / settings.gradient_accumulation_steps
+            # A thread that multiplies has a workspace of its own, 32 MiB a stream on a large GPU:
+            # the backward uses that of the forward.
+            with torch.autograd.set_multithreading_enabled(False):
+                new = torch.autograd.grad(scaled.sum(), params)
             gradients = [a.add_(b) for a, b in zip(gradients, new)] if gradients else list(new)
             loss += part.detach() / settings.gradient_accumulation_steps
         flats = self.optimizer.gather(gradients)

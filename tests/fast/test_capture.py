@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def gap(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", ["lora", "delora", "ether", "ether+"])
+@pytest.mark.parametrize("method", ["lora", "delora", "ether", "ether+", "oft"])
 @pytest.mark.parametrize("slots", [[0], [0, 1, 2]])
 def test_captured_equals_eager(method: str, slots: list[int]) -> None:
     """Parameters, losses, skipped steps; with prior, clipping, accumulation and a schedule."""
@@ -159,6 +160,22 @@ def test_a_refresh_lets_go_of_the_graph_before() -> None:
         )  # fmt: skip
         adapter.refresh()
     assert seen and all(x is None for x in seen)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["lora", "oft"])
+def test_forward_and_backward_share_a_thread_and_so_its_workspaces(method: str) -> None:
+    _, step = on_cuda(method, [0])
+    predict, threads = step.predict, []
+
+    def seen(*given: Any) -> torch.Tensor:
+        y: torch.Tensor = predict(*given)
+        y.register_hook(lambda _: threads.append(threading.get_ident()))
+        return y
+
+    step.predict = seen
+    CapturedStep(step)(0, 1.0)
+    assert set(threads) == {threading.get_ident()}
 
 
 @pytest.mark.gpu

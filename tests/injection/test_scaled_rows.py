@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kept import bytes_kept
 
 from dreamtune.adapters import METHODS, oft
 from dreamtune.injection.change import Factors, Use, combined
@@ -45,19 +46,6 @@ def test_no_gain_is_the_base_to_the_bit(rank_only):
     pair = (None, None) if rank_only else (torch.zeros(6, 2), torch.randn(2, 8))
     y = ScaledRows.apply(x, weight, bias, torch.zeros(6), *pair)
     assert torch.equal(y, torch.nn.functional.linear(x, weight, bias))
-
-
-def bytes_kept(compute):
-    """Of distinct storages that autograd holds for the backward of `compute()`."""
-    kept = {}
-
-    def hold(t):
-        kept[t.untyped_storage().data_ptr()] = t
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(hold, lambda t: t):
-        compute()
-    return sum(t.untyped_storage().nbytes() for t in kept.values())
 
 
 def test_no_output_is_kept():

@@ -150,3 +150,19 @@ def test_loss_scale_grows_back_after_2000_good_steps() -> None:
     assert go(step, 1) == [1024.0, 1024.0]
     assert go(step, 2000) == [1024.0, 1024.0]  # never above the start
     assert go(step, 12, first_fails) == [1.0, 1024.0]  # nor below 1
+
+
+def test_the_backward_runs_on_the_thread_of_the_forward() -> None:
+    """A GPU's thread would have a workspace of its own for products."""
+    _, step = make("delora", [0], gradient_accumulation_steps=2)
+    predict, allowed = step.predict, []
+
+    def seen(*given: Any) -> torch.Tensor:
+        y = predict(*given)
+        y.register_hook(lambda _: allowed.append(torch._C._is_multithreading_enabled()))
+        return y
+
+    step.predict = seen
+    step(0, 1.0)
+    assert allowed == [False, False]
+    assert torch._C._is_multithreading_enabled()
