@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dreamtune.pipeline.adapters import unload as unload
     from dreamtune.pipeline.adapters import unmerge as unmerge
     from dreamtune.pipeline.load import load as load
+    from dreamtune.pipeline.many import load_many as load_many
     from dreamtune.pipeline.score import score as score
     from dreamtune.pipeline.speed import slow_down as slow_down
     from dreamtune.pipeline.speed import speed_up as speed_up
@@ -43,6 +44,7 @@ _PUBLIC = {
     "get_adapters": "dreamtune.pipeline.adapters",
     "inject": "dreamtune.injection.inject",
     "load": "dreamtune.pipeline.load",
+    "load_many": "dreamtune.pipeline.many",
     "merge": "dreamtune.pipeline.adapters",
     "read_results": "dreamtune.evaluation.results",
     "register": "dreamtune.adapters",
@@ -66,6 +68,7 @@ __all__ = [
     "get_adapters",
     "inject",
     "load",
+    "load_many",
     "merge",
     "read_results",
     "register",

@@ -43,6 +43,21 @@ class WeightChange(NamedTuple):
     rotation: Tensor | None = None
 
 
+def changed(weight: Tensor, change: WeightChange) -> Tensor:
+    """W' of a weight (*L, out, in), (*L, S, out, in), in the dtype of the change."""
+    dtype = next(x for x in change if x is not None).dtype
+    w = base = weight.unsqueeze(-3).to(dtype)
+    if change.rotation is not None:
+        blocks = base.unflatten(-1, change.rotation.shape[-3:-1]).movedim(-2, -3)
+        turned = blocks @ change.rotation.mT  # (*L, S, n, out, in / n)
+        w = w + turned.movedim(-3, -2).flatten(-2)
+    if change.gain is not None:
+        w = w + base * change.gain.unsqueeze(-1)
+    if change.up is not None and change.down is not None:
+        w = w + change.up @ change.down
+    return w
+
+
 class Adapter(nn.Module):
     """A `WeightChange` that a subclass computes from its parameters; most are `up @ down` alone.
 
@@ -150,18 +165,7 @@ class Adapter(nn.Module):
 
     def merged(self, weight: Tensor) -> Tensor:
         """The changed weight, (*L, S, out, in)."""
-        change = self.change(weight)
-        dtype = next(x for x in change if x is not None).dtype
-        w = base = weight.unsqueeze(-3).to(dtype)
-        if change.rotation is not None:
-            blocks = base.unflatten(-1, change.rotation.shape[-3:-1]).movedim(-2, -3)
-            turned = blocks @ change.rotation.mT  # (*L, S, n, out, in / n)
-            w = w + turned.movedim(-3, -2).flatten(-2)
-        if change.gain is not None:
-            w = w + base * change.gain.unsqueeze(-1)
-        if change.up is not None and change.down is not None:
-            w = w + change.up @ change.down
-        return w
+        return changed(weight, self.change(weight))
 
     def uniform(
         self, weight: Tensor, generator: Generators, shape: tuple[int, ...], bound: float

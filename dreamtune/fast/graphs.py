@@ -203,20 +203,27 @@ class CapturedForward:
 
 @contextmanager
 def recording(
-    graph: Any, what: str, pool: Any = None, stream: torch.cuda.Stream | None = None
+    graph: Any,
+    what: str,
+    pool: Any = None,
+    stream: torch.cuda.Stream | None = None,
+    mode: str = "global",
+    way_out: str = "Start again with --capture off (or `capture: off`)",
 ) -> Iterator[None]:
-    """What runs inside becomes the graph. Raises RuntimeError with the way out where it cannot."""
+    """What runs inside becomes the graph. Raises RuntimeError with the way out where it cannot.
+
+    mode: of errors in other threads, `capture_error_mode` of torch.
+    """
     gc.collect()
     collecting = gc.isenabled()
     gc.disable()  # what a collection would free now could end the capture
     try:
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
             yield
     except RuntimeError as error:
         first = error.__context__ or error
         raise RuntimeError(
-            f"the {what} could not be captured as a CUDA graph: {first}. Start again with "
-            "--capture off (or `capture: off`)"
+            f"the {what} could not be captured as a CUDA graph: {first}. {way_out}"
         ) from error
     finally:
         if collecting:

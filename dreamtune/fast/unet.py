@@ -10,7 +10,8 @@ it does not know, or a call with arguments that it does not know, runs as diffus
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,13 +46,27 @@ def fuse(unet: nn.Module) -> Fused:
     The convolutions' weights become channels-last. Weights get no gradient through fused blocks:
     call it on a frozen model.
     """
+    if any(p.requires_grad for p in unet.parameters()):
+        raise ValueError("`unet` must be frozen: fused blocks give its weights no gradient")
+    unet.to(memory_format=torch.channels_last)
+    return _patch(unet)
+
+
+@contextmanager
+def patched(unet: nn.Module) -> Iterator[Fused]:
+    """The same inside the block, for calls without gradients of a model that is channels-last."""
+    done = _patch(unet)
+    try:
+        yield done
+    finally:
+        done.undo()
+
+
+def _patch(unet: nn.Module) -> Fused:
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
-    if any(p.requires_grad for p in unet.parameters()):
-        raise ValueError("`unet` must be frozen: fused blocks give its weights no gradient")
-    unet.to(memory_format=torch.channels_last)
     done, shared = Fused(), _SiLU()
     for name, module in unet.named_modules():
         if type(module) is ResnetBlock2D:
@@ -66,7 +81,7 @@ def fuse(unet: nn.Module) -> Fused:
             forward = partial(block, module, module.forward)
         else:
             continue
-        if known:
+        if known and "forward" not in module.__dict__:
             done.patch(module, forward)
         else:
             done.left.append(name)

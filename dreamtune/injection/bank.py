@@ -10,12 +10,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dreamtune.injection.change import difference
 from dreamtune.injection.follow import strength_of_call
 from dreamtune.injection.group import Group
 from dreamtune.injection.layer import AdaptedLayer
 from dreamtune.injection.mix import Mix, Strength
 from dreamtune.injection.places import holders, unwrapped, weight_of
+from dreamtune.injection.shelf import Shelf
 from dreamtune.injection.turns import Turns, caller
 
 Kind = TypeVar("Kind")
@@ -53,6 +53,7 @@ class Bank:
     written: what a merge has written; None where the adapters are not in the weights.
     copies: how often a call has each row; None: rows are those of the model's batch.
     under: of the routes that are open, what is set again when each is over.
+    watcher: who records the model's forwards; None where nobody does.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -60,6 +61,7 @@ class Bank:
         self.copies: Copies | None = None
         self.under: list[tuple[Mapping[str, Strength], Rows | None, Copies | None]] = []
         self.written: list[Written] | None = None
+        self.watcher: object | None = None
         self.lock = Turns()
         self.hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
@@ -77,7 +79,7 @@ class Bank:
             return found[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        without = {"lock": None, "copies": None}
+        without = {"lock": None, "copies": None, "watcher": None}
         under = [(strengths, rows, None) for strengths, rows, _ in self.under]
         return {**self.__dict__, **without, "under": under}
 
@@ -88,6 +90,27 @@ class Bank:
             self.mix.set(*self.under[0][:2])
             self.under = []
 
+    @property
+    def shelf(self) -> Shelf:
+        """There from now on."""
+        found = self.mix.shelf
+        if found is None:
+            found = self.mix.shelf = Shelf(self.model)
+        assert isinstance(found, Shelf)
+        return found
+
+    @property
+    def holds_nothing(self) -> bool:
+        """Whether no adapter is on its shelf, and nothing is recorded."""
+        empty = self.mix.shelf is None or not self.mix.shelf.entries
+        return empty and self.watcher is None
+
+    def share_shelf(self) -> None:
+        """The same for the layers of its adapters."""
+        for place in self.shelf.places.values():
+            place.layer.mix = self.mix  # type: ignore[assignment]
+        self.mix.state += 1
+
     def share(self, adapters: Sequence[InModel]) -> None:
         """Their layers go by the mix, and look anew at which changes they hold."""
         for adapter in adapters:
@@ -96,9 +119,16 @@ class Bank:
                     layer.mix = self.mix
         self.mix.state += 1
 
-    def remove(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
+    @property
+    def paths(self) -> Mapping[nn.Module, str]:
+        """Layers that adapters on the shelf change."""
+        return {} if self.mix.shelf is None else self.shelf.paths
+
+    def remove_unless_used(self) -> None:
+        """Leaves the model. Of a shelf with adapters, and where forwards are recorded: nothing."""
+        if self.holds_nothing:
+            for hook in self.hooks:
+                hook.remove()
 
     @contextmanager
     def routed(self, rows: Rows, copies: Copies | None) -> Iterator[None]:
@@ -108,6 +138,7 @@ class Bank:
             self.copies = copies
             self.mix.set({}, rows)
             try:
+                self._bring()
                 yield
             finally:
                 strengths, before, self.copies = self.under.pop()
@@ -127,8 +158,19 @@ class Bank:
                     "a route is open, at whose end the strengths from before come back: set them"
                     " outside of it, or open another route inside"
                 )
-            self.copies = copies
+            before = self.mix.strengths, self.mix.rows
             self.mix.set(strengths, rows)
+            try:
+                self._bring()
+            except BaseException:
+                self.mix.set(*before)
+                raise
+            self.copies = copies
+
+    def _bring(self) -> None:
+        """What is in use from the shelf, before the call that needs it."""
+        if names := self.mix.from_shelf():
+            self.shelf.bring(names)
 
     def _free(self) -> None:
         check_free(self.model)  # asked with the lock: another thread may have merged
@@ -147,6 +189,13 @@ class Bank:
             self.under = [(renamed(s), each(rows), copies) for s, rows, copies in self.under]
             self.mix.set(renamed(self.mix.strengths), each(self.mix.rows))
 
+    def take_out(self, name: str) -> None:
+        """Off the shelf. Raises ValueError where an open route gives rows to it."""
+        with self.lock:
+            self.check_out(name)
+            self.shelf.drop(name)
+            self.rename(name, None)
+
     def check_out(self, name: str) -> None:
         """Raises ValueError where an open route gives rows to the adapter."""
         if self.under and any(name in row for row in self.mix.rows or ()):
@@ -161,8 +210,15 @@ class Bank:
                     "rows are routed, which a compiled network cannot follow: call it as it was"
                     " before `torch.compile`"
                 )
+            if names := self.mix.from_shelf():
+                raise ValueError(
+                    f"`{names[0]}` is in use, of `dreamtune.load_many`, which a compiled network"
+                    " cannot follow: bring it by `dreamtune.load`"
+                )
             return
         self.lock.acquire(caller())
+        if self.mix.shelf is not None:
+            self.shelf.before_forward(strength_of_call(kwargs))
         if self.mix.off and strength_of_call(kwargs) != 1:
             raise ValueError(
                 f"a strength for one call was given, but the adapters are {MERGED}: without it"
@@ -260,14 +316,15 @@ def changed_weights(
                 f"the strength of `{adapter.name}` depends on the timestep here: no weight holds it"
             )
     held, found = holders(model), []
-    groups = [group for adapter in adapters for group in adapter.groups]
-    layers = {path: layer for g in groups for path, layer in zip(g.names, g.layers)}
+    layers = {p: layer for a in adapters for g in a.groups for p, layer in zip(g.names, g.layers)}
+    if mix.shelf is not None and mix.from_shelf():
+        layers |= {path: place.layer for path, place in mix.shelf.places.items()}  # type: ignore[misc]
     for path, layer in layers.items():
         weight = writable(path, layer, held)
         new = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-        for name, change in layer.changes.items():
+        for name, change in mix.changes(layer).items():
             if (strength := mix.strength(name, path)) != 0:
-                new += strength * difference(change.alone(weight.device), weight, change.use)
+                new += strength * change.difference(weight)
         new = new.to(weight.dtype)
         if not torch.isfinite(new).all():
             raise ValueError(f"the merged weight of `{path}` would not be finite")

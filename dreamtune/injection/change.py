@@ -35,6 +35,14 @@ class Factors(NamedTuple):
         """Whether `up @ down` is all."""
         return self.gain is None and self.rotation is None
 
+    def scaled(self, strength: float) -> Factors:
+        """Linear in each but `down`, which `up` is with."""
+        if strength == 1:
+            return self
+        up, down, gain, rotation = self
+        up, gain, rotation = (None if x is None else x * strength for x in (up, gain, rotation))
+        return Factors(up, down, gain, rotation)
+
     def unbind(self) -> list[Factors]:
         """(L, ...) of a group -> those of each layer."""
         some = next(x for x in self if x is not None)
@@ -142,6 +150,9 @@ def apply(y: Tensor, x: Tensor, batch: int, factors: Factors, use: Use) -> Tenso
             up, h = up.to(y.dtype), h.to(y.dtype)
         return y.addmm_(h, up.mT)
     h = in_blocks(x, len(down), batch, use) @ down.mT
+    if use.at is None:
+        up, h = up.to(y.dtype), h.to(y.dtype)
+        return y.view(len(up), -1, y.shape[-1]).baddbmm_(h, up.mT).view(y.shape)
     change = by_row((h @ up.mT).reshape(y.shape), batch, use)
     return y + change.to(y.dtype)
 
@@ -281,6 +292,10 @@ class Change:
     def alone(self, device: torch.device) -> Adapter:
         """The adapter of this layer, (1, S, ...)."""
         return row(self.adapter, self.index, device)
+
+    def difference(self, weight: Tensor) -> Tensor:
+        """What it adds to the weight, see `difference`."""
+        return difference(self.alone(weight.device), weight, self.use)
 
     def _compute(self, weight: Tensor) -> Factors:
         with torch.autocast(weight.device.type, enabled=False):

@@ -11,7 +11,7 @@ from torch import nn
 
 from dreamtune.injection.change import Use, tensors_of, trains, version
 from dreamtune.injection.group import Group
-from dreamtune.injection.places import Place, attentions_of, fused, fused_adapters
+from dreamtune.injection.places import Place, attentions_of, check_in_place, fused_adapters
 from dreamtune.injection.stacked import Stacked, offloaded_whole, why_not
 from dreamtune.injection.values import Answer, Values
 
@@ -157,20 +157,10 @@ class Following:
 
     def check(self) -> None:
         """Raises ValueError where the model no longer does what the adapter's layers do."""
-        for attention in self.attentions:
-            if fused(attention):
-                raise ValueError(
-                    "`fuse_qkv_projections()` put layers of the base in place of the adapted ones:"
-                    " call `unfuse_qkv_projections()`; to fuse with the adapter, `merge()` it first"
-                )
-        for name, place in self.places.items():
+        check_in_place(self.places, self.attentions)
+        for place in self.places.values():
             if place.parent._modules.get(place.name) is place.layer:
                 continue
-            if place.around() is None:
-                raise ValueError(
-                    f"`{name}` was replaced: the adapter is no longer in the model there. Call"
-                    " `eject()`, and load it again on the model as it is now"
-                )
             inside = fused_adapters(place)
             if inside and self._bound():
                 raise ValueError(

@@ -173,6 +173,8 @@ class InjectedAdapter:
         Raises ValueError where the model is not one that this stands for.
         """
         self._must_be_in()
+        if any(bank.watcher is not None for bank in owners(self.model, Bank)):
+            raise ValueError("the model's forwards are recorded: `dreamtune.slow_down(pipe)` first")
         self._following.speed_up()
 
     @property
@@ -280,20 +282,20 @@ class InjectedAdapter:
         self.slow_down()
         for hook in self._hooks:
             hook.remove()
-        others = InjectedAdapter.of(self.model)
+        others, banks = InjectedAdapter.of(self.model), owners(self.model, Bank)
         for group in self.groups:
             group.forget()
         for layer in self._inside():
             del layer.changes[self._name]
-            if not layer.changes:
+            if not layer.changes and not any(layer in bank.paths for bank in banks):
                 layer.release()
         if others:  # who leaves last leaves the model as it was
             others[0]._trained += self._trained
         else:
             for parameter in self._trained:
                 parameter.requires_grad_(True)
-            for bank in owners(self.model, Bank):
-                bank.remove()
+            for bank in banks:
+                bank.remove_unless_used()
         for bank in owners(self.model, Bank):
             bank.rename(self.name, None)
         self._out = "ejected"
@@ -330,8 +332,10 @@ class InjectedAdapter:
 def check_name(model: nn.Module, name: str) -> None:
     """Raises ValueError where an adapter in the model has it, or nothing can be added."""
     check_free(model)
-    if name in [adapter.name for adapter in InjectedAdapter.of(model)]:
+    shelves = [bank.mix.shelf for bank in owners(model, Bank)]
+    taken = [name for shelf in shelves if shelf is not None for name in shelf.entries]
+    if name in [*taken, *(adapter.name for adapter in InjectedAdapter.of(model))]:
         raise ValueError(
             f"there is an adapter `{name}` in this `{type(model).__name__}`: give another `name`,"
-            f" or take that one out, `dreamtune.unload(pipe, {name!r})` or its `eject()`"
+            f" or take that one out, `dreamtune.unload(pipe, {name!r})`"
         )

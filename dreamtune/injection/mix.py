@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from dreamtune.injection.change import Change, Factors, Use, constant, trains
+from dreamtune.injection.change import Factors, Use, constant, trains
 
 Strength = float | Mapping[str, float]
 Pairs = list[tuple[Factors, Use]]
@@ -30,6 +30,34 @@ def at(strength: Strength, path: str) -> float:
         return strength
     found = [part for part in strength if path == part or path.startswith(f"{part}.")]
     return strength[max(found, key=len)] if found else 1.0
+
+
+class InLayer(Protocol):
+    """A change of one layer, as the mix sees it."""
+
+    @property
+    def adapter(self) -> nn.Module: ...
+
+    @property
+    def use(self) -> Use: ...
+
+    @property
+    def path(self) -> str: ...
+
+    def factors(self, weight: Tensor) -> Factors: ...
+
+    def difference(self, weight: Tensor) -> Tensor: ...
+
+
+class Stock(Protocol):
+    """Adapters beside those in the layers."""
+
+    entries: dict[str, Any]
+    places: dict[str, Any]
+
+    def path_of(self, layer: nn.Module) -> str | None: ...
+
+    def change(self, name: str, path: str) -> InLayer | None: ...
 
 
 class Used(NamedTuple):
@@ -55,6 +83,8 @@ class Mix:
         not in it. None where all rows are alike.
     order: the row of each row of the model's batch, (batch,).
     off: nothing is added: the changes are in the weights.
+    shelf: of adapters that are in use where they are named; None for none.
+    placed: what each layer computes with, of a recorded forward; None: of what is set here.
     state: differs where something was set.
     """
 
@@ -63,7 +93,13 @@ class Mix:
         self.rows: Sequence[Mapping[str, Strength]] | None = None
         self.order = torch.zeros(0, dtype=torch.long)
         self.off = False
+        self.shelf: Stock | None = None
+        self.placed: Mapping[nn.Module, Pairs] | None = None
         self.state = 0
+        self._named: tuple[int, list[str]] = -1, []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "placed": None}  # a copy records its own
 
     def set(
         self,
@@ -82,8 +118,21 @@ class Mix:
 
     @property
     def plain(self) -> bool:
-        """Whether all changes are in all rows as they are."""
-        return not self.off and self.rows is None and all(s == 1 for s in self.strengths.values())
+        """Whether all changes are in all rows as they are, and none comes from the shelf."""
+        alike = not self.off and self.rows is None
+        return alike and all(s == 1 for s in self.strengths.values()) and not self.from_shelf()
+
+    def from_shelf(self) -> list[str]:
+        """Those of the shelf that are in use."""
+        if self.shelf is None or not self.shelf.entries or self.off:
+            return []
+        if self._named[0] != self.state:
+            given = [self.strengths] if self.rows is None else self.rows
+            found = {
+                n for row in given for n, s in row.items() if s != 0 and n in self.shelf.entries
+            }
+            self._named = self.state, sorted(found)
+        return self._named[1]
 
     def strength(self, name: str, path: str) -> float:
         """Of an adapter in a layer, where all rows are alike."""
@@ -93,7 +142,9 @@ class Mix:
         """What the layer computes with, of its changes."""
         if self.off:
             return []
-        changes: Mapping[str, Change] = layer.changes
+        if self.placed is not None:
+            return self.placed.get(layer, [])
+        changes = self.changes(layer)
         kept: Mixed | None = layer.__dict__.get("mixed")
         if kept is None or kept.state != self.state:
             kept = Mixed(self.state, self._used(changes))
@@ -117,7 +168,16 @@ class Mix:
             layer.mixed = kept._replace(factors=factors, pairs=pairs)
         return pairs
 
-    def _used(self, changes: Mapping[str, Change]) -> list[Used]:
+    def changes(self, layer: Any) -> Mapping[str, InLayer]:
+        """Those in the layer, and those in use from the shelf."""
+        names = self.from_shelf()
+        if not names or self.shelf is None:
+            return layer.changes  # type: ignore[no-any-return]
+        path = self.shelf.path_of(layer)
+        stored = {name: path and self.shelf.change(name, path) for name in names}
+        return {**layer.changes, **{name: found for name, found in stored.items() if found}}
+
+    def _used(self, changes: Mapping[str, InLayer]) -> list[Used]:
         found = []
         for name, change in changes.items():
             strengths = [self.strength(name, change.path)]
@@ -139,8 +199,8 @@ def is_low_rank(part: Part) -> bool:
 
 def everywhere(parts: Sequence[Part]) -> Pairs:
     """In all rows each change at its one strength."""
-    pairs = [(scaled(p[0], p[2][0]), p[1]) for p in parts if not is_low_rank(p)]
-    low = [scaled(f, strengths[0]) for f, _, strengths in filter(is_low_rank, parts)]
+    pairs = [(p[0].scaled(p[2][0]), p[1]) for p in parts if not is_low_rank(p)]
+    low = [f.scaled(strengths[0]) for f, _, strengths in filter(is_low_rank, parts)]
     if low:
         up = torch.cat([f.up for f in low if f.up is not None], -1)
         down = torch.cat([f.down for f in low if f.down is not None], -2)
@@ -171,12 +231,3 @@ def by_row(parts: Sequence[Part], order: Tensor) -> Pairs:
     order = order.to(up.device)
     rows = Use(len(order), rows=torch.arange(len(order), device=up.device))
     return [*pairs, (Factors(up=up[order], down=down[order]), rows)]
-
-
-def scaled(factors: Factors, strength: float) -> Factors:
-    """Linear in each but `down`, which `up` is with."""
-    if strength == 1:
-        return factors
-    up, down, gain, rotation = factors
-    up, gain, rotation = (None if x is None else x * strength for x in (up, gain, rotation))
-    return Factors(up, down, gain, rotation)

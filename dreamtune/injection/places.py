@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -55,13 +57,50 @@ class Spot(NamedTuple):
         return Place(_adaptable(self), self.parent, self.name, attention)
 
 
+def check_in_place(places: Mapping[str, Place], attentions: Iterable[nn.Module]) -> None:
+    """Raises ValueError where the model no longer calls the adapted layers."""
+    if any(map(fused, attentions)):
+        raise ValueError(
+            "`fuse_qkv_projections()` put layers of the base in place of the adapted ones:"
+            " call `unfuse_qkv_projections()`; to fuse with the adapter, `merge()` it first"
+        )
+    for name, place in places.items():
+        if place.parent._modules.get(place.name) is not place.layer and place.around() is None:
+            raise ValueError(
+                f"`{name}` was replaced: the adapter is no longer in the model there. Call"
+                " `eject()`, and load it again on the model as it is now"
+            )
+
+
 def attentions_of(places: Iterable[Place]) -> list[nn.Module]:
     """Each once."""
     return list({id(p.attention): p.attention for p in places if p.attention is not None}.values())
 
 
+_WALKED: ContextVar[dict[nn.Module, list[Spot]] | None] = ContextVar("_WALKED", default=None)
+
+
+@contextmanager
+def unchanged() -> Iterator[None]:
+    """Inside, nobody puts modules into models or takes them out: each is walked once."""
+    token = _WALKED.set({})
+    try:
+        yield
+    finally:
+        _WALKED.reset(token)
+
+
 def walk(model: nn.Module) -> list[Spot]:
     """The modules below a model, each once, in its order."""
+    walked = _WALKED.get()
+    if walked is None:
+        return _walk(model)
+    if model not in walked:
+        walked[model] = _walk(model)
+    return walked[model]
+
+
+def _walk(model: nn.Module) -> list[Spot]:
     found: list[Spot] = []
     seen = {id(model)}
 

@@ -26,16 +26,25 @@ from dreamtune.fields import nearest
 from dreamtune.injection.bank import Bank, check_free, owners
 from dreamtune.injection.inject import InjectedAdapter, plainly
 from dreamtune.injection.mix import Strength
+from dreamtune.injection.shelf import Entry
 from dreamtune.pipeline.load import network_of
 
 BLOCKS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
+LISTED = 20  # names in a message
 GUIDED = "do_classifier_free_guidance"
 Row = str | None | Mapping[str, Strength]
 
 
-def get_adapters(pipe: Any) -> dict[str, InjectedAdapter]:
-    """Those in the pipeline's network by name, in the order that they were loaded."""
-    return {adapter.name: adapter for adapter in InjectedAdapter.of(network_of(pipe))}
+def get_adapters(pipe: Any) -> dict[str, InjectedAdapter | Entry]:
+    """Those in the pipeline's network by name, in the order that they were loaded; then those of
+    `load_many`.
+    """
+    network = network_of(pipe)
+    found: dict[str, InjectedAdapter | Entry] = {a.name: a for a in InjectedAdapter.of(network)}
+    shelves = [bank.mix.shelf for bank in owners(network, Bank)]
+    return found | {
+        n: e for shelf in shelves if shelf is not None for n, e in shelf.entries.items()
+    }
 
 
 def set_adapters(pipe: Any, strengths: Mapping[str, Strength | Sequence[Strength]]) -> None:
@@ -61,8 +70,8 @@ def set_adapters(pipe: Any, strengths: Mapping[str, Strength | Sequence[Strength
         raise ValueError(f"lists of strengths must have one for each prompt, got {told}")
     bank = _bank(pipe)
     if not lists:
-        whole = {name: _checked(strengths.get(name, 0.0), pipe, name) for name in adapters}
-        bank.set(whole)
+        unused = {name: 0.0 for name, a in adapters.items() if isinstance(a, InjectedAdapter)}
+        bank.set({n: _checked(s, pipe, n) for n, s in {**unused, **strengths}.items()})  # type: ignore[dict-item]
     else:
         (count,) = counts
         rows = [
@@ -116,12 +125,19 @@ def route(pipe: Any, rows: Sequence[Row]) -> Iterator[None]:
 
 def unload(pipe: Any, name: str) -> None:
     """Takes one out. Raises ValueError where there is none of that name."""
-    adapters = _adapters(pipe)
+    adapters, network = _adapters(pipe), network_of(pipe)
     _known(name, adapters)
     with ExitStack() as held:
-        for bank in owners(network_of(pipe), Bank):
+        for bank in owners(network, Bank):
             held.enter_context(bank.lock)  # another thread's forward is over first
-        adapters[name].eject()
+        found = adapters[name]
+        if isinstance(found, InjectedAdapter):
+            found.eject()
+        else:
+            bank = _bank(pipe)
+            bank.take_out(name)
+            if not InjectedAdapter.of(network):
+                bank.remove_unless_used()
 
 
 def merge(pipe: Any) -> None:
@@ -135,9 +151,10 @@ def merge(pipe: Any) -> None:
     """
     adapters, bank = _adapters(pipe), _bank(pipe)
     with bank.lock:
-        for adapter in adapters.values():
+        loaded = [a for a in adapters.values() if isinstance(a, InjectedAdapter)]
+        for adapter in loaded:
             adapter.slow_down()
-        bank.merge(list(adapters.values()))
+        bank.merge(loaded)
 
 
 def unmerge(pipe: Any, force: bool = False) -> None:
@@ -155,15 +172,17 @@ def unmerge(pipe: Any, force: bool = False) -> None:
         banks[0].unmerge(force)
 
 
-def _adapters(pipe: Any) -> dict[str, InjectedAdapter]:
+def _adapters(pipe: Any) -> dict[str, InjectedAdapter | Entry]:
     """Raises ValueError where there is none, or nothing can be done with them."""
     adapters, network = get_adapters(pipe), network_of(pipe)
     if not adapters:
         raise ValueError(
-            f"there is no adapter in this `{type(network).__name__}`: `dreamtune.load` brings one"
+            f"there is no adapter in this `{type(network).__name__}`: `dreamtune.load` brings one,"
+            " `dreamtune.load_many` several"
         )
     check_free(network)
-    if several := [name for name, adapter in adapters.items() if adapter.slots > 1]:
+    loaded = {n: a for n, a in adapters.items() if isinstance(a, InjectedAdapter)}
+    if several := [name for name, adapter in loaded.items() if adapter.slots > 1]:
         raise ValueError(
             f"`{several[0]}` has several slots, which its own `route` gives to rows:"
             " `dreamtune.load` brings each alone"
@@ -176,9 +195,10 @@ def _bank(pipe: Any) -> Bank:
     return Bank.on(network, lambda: InjectedAdapter.of(network))
 
 
-def _known(name: object, adapters: Mapping[str, InjectedAdapter]) -> None:
+def _known(name: object, adapters: Mapping[str, object]) -> None:
     if name not in adapters:
-        listed = ", ".join(f"`{known}`" for known in adapters)
+        listed = ", ".join(f"`{known}`" for known in list(adapters)[:LISTED])
+        listed += f" and {len(adapters) - LISTED} more" if len(adapters) > LISTED else ""
         hint = nearest(name, adapters) if isinstance(name, str) else ""
         raise ValueError(f"no adapter `{name}`.{hint} There are {listed}.")
 
@@ -189,7 +209,12 @@ def _checked(strength: Any, pipe: Any, name: str) -> Strength:
         return _number(strength, name)
     network: nn.Module = network_of(pipe)
     found: dict[str, float] = {}
-    inside = [p for group in get_adapters(pipe)[name].groups for p in group.names]
+    adapter = get_adapters(pipe)[name]
+    inside = (
+        [p for group in adapter.groups for p in group.names]
+        if isinstance(adapter, InjectedAdapter)
+        else list(adapter.paths)
+    )
     for part, value in strength.items():
         path = str(BLOCKS.get(part, part))
         if not any(p == path or p.startswith(f"{path}.") for p in inside):

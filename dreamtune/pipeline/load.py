@@ -13,7 +13,7 @@ from dreamtune.files.find import adapter_file
 from dreamtune.files.fingerprint import check_base, fingerprint
 from dreamtune.files.formats import read_adapter
 from dreamtune.files.tensors import naming
-from dreamtune.injection.adapter_file import AdapterFile
+from dreamtune.injection.adapter_file import AdapterFile, Fingerprint
 from dreamtune.injection.inject import InjectedAdapter, adapt, check_name
 from dreamtune.injection.targets import REGEX, Choice, choose, choose_paths, weight_of
 from dreamtune.models.load import load_network
@@ -68,6 +68,23 @@ def _has_transformer(pipe: Any) -> bool:
 
 
 def _inject(model: nn.Module, file: AdapterFile, force: bool, name: str) -> InjectedAdapter:
+    chosen = fitting(model, file)
+    warning = check_base(file, _fingerprint(file, chosen), force)
+    adapter = adapt(model, file.method, chosen, file.target_modules, file.options, beside=name)
+    try:
+        adapter.load_state_dict(file.tensors)
+    except BaseException:
+        adapter.eject()
+        raise
+    if warning:
+        warnings.warn(warning, stacklevel=3)
+    return adapter
+
+
+def fitting(model: nn.Module, file: AdapterFile) -> dict[str, Choice]:
+    """Module path -> layer that the file's adapter is for. Raises ValueError where one is of
+    another shape, or is missing here or in the file.
+    """
     chosen = _chosen(model, file)
     shapes = {path: tuple(choice.place.layer.weight.shape) for path, choice in chosen.items()}
     asked = file.shapes if file.some_layers else {**shapes, **file.shapes}
@@ -78,17 +95,13 @@ def _inject(model: nn.Module, file: AdapterFile, force: bool, name: str) -> Inje
             f"the adapter is of another architecture: {len(wrong)} layers do not fit, `{p}` is"
             f" {shapes.get(p)} here and {file.shapes.get(p)} in the file"
         )
-    here = fingerprint({path: weight_of(chosen[path].place.layer) for path in file.shapes})
-    warning = check_base(file, here, force)
-    adapter = adapt(model, file.method, chosen, file.target_modules, file.options, beside=name)
-    try:
-        adapter.load_state_dict(file.tensors)
-    except BaseException:
-        adapter.eject()
-        raise
-    if warning:
-        warnings.warn(warning, stacklevel=3)
-    return adapter
+    return chosen
+
+
+def _fingerprint(file: AdapterFile, chosen: Mapping[str, Choice]) -> Fingerprint:
+    if not file.fingerprint:
+        return {}  # nothing to be compared with
+    return fingerprint({path: weight_of(chosen[path].place.layer) for path in file.shapes})
 
 
 def _chosen(model: nn.Module, file: AdapterFile) -> dict[str, Choice]:

@@ -1,0 +1,299 @@
+"""Sampling by recorded forwards: each kind of call is a CUDA graph, with fused kernels in a UNet,
+and adapters, strengths and routes are values in places that it reads.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from dreamtune.fast.graphs import recording
+from dreamtune.fast.ops import why_not_fused
+from dreamtune.fast.unet import patched
+from dreamtune.fast.watch import Watch
+from dreamtune.injection.bank import Bank
+from dreamtune.injection.change import Factors
+from dreamtune.injection.inject import InjectedAdapter
+from dreamtune.injection.layer import Adapted
+from dreamtune.injection.plain import Block
+from dreamtune.injection.rows import Tables, kinds_of, layers_by_shape, parts_of
+
+WAY_OUT = "Call `dreamtune.slow_down` on the pipeline"
+GRAPHS = 12  # kept at once: each holds what it computes in, shared with the others
+
+
+class Recorded(NamedTuple):
+    """A forward. places: of the tensors that it is called with; out: what it gives, flat."""
+
+    replay: Callable[[], None]
+    places: Sequence[Tensor]
+    out: Sequence[Any]
+    spec: Any
+
+
+class Served:
+    """The model's forward by replays, for calls without gradients; others run as they are. Of a new
+    kind of call the first runs eagerly and the second is recorded.
+
+    Where somebody else touches the model, it is as it was at the next call, with a warning.
+    """
+
+    def __init__(self, model: nn.Module, bank: Bank) -> None:
+        self.model, self.bank = model, bank
+        self.eager = model.forward
+        self.own = model.__dict__.get("forward")
+        names = list(inspect.signature(type(model).forward).parameters)
+        self.timestep = names.index("timestep") - 1 if "timestep" in names else -1
+        # the blocks that fused kernels stand for
+        device = next(model.parameters()).device
+        self.unet = type(model).__name__ == "UNet2DConditionModel" and not why_not_fused(device)
+        if self.unet:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.pool: Any = None
+        self.tables: OrderedDict[object, Tables] = OrderedDict()
+        self.graphs: OrderedDict[object, Recorded | None] = OrderedDict()
+        self.stacked: dict[str, tuple[list[list[Factors]], int, list[Block]]] = {}
+        self.count = 0
+        self.adapted: object = None
+        self.replays = 0
+        self.recorded = 0
+        self._look()
+        model.forward = Forward(self)  # type: ignore[method-assign, assignment]
+        bank.watcher = self
+
+    def release(self) -> None:
+        """The model as it was."""
+        model: Any = self.model
+        if served(model) is self:
+            del model.forward
+            if self.own is not None:
+                model.forward = self.own
+        if self.unet:
+            model.to(memory_format=torch.contiguous_format)
+        self.graphs.clear()
+        self.tables.clear()
+        self.bank.mix.placed, self.bank.watcher = None, None
+
+    def _look(self) -> None:
+        """Sees the model as it is now, with the layers that are adapted."""
+        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, Adapted)}
+        self.layers = layers_by_shape(layers)
+        self.names = {id(layer): name for name, layer in layers.items()}
+        self.graphs.clear()
+        self.tables.clear()
+        self.stacked.clear()
+        self.watch = Watch(self.model)
+        self.adapted = self._adapted()
+
+    def _adapted(self) -> object:
+        """Which adapters there are in which layers: of others, other layers are adapted."""
+        loaded = tuple(id(adapter) for adapter in InjectedAdapter.of(self.model))
+        return loaded, len(self.bank.paths)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or _autocast():
+            return self.eager(*args, **kwargs)
+        if self._adapted() != self.adapted:
+            self._look()
+        elif why := self.watch.touched():
+            warnings.warn(
+                f"dreamtune: the network is slowed down, for {why}; `dreamtune.speed_up` again"
+                " makes it fast as it is now",
+                stacklevel=2,
+            )
+            self.release()
+            return self.model.forward(*args, **kwargs)
+        tables = self._tables()
+        if tables is None:
+            return self.eager(*args, **kwargs)
+        device = next(self.model.parameters()).device
+        leaves, spec = pytree.tree_flatten(self._called_with(args, kwargs, device))
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        try:
+            key = (tables, spec, torch.is_inference_mode_enabled(), *map(_kind, leaves))
+            known = key in self.graphs
+        except TypeError:  # an argument that is no tensor and no value
+            return self.eager(*args, **kwargs)
+        if not known:
+            self._remember(key, None)
+            with self._placed(tables):
+                return self.eager(*args, **kwargs)
+        self.graphs.move_to_end(key)
+        found = self.graphs[key]
+        if found is None:
+            found = self._record(leaves, spec, tables)
+            self._remember(key, found)
+        for place, x in zip(found.places, tensors, strict=True):
+            place.copy_(x)
+        found.replay()
+        self.replays += 1
+        # some samplers keep what they are given
+        out = [x.clone() if isinstance(x, Tensor) else x for x in found.out]
+        return pytree.tree_unflatten(out, found.spec)
+
+    def _called_with(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """With the timestep as a tensor: a number would be a graph for each of its values."""
+        given, named = list(args), dict(kwargs)
+        at: Any = named if "timestep" in named else given if len(given) > self.timestep >= 0 else {}
+        where: Any = "timestep" if at is named else self.timestep
+        if at and isinstance(at[where], int | float):
+            at[where] = torch.tensor(at[where], device=device)
+        return given, named
+
+    def _remember(self, key: object, found: Recorded | None) -> None:
+        self.graphs[key] = found
+        while len(self.graphs) > GRAPHS:
+            self.graphs.popitem(last=False)
+
+    def _record(self, leaves: Sequence[Any], spec: Any, tables: Tables) -> Recorded:
+        device = next(self.model.parameters()).device
+        places = [x.to(device, copy=True) for x in leaves if isinstance(x, Tensor)]
+        given = iter(places)
+        args, kwargs = pytree.tree_unflatten(
+            [next(given) if isinstance(x, Tensor) else x for x in leaves], spec
+        )
+
+        def run() -> tuple[Sequence[Any], Any]:
+            return pytree.tree_flatten(self.eager(*args, **kwargs))  # type: ignore[no-any-return]
+
+        with self._placed(tables):
+            replay, (out, of) = self._capture(run)
+        self.recorded += 1
+        return Recorded(replay, places, out, of)
+
+    def _capture(
+        self, run: Callable[[], tuple[Sequence[Any], Any]]
+    ) -> tuple[Callable[[], None], tuple[Sequence[Any], Any]]:
+        """(what does its work again, what it gave)."""
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        device = next(self.model.parameters()).device
+        # Other threads may use the GPU meanwhile: only this one is recorded.
+        with (
+            torch.cuda.device(device),
+            recording(graph, "forward", self.pool, mode="thread_local", way_out=WAY_OUT),
+        ):
+            found = run()
+        return graph.replay, found
+
+    @contextmanager
+    def _placed(self, tables: Tables) -> Iterator[None]:
+        mix = self.bank.mix
+        mix.placed = tables.pairs
+        try:
+            with patched(self.model) if self.unet else nullcontext():
+                yield
+        finally:
+            mix.placed = None
+
+    # Factors
+
+    def _tables(self) -> Tables | None:
+        """With what is set now in its places; None where a recorded forward cannot have it."""
+        mix, bank = self.bank.mix, self.bank
+        blocks: dict[str, Sequence[Block]] = {}
+        calls: dict[str, float] = {}
+        numbers: dict[str, int] = {}  # tell factors from those before them
+        if not mix.off:
+            for adapter in InjectedAdapter.of(self.model):
+                if adapter.groups[0].adapter.asks_for_timestep or adapter.slots > 1:
+                    return None
+                numbers[adapter.name], blocks[adapter.name] = self._stacked(adapter)
+                calls[adapter.name] = 1.0  # in its factors
+            for name in mix.from_shelf():
+                weight = next(iter(bank.shelf.places.values())).layer.weight
+                plain = bank.shelf.factors(name, weight)
+                numbers[name], blocks[name] = plain.number, plain.blocks
+                calls[name] = bank.shelf.use.call
+        now = mix.state, calls, numbers
+        last = next(reversed(self.tables.values()), None)
+        if last is not None and last.held == now:
+            return last
+        parts = parts_of(mix, blocks, self.layers, calls)
+        rows = None if mix.rows is None else len(mix.order)
+        kinds = kinds_of(parts)
+        key = rows, tuple(sorted(kinds.items()))
+        tables = self.tables.get(key)
+        if tables is None:
+            tables = self.tables[key] = Tables(self.layers, rows, kinds)
+            while len(self.tables) > GRAPHS:
+                _, gone = self.tables.popitem(last=False)
+                for of in [of for of in self.graphs if of[0] is gone]:  # type: ignore[index]
+                    del self.graphs[of]
+        self.tables.move_to_end(key)
+        if tables.held != now:
+            tables.set(parts)
+            tables.held = now
+        return tables
+
+    def _stacked(self, adapter: InjectedAdapter) -> tuple[int, Sequence[Block]]:
+        """A loaded adapter's factors, (L, ...), with a number that tells them from others."""
+        now = [
+            [change.factors(layer.weight) for change, layer in zip(group.changes, group.layers)]
+            for group in adapter.groups
+        ]
+        before = self.stacked.get(adapter.name)
+        if before is not None and all(
+            a is b for old, new in zip(before[0], now, strict=True) for a, b in zip(old, new)
+        ):
+            return before[1:]
+        found = []
+        for group, own in zip(adapter.groups, now, strict=True):
+            parts = zip(*own)
+            stacked = (None if each[0] is None else torch.stack(each) for each in parts)
+            names = tuple(self.names[id(layer)] for layer in group.layers)
+            found.append(Block(names, Factors(*stacked)))
+        self.count -= 1  # those of the shelf count up
+        self.stacked[adapter.name] = now, self.count, found
+        return self.count, found
+
+
+def _kind(x: Any) -> object:
+    if isinstance(x, Tensor):
+        return x.shape, x.dtype
+    if x is None or isinstance(x, bool | int | float | str):
+        return type(x), x
+    raise TypeError(f"{type(x)} cannot be told from another")
+
+
+def _autocast() -> bool:
+    return torch.is_autocast_enabled("cuda")
+
+
+class Forward:
+    """What a sped-up model has as its `forward`. A copy of the model has its own, a plain one."""
+
+    def __init__(self, served: Served) -> None:
+        self.served = served
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.served.forward(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        model = self.served.model
+        return _plain(memo.get(id(model), model))
+
+    def __reduce__(self) -> Any:
+        return _plain, (self.served.model,)
+
+
+def _plain(model: nn.Module) -> Any:
+    return types.MethodType(type(model).forward, model)
+
+
+def served(model: nn.Module) -> Served | None:
+    """Who records the model's forwards; None where nobody does."""
+    found = model.__dict__.get("forward")
+    return found.served if isinstance(found, Forward) else None
