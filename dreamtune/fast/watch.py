@@ -13,6 +13,7 @@ from torch import nn
 from dreamtune.injection.layer import Adapted
 
 NESTED = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 OURS = ("changes", "mix", "mixed", "projection", "index")  # of an adapted layer
 OUTSIDE = (
     "_forward_hooks",
@@ -74,6 +75,9 @@ def why_not_recorded(model: nn.Module) -> str | None:
         return f"the model is on {', '.join(sorted(map(str, devices)))}: it must be on one device"
     if any("_hf_hook" in m.__dict__ or "_diffusers_hook" in m.__dict__ for m in model.modules()):
         return "the model is offloaded: its weights are not in one place"
+    for name, module in model.named_modules():
+        if module is not model and any(module.__dict__[hooks] for hooks in HOOKS):
+            return f"`{name}` has hooks, which a recorded forward would not run"
     if model._compiled_call_impl is not None:
         return "the model is compiled, which calls no recorded forward"
     if not hasattr(torch.cuda, "CUDAGraph"):

@@ -49,7 +49,7 @@ def by_layer(
                 " read. Use `pipe.load_lora_weights` for one of diffusers or PEFT, or the tool"
                 " that wrote it"
             )
-        name, ending = name_of(key), next((e for e in ENDINGS if key.endswith(e)), None)
+        name, ending = name_of(key), ending_of(key)
         if name is None or ending is None:
             unknown.append(key)
             continue
@@ -60,6 +60,15 @@ def by_layer(
         found[kind] = tensor
     whole = {layer: found for layer, found in parts.items() if method_of(found)}
     return whole, unknown + [layer for layer in parts if layer not in whole]
+
+
+def ending_of(key: str) -> str | None:
+    """Of ENDINGS that which the key ends with."""
+    parts = key.rsplit(".", 2)  # most keys end in whole words
+    for usual in ("." + ".".join(parts[-2:]), "." + parts[-1]):
+        if usual in ENDINGS and len(usual) < len(key):
+            return usual
+    return next((e for e in ENDINGS if key.endswith(e)), None)
 
 
 def method_of(parts: Parts) -> str | None:
@@ -243,8 +252,11 @@ def check_alpha(layer: str, alpha: Tensor) -> None:
 
 def check_finite(file: str, factors: LayerFactors) -> None:
     """Raises UnreadableFile for a change that is not finite in float32."""
-    for path, (up, down) in factors.items():
-        # The largest value that the product of the two may have.
-        bound = float(up.double().norm()) * float(down.double().norm())
+    norms = (
+        torch.stack(list(torch._foreach_norm([f[side] for f in factors.values()], 2, torch.double)))
+        for side in (0, 1)
+    )
+    # The largest value that the product of the two may have.
+    for path, bound in zip(factors, torch.mul(*norms).tolist() if factors else ()):
         if not bound <= torch.finfo(torch.float32).max:
             raise UnreadableFile(f"`{file}`: the change of `{path}` is not finite in float32")

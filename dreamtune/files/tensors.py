@@ -74,9 +74,9 @@ def read_tensors(path: Path, loose: Collection[str] = ()) -> TensorFile:
     Whether it is what was written is in `changed`, for the format to judge.
     """
     tensors, header = _opened(path, lambda file, key: file.get_tensor(key))
-    for key, tensor in tensors.items():
-        if key not in loose and tensor.dtype in FLOATS and not torch.isfinite(tensor).all():
-            raise UnreadableFile(f"`{path.name}` holds values that are not finite in `{key}`")
+    floats = {k: x for k, x in tensors.items() if k not in loose and x.dtype in FLOATS}
+    for key in not_finite(floats):
+        raise UnreadableFile(f"`{path.name}` holds values that are not finite in `{key}`")
     about = _about(path, header)
     hashes = about.pop(HASHES, None)
     changed: tuple[str, ...] = ()
@@ -85,6 +85,18 @@ def read_tensors(path: Path, loose: Collection[str] = ()) -> TensorFile:
         changed = _changed(from_file(_HASHES, hashes, f"{place}, `{HASHES}`"), tensors, about)
     hashed = hashes is not None
     return TensorFile(path.name, tensors, header, about, hashed, changed, path.parent)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Keys of tensors with NaN or infinities."""
+    some = {key: x for key, x in tensors.items() if x.numel()}
+    if not some:
+        return []
+    largest = torch._foreach_norm(list(some.values()), torch.inf)  # of all in one call
+    finite = torch.stack([x.float() for x in largest]).isfinite()
+    if finite.all():
+        return []
+    return [key for key, x in some.items() if not torch.isfinite(x).all()]
 
 
 def read_keys(path: Path) -> TensorFile:
@@ -210,7 +222,7 @@ def write_new(
     """As `write_tensors`, but values that are not finite, and without `overwrite` a file of that
     name with other contents, are a ValueError.
     """
-    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    broken = not_finite({key: x for key, x in tensors.items() if x.dtype in FLOATS})
     if broken:
         raise ValueError(f"{len(broken)} tensors would not be finite, `{broken[0]}` first")
     if path.exists() and not overwrite:

@@ -6,6 +6,7 @@ Where many adapters are kept, few are in use, and none is trained.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -130,7 +131,9 @@ def plain_factors(file: AdapterFile, layers: Mapping[str, Layer]) -> Plain:
         found = Factors(*(None if x is None else x.cpu() for x in factors))
         blocks.append(Block(tuple(paths), found))
     packed = Plain.packed(blocks)
-    if not torch.isfinite(packed.flat).all():
+    if not math.isfinite(
+        packed.flat.sum(dtype=torch.promote_types(packed.flat.dtype, torch.float32))
+    ):
         raise ValueError(f"its factors are not finite in {packed.flat.dtype}")
     return packed
 

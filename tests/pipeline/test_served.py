@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 import dreamtune
 from dreamtune.fast.served import Forward, Served, served
+from dreamtune.fast.watch import why_not_recorded
 from dreamtune.injection.bank import Bank, owners
 from dreamtune.injection.inject import InjectedAdapter
 
@@ -53,7 +54,9 @@ def files(tmp_path_factory):
 @pytest.fixture(
     params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)],
 )
-def device(request):
+def device(request, monkeypatch):
+    # channels-last convolutions are others than diffusers', and in TF32 differ by 1e-3
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return request.param
 
 
@@ -87,7 +90,7 @@ def both(files, device, loaded=("dog", "owl"), many=("cat", "cow", "bee")):
 
 
 def agree(fast, plain, rows=4, **more):
-    tolerance = 1e-5 if next(plain.parameters()).device.type == "cpu" else 2e-5
+    tolerance = 1e-5 if next(plain.parameters()).device.type == "cpu" else 1e-4
     for _ in range(3):  # eager, recorded, replayed
         close(out(fast, rows, **more), out(plain, rows, **more), tolerance)
 
@@ -176,15 +179,15 @@ def test_other_shapes_and_arguments(files, device):
                 unet(given["sample"], step, given["encoder_hidden_states"], return_dict=False)[0]
                 for unet in (fast, plain)
             )
-            close(a.cpu(), b.cpu(), 2e-5)
+            close(a.cpu(), b.cpu(), 1e-4)
     assert recorder.recorded == 4  # of 1, 4 and 2 rows, and of the last kind of call
     wild = out(fast, 4, class_labels=None)
-    close(wild, out(plain, 4), 2e-5)
+    close(wild, out(plain, 4), 1e-4)
     for each in (fast, plain):  # with gradients it is the plain model
         x = given["sample"].clone().requires_grad_()
         each(x, 3, given["encoder_hidden_states"]).sample.sum().backward()
         each.found = x.grad.cpu()
-    close(fast.found, plain.found, 1e-5)
+    close(fast.found, plain.found, 1e-4)
 
 
 def test_who_touches_the_model_has_it_plain(files, device):
@@ -221,11 +224,33 @@ def test_who_touches_the_model_has_it_plain(files, device):
             continue
         with pytest.warns(UserWarning, match="the network is slowed down, for"):
             found = out(fast)
-        close(found, out(plain), 2e-5)
+        close(found, out(plain), 1e-4)
         assert served(fast) is None
         agree(fast, plain)
         assert recorded(fast) is not recorder
         agree(fast, plain)
+
+
+def test_values_written_through_data_are_seen(files, device):
+    """As diffusers' EMA writes them."""
+    _, fast, plain = both(files, device, loaded=("cat",), many=())
+    agree(fast, plain)
+    agree(fast, plain)
+    for unet in (fast, plain):
+        for group in dreamtune.get_adapters(unet)["cat"].groups:
+            for tensor in group.adapter.state_dict(keep_vars=True).values():
+                tensor.data.mul_(1.3)
+    agree(fast, plain)
+    for unet in (fast, plain):
+        for parameter in unet.parameters():
+            parameter.data.mul_(1.01)
+    agree(fast, plain)
+
+
+def test_a_hook_inside_is_refused(files):
+    unet = tiny_unet()
+    unet.mid_block.register_forward_hook(lambda m, a, y: y)
+    assert "`mid_block` has hooks" in why_not_recorded(unet)
 
 
 def test_merged_and_back(files, device):
@@ -284,7 +309,7 @@ def test_a_pipeline_and_two_threads(files, device):
     for key, pictures in found.items():
         assert len(pictures) == 3
         for picture in pictures:
-            close(picture, expected[key], 2e-4)
+            close(picture, expected[key], 5e-4)
 
 
 def test_leaves_are_told_apart():
