@@ -165,10 +165,10 @@ class Served:
         )
 
         def run() -> tuple[Sequence[Any], Any]:
-            return pytree.tree_flatten(self.eager(*args, **kwargs))  # type: ignore[no-any-return]
+            with self._placed(tables):  # what patching computes is recorded too
+                return pytree.tree_flatten(self.eager(*args, **kwargs))  # type: ignore[no-any-return]
 
-        with self._placed(tables):
-            replay, (out, of) = self._capture(run)
+        replay, (out, of) = self._capture(run)
         self.recorded += 1
         return Recorded(replay, places, out, of)
 
