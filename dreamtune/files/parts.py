@@ -252,11 +252,19 @@ def check_alpha(layer: str, alpha: Tensor) -> None:
 
 def check_finite(file: str, factors: LayerFactors) -> None:
     """Raises UnreadableFile for a change that is not finite in float32."""
-    norms = (
-        torch.stack(list(torch._foreach_norm([f[side] for f in factors.values()], 2, torch.double)))
-        for side in (0, 1)
-    )
     # The largest value that the product of the two may have.
-    for path, bound in zip(factors, torch.mul(*norms).tolist() if factors else ()):
+    for path, bound in zip(factors, _bounds(factors, torch.float32)):
+        if not bound <= torch.finfo(torch.float32).max / 2:  # or a norm was too large for float32
+            (bound,) = _bounds({path: factors[path]}, torch.float64)
         if not bound <= torch.finfo(torch.float32).max:
             raise UnreadableFile(f"`{file}`: the change of `{path}` is not finite in float32")
+
+
+def _bounds(factors: LayerFactors, dtype: torch.dtype) -> list[float]:
+    """Of each layer the product of the factors' norms."""
+    if not factors:
+        return []
+    sides = [[f[side] for f in factors.values()] for side in (0, 1)]
+    norms = [torch.stack(list(torch._foreach_norm(s, 2, dtype))).double() for s in sides]
+    found: list[float] = torch.mul(*norms).tolist()
+    return found

@@ -17,13 +17,14 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from dreamtune.fields import UnreadableFile, checker, from_file, from_json
 from dreamtune.files.whole import whole
 
 HEADER_LIMIT = 1 << 24  # bytes; a LoRA of every layer of SDXL has a header of 0.2 MB
+AT_ONCE = 1 << 30  # bytes
 HASHES, HEADER = "sha256", "its header"
 SPEC = "modelspec.sai_model_spec"  # the string that a header with modelspec's must have
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -73,7 +74,7 @@ def read_tensors(path: Path, loose: Collection[str] = ()) -> TensorFile:
 
     Whether it is what was written is in `changed`, for the format to judge.
     """
-    tensors, header = _opened(path, lambda file, key: file.get_tensor(key))
+    tensors, header = _opened(path, _at_once(path))
     floats = {k: x for k, x in tensors.items() if k not in loose and x.dtype in FLOATS}
     for key in not_finite(floats):
         raise UnreadableFile(f"`{path.name}` holds values that are not finite in `{key}`")
@@ -101,13 +102,27 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def read_keys(path: Path) -> TensorFile:
     """With empty tensors: what a file is, without reading it. Raises as `read_tensors`."""
-    tensors, header = _opened(path, lambda file, key: torch.empty(0))
+    tensors, header = _opened(path, lambda file: dict.fromkeys(file.keys(), torch.empty(0)))
     about = _about(path, header)
     return TensorFile(path.name, tensors, header, about, HASHES in about, (), path.parent)
 
 
+def _at_once(path: Path) -> Callable[[Any], dict[str, Tensor]]:
+    """All tensors of an open file: of one that is no larger than adapters are from one piece of
+    memory, a third of the time of asking for one after another.
+    """
+
+    def read(file: Any) -> dict[str, Tensor]:
+        if path.stat().st_size > AT_ONCE:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        found = load(path.read_bytes())
+        return {key: found[key] for key in file.keys()}  # noqa: SIM118
+
+    return read
+
+
 def _opened(
-    path: Path, read: Callable[[Any, str], Tensor]
+    path: Path, read: Callable[[Any], dict[str, Tensor]]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors by key, the header's strings)."""
     try:
@@ -115,9 +130,8 @@ def _opened(
         if size > HEADER_LIMIT:
             raise UnreadableFile(f"`{path.name}` has a header of {size} bytes: no adapter has")
         with safe_open(str(path), framework="pt") as file:
-            tensors = {key: read(file, key) for key in file.keys()}  # noqa: SIM118
-            return tensors, dict(file.metadata() or {})
-    except SafetensorError as error:
+            return read(file), dict(file.metadata() or {})
+    except (SafetensorError, KeyError) as error:
         raise UnreadableFile(f"`{path.name}` is not a whole safetensors file: {error}") from error
     except OSError as error:
         raise UnreadableFile(f"`{path}` cannot be read: {error.strerror or error}") from error

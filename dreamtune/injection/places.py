@@ -81,23 +81,36 @@ _WALKED: ContextVar[dict[nn.Module, list[Spot]] | None] = ContextVar("_WALKED", 
 
 
 @contextmanager
-def unchanged() -> Iterator[None]:
-    """Inside, nobody puts modules into models or takes them out: each is walked once."""
-    token = _WALKED.set({})
+def unchanged(model: nn.Module, spots: list[Spot] | None = None) -> Iterator[list[Spot]]:
+    """Inside, nobody puts modules into the model or takes them out: it is walked once. spots: of an
+    earlier walk, which is as good where nothing has changed since. Gives those of this one.
+    """
+    if spots is None or not _still(model, spots):
+        spots = _walk(model)
+    token = _WALKED.set({model: spots})
     try:
-        yield
+        yield spots
     finally:
         _WALKED.reset(token)
 
 
+def _still(model: nn.Module, spots: list[Spot]) -> bool:
+    """Whether a walk would find the same."""
+    counts = {model: 0}
+    for spot in spots:
+        child = spot.parent._modules.get(spot.name)
+        if child is None or (child is not spot.module and innermost(child) is not spot.module):
+            return False
+        counts[spot.parent] = counts.get(spot.parent, 0) + 1
+        counts.setdefault(spot.module, 0)
+    own = {m: sum(c is not None for c in m._modules.values()) for m in counts}
+    return own == counts
+
+
 def walk(model: nn.Module) -> list[Spot]:
     """The modules below a model, each once, in its order."""
-    walked = _WALKED.get()
-    if walked is None:
-        return _walk(model)
-    if model not in walked:
-        walked[model] = _walk(model)
-    return walked[model]
+    walked = _WALKED.get() or {}
+    return walked[model] if model in walked else _walk(model)
 
 
 def _walk(model: nn.Module) -> list[Spot]:

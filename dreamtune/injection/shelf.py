@@ -15,7 +15,7 @@ from dreamtune.adapters.base import WeightChange, changed
 from dreamtune.injection.adapter_file import Fingerprint
 from dreamtune.injection.change import Factors, Use
 from dreamtune.injection.layer import Adapted
-from dreamtune.injection.places import Place, attentions_of, check_in_place
+from dreamtune.injection.places import Place, Spot, attentions_of, check_in_place
 from dreamtune.injection.plain import Layer, Plain
 
 GIB = 1 << 30
@@ -66,6 +66,7 @@ class Shelf:
     entries: name -> adapter, in the order that they came.
     places: module path -> place of the layers that some adapter changes.
     device_budget, cpu_budget: bytes of factors there.
+    spots: of the model's modules, as they were when it was looked at.
     prints: fingerprint of the layers that were asked for.
     read: how often factors were read from files since they came, for whoever measures.
     """
@@ -76,6 +77,7 @@ class Shelf:
         self.places: dict[str, Place] = {}
         self.paths: dict[nn.Module, str] = {}
         self.attentions: list[nn.Module] = []
+        self.spots: list[Spot] | None = None
         self.device_budget, self.cpu_budget = 2 * GIB, 4 * GIB
         self.near: OrderedDict[str, Plain] = OrderedDict()  # on the device, last used last
         self.far: OrderedDict[str, Plain] = OrderedDict()  # on the CPU
@@ -88,7 +90,7 @@ class Shelf:
         return name in self.entries
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "near": OrderedDict(), "far": OrderedDict()}
+        return {**self.__dict__, "near": OrderedDict(), "far": OrderedDict(), "spots": None}
 
     def put(self, entry: Entry, factors: Plain, places: Mapping[str, Place]) -> None:
         """One more; its layers are adapted from now on."""

@@ -74,7 +74,7 @@ def load_many(
         shelf.device_budget = device_budget or shelf.device_budget
         shelf.cpu_budget = cpu_budget or shelf.cpu_budget
         try:
-            with unchanged():
+            with unchanged(model, shelf.spots) as shelf.spots:
                 for name, path in adapters.items():
                     entry, factors, places = _made(model, shelf, name, Path(path), force)
                     shelf.put(entry, factors, places)  # at once, for the budget holds for all
