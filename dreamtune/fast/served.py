@@ -21,11 +21,8 @@ from dreamtune.fast.ops import why_not_fused
 from dreamtune.fast.unet import patched
 from dreamtune.fast.watch import Watch
 from dreamtune.injection.bank import Bank
-from dreamtune.injection.change import Factors
-from dreamtune.injection.inject import InjectedAdapter
-from dreamtune.injection.layer import Adapted
-from dreamtune.injection.plain import Block
-from dreamtune.injection.rows import Tables, kinds_of, layers_by_shape, parts_of
+from dreamtune.injection.placing import Placing
+from dreamtune.injection.rows import Tables
 
 WAY_OUT = "Call `dreamtune.slow_down` on the pipeline"
 GRAPHS = 12  # kept at once: each holds what it computes in, shared with the others
@@ -59,11 +56,8 @@ class Served:
         if self.unet:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.pool: Any = None
-        self.tables: OrderedDict[object, Tables] = OrderedDict()
         self.graphs: OrderedDict[object, Recorded | None] = OrderedDict()
-        self.stacked: dict[str, tuple[list[list[Factors]], int, list[Block]]] = {}
-        self.count = 0
-        self.adapted: object = None
+        self.placing = Placing(model, bank)
         self.replays = 0
         self.recorded = 0
         self._look()
@@ -80,29 +74,19 @@ class Served:
         if self.unet:
             model.to(memory_format=torch.contiguous_format)
         self.graphs.clear()
-        self.tables.clear()
-        self.bank.mix.placed, self.bank.watcher = None, None
+        self.placing.kept.clear()
+        self.bank.watcher = None
 
     def _look(self) -> None:
         """Sees the model as it is now, with the layers that are adapted."""
-        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, Adapted)}
-        self.layers = layers_by_shape(layers)
-        self.names = {id(layer): name for name, layer in layers.items()}
         self.graphs.clear()
-        self.tables.clear()
-        self.stacked.clear()
+        self.placing.look()
         self.watch = Watch(self.model)
-        self.adapted = self._adapted()
-
-    def _adapted(self) -> object:
-        """Which adapters there are in which layers: of others, other layers are adapted."""
-        loaded = tuple(id(adapter) for adapter in InjectedAdapter.of(self.model))
-        return loaded, len(self.bank.paths)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or _autocast():
             return self.eager(*args, **kwargs)
-        if self._adapted() != self.adapted:
+        if not self.placing.is_current():
             self._look()
         elif why := self.watch.touched():
             warnings.warn(
@@ -112,7 +96,7 @@ class Served:
             )
             self.release()
             return self.model.forward(*args, **kwargs)
-        tables = self._tables()
+        tables = self.placing.tables()
         if tables is None:
             return self.eager(*args, **kwargs)
         device = next(self.model.parameters()).device
@@ -190,74 +174,8 @@ class Served:
 
     @contextmanager
     def _placed(self, tables: Tables) -> Iterator[None]:
-        mix = self.bank.mix
-        mix.placed = tables.pairs
-        try:
-            with patched(self.model) if self.unet else nullcontext():
-                yield
-        finally:
-            mix.placed = None
-
-    # Factors
-
-    def _tables(self) -> Tables | None:
-        """With what is set now in its places; None where a recorded forward cannot have it."""
-        mix, bank = self.bank.mix, self.bank
-        blocks: dict[str, Sequence[Block]] = {}
-        calls: dict[str, float] = {}
-        numbers: dict[str, int] = {}  # tell factors from those before them
-        if not mix.off:
-            for adapter in InjectedAdapter.of(self.model):
-                if adapter.groups[0].adapter.asks_for_timestep or adapter.slots > 1:
-                    return None
-                numbers[adapter.name], blocks[adapter.name] = self._stacked(adapter)
-                calls[adapter.name] = 1.0  # in its factors
-            for name in mix.from_shelf():
-                weight = next(iter(bank.shelf.places.values())).layer.weight
-                plain = bank.shelf.factors(name, weight)
-                numbers[name], blocks[name] = plain.number, plain.blocks
-                calls[name] = bank.shelf.use.call
-        now = mix.state, calls, numbers
-        last = next(reversed(self.tables.values()), None)
-        if last is not None and last.held == now:
-            return last
-        parts = parts_of(mix, blocks, self.layers, calls)
-        rows = None if mix.rows is None else len(mix.order)
-        kinds = kinds_of(parts)
-        key = rows, tuple(sorted(kinds.items()))
-        tables = self.tables.get(key)
-        if tables is None:
-            tables = self.tables[key] = Tables(self.layers, rows, kinds)
-            while len(self.tables) > GRAPHS:
-                _, gone = self.tables.popitem(last=False)
-                for of in [of for of in self.graphs if of[0] is gone]:  # type: ignore[index]
-                    del self.graphs[of]
-        self.tables.move_to_end(key)
-        if tables.held != now:
-            tables.set(parts)
-            tables.held = now
-        return tables
-
-    def _stacked(self, adapter: InjectedAdapter) -> tuple[int, Sequence[Block]]:
-        """A loaded adapter's factors, (L, ...), with a number that tells them from others."""
-        now = [
-            [change.factors(layer.weight) for change, layer in zip(group.changes, group.layers)]
-            for group in adapter.groups
-        ]
-        before = self.stacked.get(adapter.name)
-        if before is not None and all(
-            a is b for old, new in zip(before[0], now, strict=True) for a, b in zip(old, new)
-        ):
-            return before[1:]
-        found = []
-        for group, own in zip(adapter.groups, now, strict=True):
-            parts = zip(*own)
-            stacked = (None if each[0] is None else torch.stack(each) for each in parts)
-            names = tuple(self.names[id(layer)] for layer in group.layers)
-            found.append(Block(names, Factors(*stacked)))
-        self.count -= 1  # those of the shelf count up
-        self.stacked[adapter.name] = now, self.count, found
-        return self.count, found
+        with tables.placed(), patched(self.model) if self.unet else nullcontext():
+            yield
 
 
 def _kind(x: Any) -> object:

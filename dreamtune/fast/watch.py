@@ -14,7 +14,7 @@ from dreamtune.injection.layer import Adapted
 
 NESTED = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-OURS = ("changes", "mix", "mixed", "projection", "index")  # of an adapted layer
+OURS = ("changes", "mix", "mixed", "placed", "projection", "index")  # of an adapted layer
 OUTSIDE = (
     "_forward_hooks",
     "_forward_pre_hooks",

@@ -28,6 +28,7 @@ class Adapted:
     Attributes:
         changes: name -> change, all added.
         mix: how much of each; None for all of them. mixed: what that came to.
+        placed: what it computes with in place of that, while a forward is recorded or compiled.
         projection: the fast way that computes it; None in a layer that is plain.
         index: in the projection.
     """
@@ -35,6 +36,7 @@ class Adapted:
     changes: dict[str, Change]
     mix: Mix | None
     mixed: Mixed | None
+    placed: Pairs | None
     projection: Faster | None
     index: int
     weight: Any
@@ -46,14 +48,14 @@ class Adapted:
             return layer  # type: ignore[return-value]
         layer.__class__ = KINDS[type(layer)]
         assert isinstance(layer, AdaptedLinear | AdaptedConv2d)
-        layer.changes, layer.mix, layer.mixed = {}, None, None
+        layer.changes, layer.mix, layer.mixed, layer.placed = {}, None, None, None
         layer.projection, layer.index = None, 0
         follow(layer)
         return layer
 
     def release(self) -> nn.Module:
         """The layer as it was."""
-        for name in ("changes", "mix", "mixed", "projection", "index"):
+        for name in ("changes", "mix", "mixed", "placed", "projection", "index"):
             self.__dict__.pop(name, None)
         self.__class__ = PLAIN[type(self)]  # type: ignore[assignment]
         assert isinstance(self, nn.Module)
@@ -62,10 +64,13 @@ class Adapted:
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy is plain, and computes its own
-        return {**self.__dict__, "mixed": None, "projection": None, "index": 0}
+        return {**self.__dict__, "mixed": None, "placed": None, "projection": None, "index": 0}
 
     def pairs(self) -> Pairs:
         """What it computes with."""
+        placed: Pairs | None = getattr(self, "placed", None)
+        if placed is not None:
+            return placed
         mix, changes = getattr(self, "mix", None), getattr(self, "changes", {})
         if mix is not None:
             return mix.pairs(self)

@@ -84,7 +84,6 @@ class Mix:
     order: the row of each row of the model's batch, (batch,).
     off: nothing is added: the changes are in the weights.
     shelf: of adapters that are in use where they are named; None for none.
-    placed: what each layer computes with, of a recorded forward; None: of what is set here.
     state: differs where something was set.
     """
 
@@ -94,12 +93,8 @@ class Mix:
         self.order = torch.zeros(0, dtype=torch.long)
         self.off = False
         self.shelf: Stock | None = None
-        self.placed: Mapping[nn.Module, Pairs] | None = None
         self.state = 0
         self._named: tuple[int, list[str]] = -1, []
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "placed": None}  # a copy records its own
 
     def set(
         self,
@@ -142,8 +137,6 @@ class Mix:
         """What the layer computes with, of its changes."""
         if self.off:
             return []
-        if self.placed is not None:
-            return self.placed.get(layer, [])
         changes = self.changes(layer)
         kept: Mixed | None = layer.__dict__.get("mixed")
         if kept is None or kept.state != self.state:

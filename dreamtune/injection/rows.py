@@ -6,7 +6,8 @@ change stay what they were, up to a rank that is rounded up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -118,7 +119,7 @@ class Tables:
 
     Attributes:
         layers: shape -> module path -> layer.
-        pairs: layer -> what it computes with; a layer that nothing changes is not there.
+        pairs: layer -> what it computes with.
     """
 
     def __init__(
@@ -129,8 +130,28 @@ class Tables:
     ) -> None:
         with constant():
             self.tables = {s: Table(layers[s], rows, kind) for s, kind in kinds.items()}
-        self.pairs = {x: pairs for t in self.tables.values() for x, pairs in t.pairs.items()}
+        pairs = {x: own for t in self.tables.values() for x, own in t.pairs.items()}
+        self.pairs = {
+            layer: pairs.get(layer, []) for own in layers.values() for layer in own.values()
+        }
         self.held: object = None  # what was set last
+
+    @contextmanager
+    def placed(self) -> Iterator[None]:
+        """Inside, the layers compute with what is in the places."""
+        self.put()
+        try:
+            yield
+        finally:
+            self.take()
+
+    def put(self) -> None:
+        for layer, pairs in self.pairs.items():
+            layer.placed = pairs  # type: ignore[assignment]
+
+    def take(self) -> None:
+        for layer in self.pairs:
+            layer.placed = None  # type: ignore[assignment]
 
     def set(self, parts: Mapping[tuple[int, ...], Mapping[int | None, Sequence[Part]]]) -> None:
         with constant():
