@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from dreamtune.injection.inject import InjectedAdapter
-from dreamtune.models.load import load_network
+from dreamtune.pipeline.load import network_of
 
 
 def speed_up(pipe: Any) -> None:
@@ -39,7 +37,7 @@ def slow_down(pipe: Any) -> None:
 
 
 def _adapters(pipe: Any) -> list[InjectedAdapter]:
-    network: nn.Module = load_network(pipe)
+    network = network_of(pipe)
     found = InjectedAdapter.of(network)
     if not found:
         raise ValueError(
