@@ -189,7 +189,7 @@ def parser_of(command: str) -> Parser:
 def generate(argv: Sequence[str]) -> int:
     parser = parser_of("generate")
     parser.add_argument(
-        "adapter", help="adapter or LoRA file, or the folder of a run (its best is taken)"
+        "adapter", help="adapter or LoRA file, folder of a run (its best is taken), or hub id"
     )
     parser.add_argument("--prompt", required=True, nargs="+", help="one or more prompts")
     parser.add_argument(
@@ -217,7 +217,7 @@ def generate(argv: Sequence[str]) -> int:
     from dreamtune.pipeline.generate import generate as run
 
     paths = run(
-        Path(a.adapter),
+        a.adapter,
         a.prompt,
         base=a.pretrained_model_name_or_path,
         num_images=a.num_images,
@@ -281,7 +281,7 @@ def export(argv: Sequence[str]) -> int:
 
     parser = parser_of("export")
     parser.add_argument(
-        "adapter", help="adapter or LoRA file, or the folder of a run (its best is taken)"
+        "adapter", help="adapter or LoRA file, folder of a run (its best is taken), or hub id"
     )
     parser.add_argument("output_dir", help="folder for what is written")
     parser.add_argument(
@@ -333,7 +333,7 @@ def export(argv: Sequence[str]) -> int:
 def analyse(argv: Sequence[str]) -> int:
     parser = parser_of("analyse")
     parser.add_argument(
-        "adapter", help="an adapter's file, or the folder of a run: all checkpoints"
+        "adapter", help="an adapter's file or hub id, or the folder of a run: all checkpoints"
     )
     parser.add_argument(
         "--pretrained_model_name_or_path", help="the base [default: the one of the run]"
@@ -352,7 +352,7 @@ def analyse(argv: Sequence[str]) -> int:
 def info(argv: Sequence[str]) -> int:
     parser = parser_of("info")
     parser.add_argument(
-        "adapter", help="adapter or LoRA file, or the folder of a run (its best is taken)"
+        "adapter", help="adapter or LoRA file, folder of a run (its best is taken), or hub id"
     )
     parser.add_argument(
         "--pretrained_model_name_or_path",

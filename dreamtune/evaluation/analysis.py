@@ -101,8 +101,8 @@ def analyse(
 
     Raises ValueError: no adapter there, no base or another one, a file that cannot be written.
     """
-    source = Path(source)
-    run = source if source.is_dir() and run_of(source / "x") == source.resolve() else None
+    folder = Path(source)
+    run = folder if folder.is_dir() and run_of(folder / "x") == folder.resolve() else None
     files = files_of_run(run) if run else [(None, adapter_file(source))]
     target = Path(output) if output is not None else run / FILE if run else None
     if target is not None:

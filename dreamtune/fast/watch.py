@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dreamtune.injection.layer import Adapted
+from dreamtune.injection.stacked import offloaded_whole
 
 NESTED = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -73,7 +74,7 @@ def why_not_recorded(model: nn.Module) -> str | None:
     devices = {x.device for x in tensors}
     if len(devices) != 1:
         return f"the model is on {', '.join(sorted(map(str, devices)))}: it must be on one device"
-    if any("_hf_hook" in m.__dict__ or "_diffusers_hook" in m.__dict__ for m in model.modules()):
+    if any(map(offloaded_whole, model.modules())):
         return "the model is offloaded: its weights are not in one place"
     for name, module in model.named_modules():
         if module is not model and any(module.__dict__[hooks] for hooks in HOOKS):

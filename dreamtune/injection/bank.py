@@ -20,7 +20,7 @@ from dreamtune.injection.turns import Turns, caller
 
 Kind = TypeVar("Kind")
 Rows = Sequence[Mapping[str, Strength]]
-Copies = Callable[[], int]
+Copies = Callable[[int], int | None]
 BATCHES = ("sample", "hidden_states", "latents", "x")  # what diffusers calls a model's input
 _MAKING = threading.Lock()
 MERGED = "merged into the weights: `dreamtune.unmerge(pipe)` takes it out again"
@@ -51,7 +51,8 @@ class Bank:
     mix: shared by the adapted layers.
     lock: held by a route, and by each forward of the model: those of other threads wait.
     written: what a merge has written; None where the adapters are not in the weights.
-    copies: how often a call has each row; None: rows are those of the model's batch.
+    copies: of a batch of the model, how often it has each row; None, also as an answer: rows are
+        those of the model's batch.
     under: of the routes that are open, what is set again when each is over.
     watcher: who records the model's forwards; None where nobody does.
     """
@@ -241,15 +242,16 @@ class Bank:
         """The row of each row of the batch: under guidance all without the prompt, then all with
         it, and in each the images of a prompt side by side.
         """
-        copies = 1 if self.copies is None else self.copies()
+        found = None if self.copies is None else self.copies(batch)
+        copies, alone = found or 1, found is None
         images, rest = divmod(batch, rows * copies)
-        if rest or not images or (self.copies is None and images > 1):
+        if rest or not images or (alone and images > 1):
             often = {2: "twice", 3: "three times"}.get(copies, f"{copies} times")
             told = f", each {often} under guidance: {rows * copies}" if copies > 1 else ""
-            several = "" if self.copies is None else " or a multiple of it, images a prompt,"
+            several = "" if alone else " or a multiple of it, images a prompt,"
             raise ValueError(
                 f"{rows} rows are routed{told}{several} but the batch has {batch} rows: give an"
-                f" entry {'a row of the network' if self.copies is None else 'a prompt'}"
+                f" entry {'a row of the network' if alone else 'a prompt'}"
             )
         return [row for row in range(rows) for _ in range(images)] * copies
 

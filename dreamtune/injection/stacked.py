@@ -137,7 +137,8 @@ def hooked(layer: nn.Module) -> bool:
 
 def offloaded_whole(module: nn.Module) -> bool:
     """Whether accelerate or diffusers moves the module's weights for each forward."""
-    return "_hf_hook" in module.__dict__ or "_diffusers_hook" in module.__dict__
+    registry = module.__dict__.get("_diffusers_hook")  # there, and empty, after a `cache_context`
+    return "_hf_hook" in module.__dict__ or bool(getattr(registry, "hooks", registry))
 
 
 def why_not(model: nn.Module, groups: Sequence[Group], places: Mapping[str, Place]) -> str | None:

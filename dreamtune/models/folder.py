@@ -155,8 +155,8 @@ def fetched(name: str, revision: str | None, variant: str | None, parts: Collect
             return cached()
         try:
             names = list_repo_files(name, revision=revision)
-        except OSError:
-            with contextlib.suppress(OSError):
+        except hub_errors():
+            with contextlib.suppress(*hub_errors()):
                 return cached()
             raise
         wanted = needed(name, names, variant, parts)
@@ -195,11 +195,22 @@ def hub_answers() -> bool:
     if any(os.environ.get(k) for k in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True  # only the client knows how to get out through a proxy
     address = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    port = address.port or (80 if address.scheme == "http" else 443)
     try:
-        socket.create_connection((address.hostname or "", address.port or 443), timeout=5).close()
+        socket.create_connection((address.hostname or "", port), timeout=5).close()
     except OSError:
         return False
     return True
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client raises. Its errors of the network are its HTTP client's own, which are
+    OSErrors with `requests` alone; those before huggingface_hub 1.0 are ValueErrors as well.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    network = [kind for kind in HfHubHTTPError.__mro__[1:] if kind.__name__ == "HTTPError"]
+    return (OSError, RuntimeError, HFValidationError, *network)
 
 
 @contextlib.contextmanager
@@ -207,8 +218,7 @@ def explained(source: str) -> Iterator[None]:
     """What the hub's client raises over a hub id -> a ValueError that says what to do."""
     try:
         yield
-    # hub and network errors are OSErrors; before huggingface_hub 1.0 ValueErrors as well
-    except (OSError, RuntimeError) as error:
+    except hub_errors() as error:
         reason = str(error).strip().split("\n")[0]
         offline = (
             " HF_HUB_OFFLINE is set."

@@ -146,7 +146,7 @@ def load_network(
         if not isinstance(network, torch.nn.Module):
             raise ValueError(
                 "`base` must be a UNet, a pipeline, a folder, a .safetensors file, a hub id or "
-                f'"{EMBEDDED}", got {source!r}'
+                f'"{EMBEDDED}", got a {type(source).__name__}'
             )
         return unwrapped(network)
     path = locate(source)

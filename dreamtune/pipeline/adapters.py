@@ -16,17 +16,18 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
 
 from dreamtune.fields import nearest
-from dreamtune.injection.bank import Bank, check_free, owners
+from dreamtune.injection.bank import Bank, Copies, check_free, owners
 from dreamtune.injection.inject import InjectedAdapter, plainly
 from dreamtune.injection.mix import Strength
 from dreamtune.injection.shelf import Entry
+from dreamtune.pipeline.calls import running_call
 from dreamtune.pipeline.load import network_of
 
 BLOCKS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
@@ -95,10 +96,11 @@ def route(pipe: Any, rows: Sequence[Row]) -> Iterator[None]:
     Args:
         rows: one entry a prompt: a name, at strength 1; None for the base; or a mapping name ->
             strength for several, as in `set_adapters`. Images of one prompt have its entry, and so
-            have its rows without the prompt under guidance: of this pipeline, whatever else calls
-            the network. Of a network given instead of a pipeline, and of a pipeline that does not
-            tell its guidance (`do_classifier_free_guidance`), they are the rows of the network's
-            batch. A backward that computes blocks again (checkpoints) belongs inside.
+            have its rows without the prompt under guidance, in one call or in another: of this
+            pipeline, and of others that share its network. Of a network given instead of a
+            pipeline, and of a pipeline that tells neither its pictures (`latents` in its call) nor
+            its guidance (`do_classifier_free_guidance`), they are the rows of the network's batch.
+            A backward that computes blocks again (checkpoints) belongs inside.
 
     Raises:
         ValueError: as `set_adapters`; a call inside, where the batch does not have these prompts.
@@ -236,16 +238,21 @@ def _number(value: Any, name: str) -> float:
     return float(value)
 
 
-def _copies(pipe: Any) -> Callable[[], int] | None:
-    """How often a call has each row, asked while it runs; None where nothing tells."""
-    if isinstance(pipe, nn.Module) or not hasattr(type(pipe), GUIDED):
+def _copies(pipe: Any) -> Copies | None:
+    """See `Bank.copies`: asked while the network is called. None of a network, not a pipeline."""
+    if isinstance(pipe, nn.Module):
         return None
     reference = weakref.ref(pipe)  # the network does not hold its pipeline
 
-    def copies() -> int:
-        held = reference()
+    def copies(batch: int) -> int | None:
+        call = running_call()
+        if call is not None and call.pictures and batch % call.pictures == 0:
+            return batch // call.pictures
+        held = reference() if call is None else call.pipe
         if held is None:
             raise ValueError("rows are routed by a pipeline that is gone: route by the one in use")
+        if not hasattr(type(held), GUIDED):
+            return None
         guided = bool(getattr(held, GUIDED, False))  # without: it was never called
         if hasattr(type(held), "image_guidance_scale"):  # InstructPix2Pix: text, picture, neither
             return 3 if guided else 1

@@ -15,7 +15,7 @@ _SEED = checker({"seed": Seed})
 
 
 def generate(
-    adapter: Path,
+    adapter: str | Path,
     prompts: Sequence[str],
     *,
     base: str | None = None,

@@ -12,6 +12,7 @@ from torch import nn
 from dreamtune.files.find import adapter_file
 from dreamtune.files.fingerprint import check_base, fingerprint
 from dreamtune.files.formats import read_adapter
+from dreamtune.files.hub import Where
 from dreamtune.files.tensors import naming
 from dreamtune.injection.adapter_file import AdapterFile, Fingerprint
 from dreamtune.injection.inject import InjectedAdapter, adapt, check_name
@@ -26,6 +27,13 @@ def load(
     scale: float = 1.0,
     force: bool = False,
     trainable: bool = False,
+    *,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> InjectedAdapter:
     """Puts an adapter on the pipeline's UNet or transformer, or on a model, at `scale`, beside
     those that are there; `eject()` on the result takes it out.
@@ -34,19 +42,26 @@ def load(
         pipe: a diffusers pipeline, or the model itself, whatever module it is.
         path: a native file, an exported one, another trainer's LoRA, LoHa or LoKr, or a folder: of
             a run (its best/), a checkpoint-N (its own step), one that PEFT saved, or one with such
-            a file.
+            a file. A string that is no path here and looks like an id of the hub, "user/repo" or
+            "hf://user/repo@revision/folder/file.safetensors", is that repository, read like a
+            folder: the adapter and its settings are downloaded into the hub's cache.
         name: for `set_adapters` and `route`, each once; on the result as `.name`.
         scale: strength, linear in the change; change it later with `.scale`.
         force: recompute a method that contains the base weights on another base.
         trainable: leave the adapter's parameters to be trained on, in `.parameters()`.
+        weight_name, subfolder: the file, and the folder that it is in, of a folder or repository.
+        revision, token, cache_dir: of a repository, as in `load_lora_weights` of diffusers.
+        local_files_only: what the hub's cache has, and nobody is asked.
 
     Raises:
         ValueError: keys that match no layer, layers without keys, values that are not finite,
-        another base, a name that is taken, adapters that are merged.
+        another base, a name that is taken, adapters that are merged; a repository that cannot be
+        had, or that holds no adapter or several.
     """
     model = network_of(pipe)
     check_name(model, name)
-    file = read_adapter(adapter_file(path), model)
+    where = Where(weight_name, subfolder, revision, token, cache_dir, local_files_only)
+    file = read_adapter(adapter_file(path, where), model)
     with naming(file.source):
         adapter = _inject(model, file, force, name)
     if not trainable:

@@ -79,7 +79,7 @@ def score(
         ValueError: with what to do about it.
     """
     chosen, path = find_protocol(protocol), Path(source).expanduser()
-    file, kind = what_is(path)
+    file, kind = what_is(source)
     name = name_of(file) if file else path.resolve().name
     output = new_folder(Path(output_dir) if output_dir else Path("scores") / name)
     named = weights or {}
@@ -175,12 +175,13 @@ def masked_by(sam: Sam, task: Task, masks: Path) -> Task:
     return replace(task, images=found, photos=photos, masks=sam.protocol)
 
 
-def what_is(path: Path) -> tuple[Path | None, str]:
+def what_is(source: str | Path) -> tuple[Path | None, str]:
     """(the adapter's file, if it is one; "run", "adapter", "pipeline" or "folder")."""
+    path = Path(source).expanduser()
     if path.is_dir() and (path / INDEX).is_file():
         return None, "pipeline"
     try:
-        file = adapter_file(path)
+        file = adapter_file(source)
     except ValueError:
         if path.is_dir() and not (path / CONFIG).exists() and not any(path.glob("*.safetensors")):
             return None, "folder"

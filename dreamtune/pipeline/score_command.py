@@ -28,7 +28,7 @@ def command(argv: Sequence[str], description: str) -> str:
         formatter_class=_Formatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("source", help="folder of images, run, adapter file of any format, or pipeline folder")
+    add("source", help="folder of images or of a pipeline, run, adapter file or hub id")
     add("--photos", help="photos by subject, or of the one subject [default: the run's]")
     add("--protocol", default="dreamtune", help="a preset below, or a YAML or JSON file")
     add("--output_dir", help="a new folder [default: scores/<name>]")
