@@ -16,11 +16,8 @@ from dreamtune.injection.stacked import offloaded_whole
 NESTED = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 OURS = ("changes", "mix", "mixed", "placed", "projection", "index")  # of an adapted layer
-OUTSIDE = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "forward",
-)  # of the model: around what is recorded
+# Of the model, around what is recorded; the last is there, and empty, after a `cache_context`.
+OUTSIDE = ("_forward_hooks", "_forward_pre_hooks", "forward", "_diffusers_hook")
 
 
 class Watch:

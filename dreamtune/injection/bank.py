@@ -37,6 +37,10 @@ class InModel(Protocol):
     def check(self) -> None: ...
 
 
+class Removable(Protocol):
+    def remove(self) -> None: ...
+
+
 class Written(NamedTuple):
     """A weight before and after a merge, on the CPU."""
 
@@ -54,6 +58,7 @@ class Bank:
     copies: of a batch of the model, how often it has each row; None, also as an answer: rows are
         those of the model's batch.
     under: of the routes that are open, what is set again when each is over.
+    outside: who is around the calls of the compiled model. placed: whether it has set places now.
     watcher: who records the model's forwards; None where nobody does.
     """
 
@@ -63,6 +68,8 @@ class Bank:
         self.under: list[tuple[Mapping[str, Strength], Rows | None, Copies | None]] = []
         self.written: list[Written] | None = None
         self.watcher: object | None = None
+        self.outside: Removable | None = None
+        self.placed = False
         self.lock = Turns()
         self.hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
@@ -80,7 +87,7 @@ class Bank:
             return found[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        without = {"lock": None, "copies": None, "watcher": None}
+        without = {"lock": None, "copies": None, "watcher": None, "outside": None}
         under = [(strengths, rows, None) for strengths, rows, _ in self.under]
         return {**self.__dict__, **without, "under": under}
 
@@ -130,6 +137,8 @@ class Bank:
         if self.holds_nothing:
             for hook in self.hooks:
                 hook.remove()
+            if self.outside is not None:
+                self.outside.remove()
 
     @contextmanager
     def routed(self, rows: Rows, copies: Copies | None) -> Iterator[None]:
@@ -206,32 +215,37 @@ class Bank:
 
     def _before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():  # neither locks nor looks at a batch
-            if self.mix.rows is not None:
+            if self.placed:
+                return
+            if self.mix.rows is not None or self.mix.from_shelf():
                 raise ValueError(
-                    "rows are routed, which a compiled network cannot follow: call it as it was"
-                    " before `torch.compile`"
-                )
-            if names := self.mix.from_shelf():
-                raise ValueError(
-                    f"`{names[0]}` is in use, of `dreamtune.load_many`, which a compiled network"
-                    " cannot follow: bring it by `dreamtune.load`"
+                    "rows are routed, or adapters of `dreamtune.load_many` are in use, of a network"
+                    " that is compiled. It follows them without gradients, where `route` or"
+                    " `set_adapters` was given the compiled network, or the pipeline that has it"
                 )
             return
         self.lock.acquire(caller())
+        self.before(kwargs)
+        self.spread(args, kwargs)
+
+    def before(self, kwargs: Mapping[str, Any]) -> None:
+        """A call with these begins."""
         if self.mix.shelf is not None:
             self.shelf.before_forward(strength_of_call(kwargs))
         if self.mix.off and strength_of_call(kwargs) != 1:
             raise ValueError(
                 f"a strength for one call was given, but the adapters are {MERGED}: without it"
             )
+
+    def spread(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Finds the row of each row of a call's batch."""
         if self.mix.rows is not None:
             named = (kwargs[name] for name in BATCHES if name in kwargs)
             given = [*args, *named, *kwargs.values()]
             first = next((x for x in given if isinstance(x, Tensor) and x.dim() > 0), None)
             if first is None:
-                raise ValueError(
-                    f"`{type(model).__name__}` was called without a tensor, whose rows are routed"
-                )
+                kind = type(self.model).__name__
+                raise ValueError(f"`{kind}` was called without a tensor, whose rows are routed")
             self.mix.spread(self._order(len(self.mix.rows), len(first)))
 
     def _after(self, model: nn.Module, args: Any, out: Any) -> None:

@@ -157,9 +157,17 @@ class InjectedAdapter:
         self._following.refresh()
 
     def _before_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.before_call(args, kwargs)
+
+    def before_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """A call of the model with these begins."""
         self._following.before_forward(args, kwargs)
 
     def _after_forward(self, model: nn.Module, args: Any, out: Any) -> Any:
+        return self.after_call()
+
+    def after_call(self) -> Any:
+        """The model's output, where it had to be computed again; else None."""
         return self._following.after_forward()
 
     def check(self) -> None:

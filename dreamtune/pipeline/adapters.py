@@ -24,11 +24,12 @@ from torch import nn
 
 from dreamtune.fields import nearest
 from dreamtune.injection.bank import Bank, Copies, check_free, owners
+from dreamtune.injection.compiled import follow_compiled
 from dreamtune.injection.inject import InjectedAdapter, plainly
 from dreamtune.injection.mix import Strength
 from dreamtune.injection.shelf import Entry
 from dreamtune.pipeline.calls import running_call
-from dreamtune.pipeline.load import network_of
+from dreamtune.pipeline.load import held_by, network_of
 
 BLOCKS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 LISTED = 20  # names in a message
@@ -194,7 +195,9 @@ def _adapters(pipe: Any) -> dict[str, InjectedAdapter | Entry]:
 
 def _bank(pipe: Any) -> Bank:
     network = network_of(pipe)
-    return Bank.on(network, lambda: InjectedAdapter.of(network))
+    bank = Bank.on(network, lambda: InjectedAdapter.of(network))
+    follow_compiled(bank, held_by(pipe))
+    return bank
 
 
 def _known(name: object, adapters: Mapping[str, object]) -> None:

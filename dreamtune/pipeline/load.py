@@ -16,7 +16,7 @@ from dreamtune.files.hub import Where
 from dreamtune.files.tensors import naming
 from dreamtune.injection.adapter_file import AdapterFile, Fingerprint
 from dreamtune.injection.inject import InjectedAdapter, adapt, check_name
-from dreamtune.injection.targets import REGEX, Choice, choose, choose_paths, weight_of
+from dreamtune.injection.targets import REGEX, Choice, choose, choose_paths, unwrapped, weight_of
 from dreamtune.models.load import load_network
 
 
@@ -74,6 +74,16 @@ def load(
 def network_of(pipe: Any) -> nn.Module:
     """What adapters are put on, of a pipeline; a model itself."""
     return load_network(pipe.transformer if _has_transformer(pipe) else pipe)
+
+
+def held_by(pipe: Any) -> nn.Module:
+    """The same as its owner has it, compiled or otherwise wrapped."""
+    if isinstance(pipe, nn.Module):
+        return pipe
+    network = network_of(pipe)
+    parts = getattr(pipe, "components", {}).values()
+    wrapped = (p for p in parts if isinstance(p, nn.Module) and unwrapped(p) is network)
+    return next(wrapped, network)
 
 
 def _has_transformer(pipe: Any) -> bool:
