@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dreamtune.injection.blend import placed
 from dreamtune.injection.change import difference
 from dreamtune.injection.follow import strength_of_call
 from dreamtune.injection.group import Group
@@ -108,7 +109,8 @@ class Bank:
             self.copies = copies
             self.mix.set({}, rows)
             try:
-                yield
+                with placed(self.model, self.mix):
+                    yield
             finally:
                 strengths, before, self.copies = self.under.pop()
                 self.mix.set(strengths, before)
@@ -176,6 +178,8 @@ class Bank:
                     f"`{type(model).__name__}` was called without a tensor, whose rows are routed"
                 )
             self.mix.spread(self._order(len(self.mix.rows), len(first)))
+            if self.mix.regions is not None:
+                self.mix.regions.start(first, self.mix.order)
 
     def _after(self, model: nn.Module, args: Any, out: Any) -> None:
         if not torch.compiler.is_compiling():

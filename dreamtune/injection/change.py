@@ -51,7 +51,8 @@ class Use:
         scale: strength, a number or a tensor with one a slot.
         call: strength for one call of the model, `cross_attention_kwargs={"scale": ...}`.
         rows: slot of each row of the batch, (batch,) long; None: equal blocks.
-        at: strength of each row of the batch, (batch,), of a method that asks for the timestep.
+        at: strength of each row of the batch, (batch,), of a method that asks for the timestep; or
+        of each place in it, (batch, tokens), or (batch, h, w) of what a convolution gives.
     """
 
     slots: int
@@ -164,12 +165,11 @@ def rotated(x: Tensor, rotation: Tensor, batch: int, use: Use) -> Tensor:
 
 
 def by_row(x: Tensor, batch: int, use: Use) -> Tensor:
-    """x (T, n) at the strength of each row of the batch."""
+    """x (T, n) at the strength of each row of the batch, or of each place in it."""
     if use.at is None:
         return x
-    return (x.view(batch, -1, x.shape[-1]) * of_rows(use.at, batch).to(x)[:, None, None]).view(
-        x.shape
-    )
+    at = of_rows(use.at, batch).to(x).reshape(len(use.at), -1, 1)
+    return (x.view(batch, -1, x.shape[-1]) * at).view(x.shape)
 
 
 def of_rows(at: Tensor, batch: int) -> Tensor:

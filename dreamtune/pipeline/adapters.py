@@ -18,6 +18,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -26,6 +27,7 @@ from dreamtune.fields import nearest
 from dreamtune.injection.bank import Bank, check_free, owners
 from dreamtune.injection.inject import InjectedAdapter, plainly
 from dreamtune.injection.mix import Strength
+from dreamtune.injection.region import Region
 from dreamtune.pipeline.load import network_of
 
 BLOCKS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
@@ -85,14 +87,17 @@ def route(pipe: Any, rows: Sequence[Row]) -> Iterator[None]:
 
     Args:
         rows: one entry a prompt: a name, at strength 1; None for the base; or a mapping name ->
-            strength for several, as in `set_adapters`. Images of one prompt have its entry, and so
+            strength for several, as in `set_adapters`, or a `Region` of the picture that the
+            adapter acts in. Images of one prompt have its entry, and so
             have its rows without the prompt under guidance: of this pipeline, whatever else calls
             the network. Of a network given instead of a pipeline, and of a pipeline that does not
             tell its guidance (`do_classifier_free_guidance`), they are the rows of the network's
             batch. A backward that computes blocks again (checkpoints) belongs inside.
 
     Raises:
-        ValueError: as `set_adapters`; a call inside, where the batch does not have these prompts.
+        ValueError: as `set_adapters`; regions in a network with attentions that are not known to
+        attend place by place; a call inside, where the batch does not have these prompts, a mask
+        not the aspect of the picture, or an adapter with a region changes a layer without a place.
     """
     adapters = _adapters(pipe)
     if not isinstance(rows, list | tuple) or not rows:
@@ -107,7 +112,7 @@ def route(pipe: Any, rows: Sequence[Row]) -> Iterator[None]:
             )
         for name in given:
             _known(name, adapters)
-        found.append({name: _checked(s, pipe, name) for name, s in given.items()})
+        found.append({name: _placed(s, pipe, name) for name, s in given.items()})
     bank = _bank(pipe)
     with bank.routed(found, _copies(pipe)):
         plainly(network_of(pipe))
@@ -183,8 +188,16 @@ def _known(name: object, adapters: Mapping[str, InjectedAdapter]) -> None:
         raise ValueError(f"no adapter `{name}`.{hint} There are {listed}.")
 
 
-def _checked(strength: Any, pipe: Any, name: str) -> Strength:
+def _placed(strength: Any, pipe: Any, name: str) -> Strength:
+    if not isinstance(strength, Region):
+        return _checked(strength, pipe, name)
+    return replace(strength, strength=_checked(strength.strength, pipe, name))
+
+
+def _checked(strength: Any, pipe: Any, name: str) -> float | Mapping[str, float]:
     """With the paths of the parts."""
+    if isinstance(strength, Region):
+        raise ValueError(f"`{name}` has a region, which is for the rows of `dreamtune.route`")
     if not isinstance(strength, Mapping):
         return _number(strength, name)
     network: nn.Module = network_of(pipe)
