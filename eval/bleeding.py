@@ -5,11 +5,11 @@
 
 The embedded base, and the first 20 subjects to report on as 10 pairs, in the order of the file.
 Each subject is trained for 60 steps by DeLoRA. Of "a sks A next to a sks B on a red background" the
-base draws A on the left. Both adapters are at full strength: everywhere, or each in its half by
-`dreamtune.Region`. Score: mean DINO cosine of a half of the picture to the 3 photos of a subject
-that were held out of training; of the subject that belongs there, and of the other. Intervals: 95%,
-bootstrap over pairs of subjects. Run again it goes on. Writes DIR/bleeding.json, DIR/sheet.png and
-prints its table.
+base draws A on the left. Both adapters are at full strength: everywhere; each in its half by
+`dreamtune.Region`; so, with a prompt for each half; and that with A on the right. Score: mean DINO
+cosine of a half of the picture to the 3 photos of a subject that were held out of training; of the
+subject that belongs there, and of the other. Intervals: 95%, bootstrap over pairs of subjects. Run
+again it goes on. Writes DIR/bleeding.json, DIR/sheet.png and prints its table.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ from dreamtune.models.load import load_base  # noqa: E402
 from dreamtune.models.sample import sample  # noqa: E402
 
 PROMPT = "a {} next to a {} on a red background"
+OWN_PROMPT = "a {} on a red background"
 HALVES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
-CONDITIONS = ("everywhere", "regions")
+CONDITIONS = ("everywhere", "regions", "regions with prompts", "the same, exchanged")
 TRAINING: dict[str, Any] = {
     "max_train_steps": 60, "checkpointing_steps": 0, "dino": "none", "clip": "none",
     "validation_steps": 0, "validation_prompt": ["a {}"], "num_inference_steps": 1,
@@ -75,15 +76,26 @@ def name_of(pair: Pair) -> str:
     return "+".join(subject.id for subject in pair)
 
 
-def rows(pair: Pair, condition: str) -> dict[str, Any]:
+def boxes(condition: str) -> Sequence[tuple[float, ...]]:
+    """Of the first subject and the second."""
+    return HALVES[::-1] if condition == CONDITIONS[3] else HALVES
+
+
+def row(pair: Pair, condition: str) -> dict[str, Any]:
     """The entry of `route`."""
-    if condition == "everywhere":
+    if condition == CONDITIONS[0]:
         return {subject.id: 1.0 for subject in pair}
-    return {subject.id: dreamtune.Region(box=box) for subject, box in zip(pair, HALVES)}
+    prompted = condition in CONDITIONS[2:]
+    return {
+        subject.id: dreamtune.Region(
+            box=box, prompt=OWN_PROMPT.format(subject.name) if prompted else None
+        )
+        for subject, box in zip(pair, boxes(condition))
+    }
 
 
 def draw(pipe: Any, pair: Pair, work: Path, seeds: Sequence[int], steps: int, **more: Any) -> None:
-    """Pictures of both conditions that are not there yet, work/pictures/condition/pair/seed.png."""
+    """Pictures of all conditions that are not there yet, work/pictures/condition/pair/seed.png."""
     folders = {c: work / "pictures" / c / name_of(pair) for c in CONDITIONS}
     todo = {c: [s for s in seeds if not (f / f"{s}.png").is_file()] for c, f in folders.items()}
     if not any(todo.values()):
@@ -95,7 +107,7 @@ def draw(pipe: Any, pair: Pair, work: Path, seeds: Sequence[int], steps: int, **
     for condition, missing in todo.items():
         if not missing:
             continue
-        with dreamtune.route(pipe, [rows(pair, condition)] * len(missing)):
+        with dreamtune.route(pipe, [row(pair, condition)] * len(missing)):
             made = sample(pipe, [prompt] * len(missing), missing, steps=steps, **GUIDANCE)
         for seed, picture in zip(missing, made):
             with whole(folders[condition] / f"{seed}.png") as partial:
@@ -124,7 +136,7 @@ def seen(pair: Pair, work: Path, seeds: Sequence[int], dino: Dino) -> list[Seen]
         for condition in CONDITIONS:
             folder = work / "pictures" / condition / name_of(pair)
             pictures = opened([folder / f"{seed}.png" for seed in seeds])
-            looked[condition] = dino.images([half(p, HALVES[place]) for p in pictures])
+            looked[condition] = dino.images([half(p, boxes(condition)[place]) for p in pictures])
         for condition, features in looked.items():
             found += [
                 Seen(
@@ -144,7 +156,7 @@ def shown(values: Sequence[float], of: Sequence[Seen]) -> str:
 
 
 def table(everything: Sequence[Seen]) -> str:
-    """Of each condition, of the photos, and of regions minus everywhere, paired."""
+    """Of each condition, of the photos, and differences to the first condition, paired."""
     lines = [
         "| adapters | in its own half | in the other's half | halves nearer to their own | n |",
         "|---|---|---|---|---|",
@@ -154,19 +166,22 @@ def table(everything: Sequence[Seen]) -> str:
     for condition, own in by.items():
         cells = [shown([getattr(s, name) for s in own], own) for name in names]
         lines.append(f"| {condition} | {' | '.join(cells)} | {len(own)} |")
-    before, after = (by[c] for c in CONDITIONS)
-    cells = [
-        shown([getattr(a, name) - getattr(b, name) for a, b in zip(after, before)], after)
-        for name in names
-    ]
-    lines.append(f"| difference, paired | {' | '.join(cells)} | {len(after)} |")
+    for condition in CONDITIONS[1:]:
+        before, after = by[CONDITIONS[0]], by[condition]
+        cells = [
+            shown([getattr(a, name) - getattr(b, name) for a, b in zip(after, before)], after)
+            for name in names
+        ]
+        lines.append(f"| {condition}, difference | {' | '.join(cells)} | {len(after)} |")
     return "\n".join(lines)
 
 
 def sheet(chosen: Sequence[Pair], work: Path, seed: int) -> Image.Image:
-    """A column a pair: a photo of each, then both conditions."""
+    """A column a pair: a photo of each, then the conditions."""
     side, gap = 128, 4
-    canvas = Image.new("RGB", (len(chosen) * (side + gap), 4 * (side + gap)), "white")
+    canvas = Image.new(
+        "RGB", (len(chosen) * (side + gap), (2 + len(CONDITIONS)) * (side + gap)), "white"
+    )
     for x, pair in enumerate(chosen):
         folders = [work / "pictures" / c / name_of(pair) for c in CONDITIONS]
         paths = [*(s.references[0] for s in pair), *(f / f"{seed}.png" for f in folders)]

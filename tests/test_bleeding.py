@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dreamtune import Region
 from dreamtune.metrics.dino import Dino
 
 sys.path.append(str(Path(__file__).parents[1] / "eval"))
@@ -19,11 +18,13 @@ def test_ten_pairs_of_subjects_that_are_reported_on():
     subjects = [subject for pair in pairs for subject in pair]
     assert len(pairs) == 10 and len({s.id for s in subjects}) == 20
     assert {s.split for s in subjects} == {"report"}
-    row = bleeding.rows(pairs[0], "regions")
-    assert [type(r) for r in row.values()] == [Region, Region]
-    whole = sum(r.share(4, 6) for r in row.values())
-    assert whole.min() == whole.max() == 1  # each place has one of them
-    assert bleeding.rows(pairs[0], "everywhere") == {s.id: 1.0 for s in pairs[0]}
+    assert bleeding.row(pairs[0], "everywhere") == {s.id: 1.0 for s in pairs[0]}
+    for number, condition in enumerate(bleeding.CONDITIONS[1:]):
+        first, second = bleeding.row(pairs[0], condition).values()
+        whole = first.share(4, 6) + second.share(4, 6)
+        assert whole.min() == whole.max() == 1  # each place has one of them
+        assert first.share(4, 6)[0, 0] == (number < 2)
+        assert first.prompt == ("a sks panda on a red background" if number else None)
 
 
 def test_a_half_is_whole_on_a_square():
@@ -37,9 +38,12 @@ def test_a_half_is_whole_on_a_square():
 
 
 def test_what_is_drawn_in_the_wrong_half_is_seen(tmp_path):
-    """A photo of each subject in its half, with regions; in the other's, without."""
+    """A photo of each subject in its half, with regions; in the other's, without. Where the halves
+    are exchanged, the first picture has them wrong.
+    """
     pair = bleeding.pairs()[1]
-    for condition, order in (("regions", pair), ("everywhere", pair[::-1])):
+    for condition in bleeding.CONDITIONS:
+        order = pair[::-1] if condition == "everywhere" else pair
         picture = Image.new("RGB", (128, 128), "red")
         for place, subject in enumerate(order):
             picture.paste(Image.open(subject.photos[0]).resize((64, 64)), (64 * place, 32))
@@ -47,29 +51,31 @@ def test_what_is_drawn_in_the_wrong_half_is_seen(tmp_path):
         folder.mkdir(parents=True)
         picture.save(folder / "7.png")
     found = bleeding.seen(pair, tmp_path, [7], Dino("embedded"))
-    by = {c: [s for s in found if s.condition == c] for c in ("regions", "everywhere", "photos")}
-    assert [len(of) for of in by.values()] == [2, 2, 10]
-    assert all(s.own > s.other + 0.3 for s in [*by["regions"], *by["photos"]]), found
-    assert all(s.other > s.own + 0.3 for s in by["everywhere"]), found
-    last = bleeding.table(found).splitlines()[-1]
-    assert last.startswith("| difference, paired | 0.") and last.endswith("| 2 |")
+    by = {c: [s for s in found if s.condition == c] for c in (*bleeding.CONDITIONS, "photos")}
+    assert [len(of) for of in by.values()] == [2, 2, 2, 2, 10]
+    for condition, of in by.items():
+        right = condition not in ("everywhere", bleeding.CONDITIONS[3])
+        assert all((s.own > s.other + 0.3) if right else (s.other > s.own + 0.3) for s in of), of
 
 
 def test_the_table():
-    scores = {"everywhere": (0.5, 0.6), "regions": (0.75, 0.25), "photos": (1.0, 0.0)}
+    scores = dict.fromkeys((*bleeding.CONDITIONS, "photos"), (1.0, 0.0))
+    scores |= {"everywhere": (0.5, 0.6), "regions": (0.75, 0.25)}
     seen = [
         bleeding.Seen(condition, f"{pair}", subject, 0, own, other)
         for condition, (own, other) in scores.items()
         for pair in range(3)
         for subject in ("a", "b")
     ]
-    _, _, everywhere, *_, difference = bleeding.table(seen).splitlines()
+    lines = bleeding.table(seen).splitlines()
+    everywhere, difference = lines[2], lines[-3]
+    assert len(lines) == 2 + 5 + 3
     assert everywhere == (
         "| everywhere | 0.500 (0.500 to 0.500) | 0.600 (0.600 to 0.600) |"
         " 0.000 (0.000 to 0.000) | 6 |"
     )
     assert difference == (
-        "| difference, paired | 0.250 (0.250 to 0.250) | -0.350 (-0.350 to -0.350) |"
+        "| regions, difference | 0.250 (0.250 to 0.250) | -0.350 (-0.350 to -0.350) |"
         " 1.000 (1.000 to 1.000) | 6 |"
     )
 

@@ -21,7 +21,7 @@ from dreamtune.injection.turns import Turns, caller
 
 Kind = TypeVar("Kind")
 Rows = Sequence[Mapping[str, Strength]]
-Copies = Callable[[], int]
+Copies = Callable[[], Sequence[bool]]
 BATCHES = ("sample", "hidden_states", "latents", "x")  # what diffusers calls a model's input
 _MAKING = threading.Lock()
 MERGED = "merged into the weights: `dreamtune.unmerge(pipe)` takes it out again"
@@ -52,7 +52,8 @@ class Bank:
     mix: shared by the adapted layers.
     lock: held by a route, and by each forward of the model: those of other threads wait.
     written: what a merge has written; None where the adapters are not in the weights.
-    copies: how often a call has each row; None: rows are those of the model's batch.
+    copies: a call has each row as often as that gives values, whether it is with the prompt; None:
+        rows are those of the model's batch.
     under: of the routes that are open, what is set again when each is over.
     """
 
@@ -179,7 +180,8 @@ class Bank:
                 )
             self.mix.spread(self._order(len(self.mix.rows), len(first)))
             if self.mix.regions is not None:
-                self.mix.regions.start(first, self.mix.order)
+                prompted = (True,) if self.copies is None else self.copies()
+                self.mix.regions.start(first, self.mix.order, prompted)
 
     def _after(self, model: nn.Module, args: Any, out: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -189,7 +191,7 @@ class Bank:
         """The row of each row of the batch: under guidance all without the prompt, then all with
         it, and in each the images of a prompt side by side.
         """
-        copies = 1 if self.copies is None else self.copies()
+        copies = 1 if self.copies is None else len(self.copies())
         images, rest = divmod(batch, rows * copies)
         if rest or not images or (self.copies is None and images > 1):
             often = {2: "twice", 3: "three times"}.get(copies, f"{copies} times")

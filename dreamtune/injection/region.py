@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,15 +21,20 @@ class Region:
             image, an array or a tensor, of truth values, of numbers 0 to 1, or of whole numbers to
             255. Between 0 and 1 the change is in part.
         strength: of the adapter inside, as `set_adapters` takes it.
+        prompt: of the region, in place of the picture's: what is where is then told, not left to
+            the model. A pipeline encodes it, `route` on a network cannot.
+        text: the prompt encoded, (tokens, width); set by `route`.
 
     Raises:
         ValueError: both or none of box and mask; a box that is empty or beyond the picture; a mask
-        that is empty, not 2-D, or of other values.
+        that is empty, not 2-D, or of other values; a prompt that is no text.
     """
 
     box: Sequence[float] | None = None
     mask: Any = None
     strength: float | Mapping[str, float] = 1.0
+    prompt: str | None = None
+    text: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if (self.box is None) is (self.mask is None):
@@ -37,6 +42,8 @@ class Region:
                 "a `Region` has a `box` or a `mask`, got"
                 f" {'none of them' if self.box is None else 'both'}"
             )
+        if self.prompt is not None and not isinstance(self.prompt, str):
+            raise ValueError(f"`prompt` of a `Region` must be a text, got {self.prompt!r}")
         if self.box is not None:
             object.__setattr__(self, "box", _box(self.box))
         else:
@@ -66,11 +73,11 @@ class Region:
             )
 
     @property
-    def area(self) -> Hashable:
-        """Equal where the same part of the picture is meant."""
+    def place(self) -> Hashable:
+        """Equal where the same part of the picture is meant, with the same prompt."""
         if self.mask is None:
-            return self.box  # type: ignore[return-value]
-        return tuple(self.mask.shape), self.mask.numpy().tobytes()
+            return self.prompt, self.box
+        return self.prompt, tuple(self.mask.shape), self.mask.numpy().tobytes()
 
 
 def _cells(count: int) -> tuple[list[float], list[float]]:

@@ -26,23 +26,25 @@ Part = tuple[str, Change, Factors, Sequence[float]]
 class Regions:
     """Attributes:
     rows: of each row of a route, name -> region; adapters without one are everywhere.
-    areas: of each row, what regions there are, each once. turn_of: of each row, name -> its turn.
+    places: of each row, what regions there are, each once. turn_of: of each row, name -> its turn.
     sizes: number of picture tokens -> (height, width), in the batch that runs.
     turns: that the batch needs. turn: which it is. text: the layers that work on text now.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Region]]) -> None:
         self.rows = rows
-        self.areas = [{region.area: region for region in row.values()} for row in rows]
+        self.places = [{region.place: region for region in row.values()} for row in rows]
         self.turn_of = [
-            {name: 1 + list(areas).index(region.area) for name, region in row.items()}
-            for row, areas in zip(rows, self.areas)
+            {name: 1 + list(places).index(region.place) for name, region in row.items()}
+            for row, places in zip(rows, self.places)
         ]
         self.batch: tuple[int, int, Tensor] | None = None
         self.sizes: dict[int, tuple[int, int]] = {}
         self.turns: list[int] = []
         self.turn, self.text = 0, list[nn.Module]()
         self.kept: dict[object, Tensor] = {}
+        self.prompted: Sequence[bool] = ()
+        self.told: dict[int, tuple[Tensor, Tensor]] = {}
 
     @staticmethod
     def of(rows: Sequence[Mapping[str, Any]] | None) -> Regions | None:
@@ -50,10 +52,12 @@ class Regions:
         own = [{n: s for n, s in row.items() if isinstance(s, Region)} for row in rows or ()]
         return Regions(own) if any(own) else None
 
-    def start(self, sample: Tensor, order: Tensor) -> None:
+    def start(self, sample: Tensor, order: Tensor, prompted: Sequence[bool]) -> None:
         """Of a forward. sample: what the network is called with, (batch, channels, height, width);
-        order: the row of each. Raises ValueError where it is no picture, or a mask does not fit.
+        order: the row of each; prompted: of equal parts of the batch, whether they have the prompt.
+        Raises ValueError where it is no picture, or a mask does not fit.
         """
+        self.prompted, self.told = prompted, {}
         if sample.dim() != 4:
             raise ValueError(
                 "regions need a network of pictures (batch, channels, height, width), got a batch"
@@ -95,28 +99,26 @@ class Regions:
         """
         if self.batch is None:
             raise ValueError("regions are routed, whose size a call of the whole network tells")
-        regions = [row.get(name) for row in self.rows]
-        turn, size = None, None
-        if any(region is not None and s != 0 for region, s in zip(regions, strengths)):
-            if any(layer is one for one in self.text):
-                turn = self.turn
-            else:
-                size = self._size(layer, x, path, name)
+        regions, size = [row.get(name) for row in self.rows], None
         flat = not isinstance(layer, nn.Conv2d)
+        if any(region is not None and s != 0 for region, s in zip(regions, strengths)):
+            if not any(layer is one for one in self.text):
+                size = self._size(layer, x, path, name)
+            else:
+                turns = (own.get(name, self.turn) for own in self.turn_of)
+                strengths = tuple(s * (own == self.turn) for s, own in zip(strengths, turns))
+                if not any(strengths):
+                    return None
 
         def compute() -> Tensor:
             at = torch.tensor(strengths)
-            if turn is not None:
-                turns = (own.get(name, turn) for own in self.turn_of)
-                return at * torch.tensor([own == turn for own in turns])
             if size is None:
                 return at
             shares = [torch.ones(size) if r is None else r.share(*size) for r in regions]
             at = at[:, None, None] * torch.stack(shares)
             return at.flatten(1) if flat else at
 
-        at = self._keep((name, strengths, turn, size, flat), compute, layer.weight)
-        return at if turn is None or at.any() else None
+        return self._keep((name, strengths, size, flat), compute, layer.weight)
 
     def _keep(self, key: tuple[object, ...], compute: Callable[[], Tensor], like: Tensor) -> Tensor:
         """(rows, ...) -> (batch, ...), of the dtype and where the other is."""
@@ -139,6 +141,40 @@ class Regions:
             f' no region, or none of its strength there, strength={{"{path}": 0}}'
         )
 
+    @property
+    def has_text(self) -> bool:
+        """Whether some region has a prompt of its own."""
+        return any(region.text is not None for row in self.rows for region in row.values())
+
+    def texts(self, given: Tensor) -> Tensor:
+        """The text of each row of the batch, (batch, tokens, width), in this turn: the region's
+        own in the rows with a prompt, else what is given. Raises ValueError for other sizes.
+        """
+        before = self.told.get(self.turn)
+        if before is None or before[0] is not given:  # all attentions are given the same
+            before = self.told[self.turn] = given, self._texts(given)
+        return before[1]
+
+    def _texts(self, given: Tensor) -> Tensor:
+        assert self.batch is not None
+        numbers, texts = [], []
+        for number, row in enumerate(self.batch[2].tolist()):
+            region = dict(enumerate(self.places[row].values(), 1)).get(self.turn)
+            prompted = self.prompted[number * len(self.prompted) // len(given)]
+            if region is None or region.text is None or not prompted:
+                continue
+            if region.text.shape != given.shape[1:]:
+                raise ValueError(
+                    f"the prompt of a region is {tuple(region.text.shape)} (tokens, width), the"
+                    f" batch's {tuple(given.shape[1:])}: use prompts that the pipeline encodes"
+                )
+            numbers.append(number)
+            texts.append(region.text.to(given))
+        if not numbers:
+            return given
+        rows = torch.tensor(numbers, device=given.device)
+        return given.index_copy(0, rows, torch.stack(texts))
+
     def weights(self, out: Tensor) -> Tensor:
         """(turns, batch, tokens, 1): shares of the outputs of `turns` at each token of out, (batch,
         tokens, width). They sum to 1.
@@ -157,10 +193,10 @@ class Regions:
 
     def _weights(self, height: int, width: int) -> Tensor:
         """(turns, rows, height, width)."""
-        count = 1 + max(len(areas) for areas in self.areas)
+        count = 1 + max(len(places) for places in self.places)
         weights = torch.zeros(count, len(self.rows), height, width)
-        for row, areas in enumerate(self.areas):
-            for turn, region in enumerate(areas.values(), 1):
+        for row, places in enumerate(self.places):
+            for turn, region in enumerate(places.values(), 1):
                 weights[turn, row] = region.share(height, width)
         total = weights.sum(0)
         weights /= total.clamp(min=1)

@@ -29,9 +29,9 @@ from dreamtune.injection.inject import InjectedAdapter, plainly
 from dreamtune.injection.mix import Strength
 from dreamtune.injection.region import Region
 from dreamtune.pipeline.load import network_of
+from dreamtune.pipeline.text import GUIDED, encoded
 
 BLOCKS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
-GUIDED = "do_classifier_free_guidance"
 Row = str | None | Mapping[str, Strength]
 
 
@@ -191,7 +191,8 @@ def _known(name: object, adapters: Mapping[str, InjectedAdapter]) -> None:
 def _placed(strength: Any, pipe: Any, name: str) -> Strength:
     if not isinstance(strength, Region):
         return _checked(strength, pipe, name)
-    return replace(strength, strength=_checked(strength.strength, pipe, name))
+    text = None if strength.prompt is None else encoded(pipe, strength.prompt)
+    return replace(strength, strength=_checked(strength.strength, pipe, name), text=text)
 
 
 def _checked(strength: Any, pipe: Any, name: str) -> float | Mapping[str, float]:
@@ -224,19 +225,22 @@ def _number(value: Any, name: str) -> float:
     return float(value)
 
 
-def _copies(pipe: Any) -> Callable[[], int] | None:
-    """How often a call has each row, asked while it runs; None where nothing tells."""
+def _copies(pipe: Any) -> Callable[[], Sequence[bool]] | None:
+    """How often a call has each row, and whether with its prompt, asked while it runs; None where
+    nothing tells.
+    """
     if isinstance(pipe, nn.Module) or not hasattr(type(pipe), GUIDED):
         return None
     reference = weakref.ref(pipe)  # the network does not hold its pipeline
 
-    def copies() -> int:
+    def copies() -> Sequence[bool]:
         held = reference()
         if held is None:
             raise ValueError("rows are routed by a pipeline that is gone: route by the one in use")
         guided = bool(getattr(held, GUIDED, False))  # without: it was never called
         if hasattr(type(held), "image_guidance_scale"):  # InstructPix2Pix: text, picture, neither
-            return 3 if guided else 1
-        return 1 + guided + bool(getattr(held, "do_perturbed_attention_guidance", False))
+            return (True, False, False) if guided else (True,)
+        perturbed = bool(getattr(held, "do_perturbed_attention_guidance", False))
+        return (False,) * guided + (True,) * (1 + perturbed)
 
     return copies

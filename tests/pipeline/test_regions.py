@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from tiny import disturb, images, tiny_pipeline, tiny_unet
 
 import dreamtune
 from dreamtune import Region
+from dreamtune.pipeline.adapters import _copies
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 MORE = ["*.ff.net.*", "*.conv*", "proj_in", "conv_in", "conv_out"]
@@ -39,6 +41,7 @@ def files(tmp_path_factory):
         for name, (method, options) in KINDS.items()
     }
     found["late"] = saved(unet, folder, "late", "delora", ATTENTION, rank=2, timestep_floor=0.3)
+    found["picture"] = saved(unet, folder, "picture", "lora", ["attn1.to_q", "attn1.to_v"], rank=2)
     found["time"] = saved(unet, folder, "time", "lora", ["to_q", "*.time_emb_proj"], rank=2)
     for name in ("text", "word"):
         found[name] = saved(unet, folder, name, "lora", ["attn2.to_k", "attn2.to_v"], rank=4)
@@ -207,6 +210,83 @@ def test_rows_of_a_pipeline_have_regions_of_their_own(files, kind, guidance):
     close(got[2:4], draw(pipe, more, [1], guidance), atol=2e-6)
 
 
+class Telling(StableDiffusionPipeline):
+    """Encodes a prompt as what its seed draws."""
+
+    def encode_prompt(
+        self, prompt, device, num_images_per_prompt, do_classifier_free_guidance, *args, **kwargs
+    ):
+        if prompt is None:
+            return super().encode_prompt(
+                prompt, device, num_images_per_prompt, do_classifier_free_guidance, *args, **kwargs
+            )
+        return torch.randn(1, 5, 24, generator=torch.Generator().manual_seed(len(prompt))), None
+
+
+def telling(unet):
+    pipe = Telling(**tiny_pipeline(unet).components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_a_region_s_prompt_is_in_place_of_the_picture_s(files, guidance):
+    """Of all of the picture it is the plain call with that prompt; what is without the prompt under
+    guidance stays. Also where no adapter changes an attention to text.
+    """
+    asked = {"guidance_scale": guidance, "num_inference_steps": 2, "height": 8, "width": 8}
+    g = torch.Generator().manual_seed(5)
+    given_, negative = torch.randn(2, 2, 5, 24, generator=g)
+
+    def drawn(pipe, prompts, negative=negative):
+        return pipe(
+            prompt_embeds=prompts, negative_prompt_embeds=negative, output_type="pt",
+            generator=[torch.Generator().manual_seed(i) for i in range(4)],
+            num_images_per_prompt=2, **asked,
+        ).images  # fmt: skip
+
+    for name in ("dog", "picture"):
+        pipe = telling(net(files, name))
+        own = pipe.encode_prompt("abc", "cpu", 1, False)[0]
+        with dreamtune.route(pipe, [name, name]):
+            want = drawn(pipe, torch.cat([own, given_[1:]]))
+            other = drawn(pipe, given_)
+        row = {name: Region(box=ALL, prompt="abc")}
+        with dreamtune.route(pipe, [row, {name: Region(box=ALL)}]):
+            close(drawn(pipe, given_), want, atol=2e-5)
+        assert (other[:2] - want[:2]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="a region has a prompt, which a `UNet2DConditionModel`"):
+        dreamtune.route(pipe.unet, [row, None]).__enter__()
+    with dreamtune.route(pipe, [row, None]):
+        told = r"the prompt of a region is \(5, 24\) \(tokens, width\), the batch's \(7, 24\)"
+        with pytest.raises(ValueError, match=told):
+            drawn(pipe, *torch.randn(2, 2, 7, 24))
+
+
+def test_each_region_attends_to_its_own_text(files):
+    """And what the regions leave to the picture's."""
+    pipe = telling(net(files, "picture", "dog"))
+    unet, g = pipe.unet, torch.Generator().manual_seed(3)
+    x, text = torch.randn(1, 64, 32, generator=g), torch.randn(1, 5, 24, generator=g)
+    row = {
+        "picture": Region(box=(0, 0, 0.25, 1), prompt="ab"),
+        "dog": Region(box=(0.25, 0, 0.5, 1), prompt="abcd", strength=0),
+    }
+
+    def attended(model, text):
+        return model.get_submodule(f"{BLOCK}.attn2")(x, encoder_hidden_states=text)
+
+    with torch.no_grad():
+        texts = [pipe.encode_prompt(p, "cpu", 1, False)[0] for p in ("ab", "abcd")]
+        want = [attended(tiny_unet(), t).view(8, 8, 32) for t in (*texts, text)]
+        with dreamtune.route(pipe, [row]):
+            unet(torch.randn(1, 4, 8, 8), torch.tensor(5), text)
+            got = attended(unet, text).view(8, 8, 32)
+    for number, columns in enumerate((slice(0, 2), slice(2, 4), slice(4, 8))):
+        close(got[:, columns], want[number][:, columns])
+    assert (want[0] - want[1]).abs().max() > 1e-3
+
+
 def test_less_of_a_change_gets_out_of_its_box(files):
     """Of a forward of the network: what the adapter of the left half moves on the right."""
     g = torch.Generator().manual_seed(0)
@@ -270,6 +350,7 @@ def test_what_was_set_comes_back(files):
         ({"mask": torch.ones(4, 4, dtype=torch.complex64)}, "must be real"),
         ({"mask": "left"}, "must be a PIL image, an array or a tensor, got str"),
         ({"mask": Image.new("RGBA", (4, 4))}, "with transparency"),
+        ({"box": ALL, "prompt": 3}, "`prompt` of a `Region` must be a text, got 3"),
     ],
 )
 def test_what_is_no_region(given_, message):
@@ -329,6 +410,23 @@ def test_networks_of_others(tmp_path):
                 model(x[:, 0])
     close(got[:, :, :3], full[:, :, :3])
     assert torch.equal(got[:, :, 3:], plain[:, :, 3:])
+
+
+def test_which_rows_have_the_prompt():
+    """As the pipelines lay out a batch under each guidance: without the prompt first, but for
+    InstructPix2Pix; a perturbed copy has the prompt.
+    """
+
+    def told(**given_):
+        kinds = {n: property(lambda _, v=v: v) for n, v in given_.items()}
+        held = type("Pipeline", (), kinds)()
+        return _copies(held)()  # which holds it weakly
+
+    guided = {"do_classifier_free_guidance": True}
+    assert told(do_classifier_free_guidance=False) == (True,)
+    assert told(**guided) == (False, True)
+    assert told(**guided, do_perturbed_attention_guidance=True) == (False, True, True)
+    assert told(**guided, image_guidance_scale=1.5) == (True, False, False)
 
 
 def test_a_route_without_regions_hooks_nothing(files):
