@@ -114,6 +114,25 @@ def test_each_layer_adds_the_change_times_the_mask(files, name):
             assert outside.any() and torch.equal(got[0][outside], plain[0][outside])
 
 
+def test_changes_of_regions_that_overlap_add_up(files):
+    """Also with one that is everywhere."""
+    unet, base = net(files, "dog", "cow", "owl"), tiny_unet()
+    row = {
+        "dog": Region(box=(0, 0, 0.75, 1)),
+        "cow": Region(box=(0.25, 0, 1, 1), strength=-0.5),
+        "owl": 0.5,
+    }
+    masks = [row["dog"].share(8, 8), -0.5 * row["cow"].share(8, 8), torch.full((8, 8), 0.5)]
+    with torch.no_grad(), dreamtune.route(unet, [row]):
+        said(unet, 1)
+        for path in (f"{BLOCK}.attn1.to_k", "down_blocks.0.resnets.0.conv2"):
+            x = torch.randn(1, 64, 32) if "attn" in path else torch.randn(1, 32, 8, 8)
+            plain, got = base.get_submodule(path)(x), unet.get_submodule(path)(x)
+            shares = [m.reshape(64, 1) if "attn" in path else m for m in masks]
+            alone_ = [net(files, name).get_submodule(path)(x) - plain for name in row]
+            close(got, plain + sum(m * y for m, y in zip(shares, alone_)), atol=2e-5)
+
+
 @pytest.mark.parametrize("processor", [None, AttnProcessor(), SlicedAttnProcessor(2)])
 def test_regions_share_the_attention_to_a_text(files, processor):
     """Two boxes that overlap in the middle columns, and leave the last to the base."""
