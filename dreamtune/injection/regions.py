@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from dreamtune.injection.change import Change, Factors, Use, constant
 from dreamtune.injection.region import Region
 
+ROUNDING = 1e-6  # shares that come to 1 but for float32's: a turn less
+
 Part = tuple[str, Change, Factors, Sequence[float]]
 
 
@@ -41,7 +43,8 @@ class Regions:
         self.batch: tuple[int, int, Tensor] | None = None
         self.sizes: dict[int, tuple[int, int]] = {}
         self.turns: list[int] = []
-        self.turn, self.text = 0, list[nn.Module]()
+        self.turn = 0
+        self.text: Sequence[nn.Module] = ()
         self.kept: dict[object, Tensor] = {}
         self.prompted: Sequence[bool] = ()
         self.told: dict[int, tuple[Tensor, Tensor]] = {}
@@ -201,7 +204,7 @@ class Regions:
         total = weights.sum(0)
         weights /= total.clamp(min=1)
         weights[0] = (1 - total).clamp(min=0)
-        return weights
+        return weights * (weights > ROUNDING)
 
 
 def _convolved(layer: nn.Conv2d, x: Tensor) -> tuple[int, int]:

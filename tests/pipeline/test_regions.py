@@ -15,6 +15,7 @@ from tiny import disturb, images, tiny_pipeline, tiny_unet
 
 import dreamtune
 from dreamtune import Region
+from dreamtune.injection.regions import Regions
 from dreamtune.pipeline.adapters import _copies
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -175,6 +176,20 @@ def test_masks_are_averaged_over_areas(height, width, down, across, seed):
     finer = region.share(5 * height + 1, 7)  # of no whole ratio: the mean stays
     assert finer.mean().item() == pytest.approx(mask.mean().item(), abs=1e-6)
     assert torch.equal(Region(mask=torch.ones(height, width)).share(down, 7), torch.ones(down, 7))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 98), max_size=3, unique=True), st.integers(1, 20))
+def test_boxes_side_by_side_leave_nothing(cuts, width):
+    """Whatever the cuts: no turn of the base, which would cost and change nothing."""
+    edges = [0.0, *(cut / 99 for cut in sorted(cuts)), 1.0]
+    boxes = [Region(box=(a, 0, b, 1)) for a, b in zip(edges, edges[1:])]
+    regions = Regions([{str(i): box for i, box in enumerate(boxes)}])
+    regions.start(torch.zeros(1, 4, 2, width), torch.zeros(1, dtype=torch.long), (True,))
+    assert regions.turns == list(range(1, len(boxes) + 1))
+    weights = regions.weights(torch.zeros(1, 2 * width, 3))
+    assert weights.shape == (len(boxes), 1, 2 * width, 1)
+    close(weights.sum(0), torch.ones(1, 2 * width, 1))
 
 
 def test_a_box_is_its_mask():
