@@ -6,10 +6,10 @@
 The embedded base, and the first 20 subjects to report on as 10 pairs, in the order of the file.
 Each subject is trained for 60 steps by DeLoRA. Of "a sks A next to a sks B on a red background" the
 base draws A on the left. Both adapters are at full strength: everywhere; each in its half by
-`dreamtune.Region`; so, with a prompt for each half; and that with A on the right. Score: mean DINO
-cosine of a half of the picture to the 3 photos of a subject that were held out of training; of the
-subject that belongs there, and of the other. Intervals: 95%, bootstrap over pairs of subjects. Run
-again it goes on. Writes DIR/bleeding.json, DIR/sheet.png and prints its table.
+`dreamtune.Region`; the halves exchanged, with the same prompt, and with a prompt for each half.
+Score: mean DINO cosine of a half of the picture to the 3 photos of a subject that were held out of
+training; of the subject that belongs there, and of the other. Intervals: 95%, bootstrap over pairs
+of subjects. Run again it goes on. Writes DIR/bleeding.json, DIR/sheet.png and prints its table.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from dreamtune.models.load import load_base  # noqa: E402
 from dreamtune.models.sample import sample  # noqa: E402
 
 PROMPT = "a {} next to a {} on a red background"
-OWN_PROMPT = "a {} on a red background"
+OWN_PROMPT = "a {0} next to a {0} on a red background"  # of the picture's composition
 HALVES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
-CONDITIONS = ("everywhere", "regions", "regions with prompts", "the same, exchanged")
+CONDITIONS = ("everywhere", "regions", "exchanged", "exchanged, with prompts")
 TRAINING: dict[str, Any] = {
     "max_train_steps": 60, "checkpointing_steps": 0, "dino": "none", "clip": "none",
     "validation_steps": 0, "validation_prompt": ["a {}"], "num_inference_steps": 1,
@@ -78,14 +78,14 @@ def name_of(pair: Pair) -> str:
 
 def boxes(condition: str) -> Sequence[tuple[float, ...]]:
     """Of the first subject and the second."""
-    return HALVES[::-1] if condition == CONDITIONS[3] else HALVES
+    return HALVES[::-1] if condition in CONDITIONS[2:] else HALVES
 
 
 def row(pair: Pair, condition: str) -> dict[str, Any]:
     """The entry of `route`."""
     if condition == CONDITIONS[0]:
         return {subject.id: 1.0 for subject in pair}
-    prompted = condition in CONDITIONS[2:]
+    prompted = condition == CONDITIONS[3]
     return {
         subject.id: dreamtune.Region(
             box=box, prompt=OWN_PROMPT.format(subject.name) if prompted else None
@@ -156,7 +156,7 @@ def shown(values: Sequence[float], of: Sequence[Seen]) -> str:
 
 
 def table(everything: Sequence[Seen]) -> str:
-    """Of each condition, of the photos, and differences to the first condition, paired."""
+    """Of each condition, of the photos, and of each second condition minus the first, paired."""
     lines = [
         "| adapters | in its own half | in the other's half | halves nearer to their own | n |",
         "|---|---|---|---|---|",
@@ -166,13 +166,13 @@ def table(everything: Sequence[Seen]) -> str:
     for condition, own in by.items():
         cells = [shown([getattr(s, name) for s in own], own) for name in names]
         lines.append(f"| {condition} | {' | '.join(cells)} | {len(own)} |")
-    for condition in CONDITIONS[1:]:
-        before, after = by[CONDITIONS[0]], by[condition]
+    for first, second in (CONDITIONS[:2], CONDITIONS[2:]):
+        before, after = by[first], by[second]
         cells = [
             shown([getattr(a, name) - getattr(b, name) for a, b in zip(after, before)], after)
             for name in names
         ]
-        lines.append(f"| {condition}, difference | {' | '.join(cells)} | {len(after)} |")
+        lines.append(f"| {second}: difference | {' | '.join(cells)} | {len(after)} |")
     return "\n".join(lines)
 
 
