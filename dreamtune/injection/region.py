@@ -21,8 +21,9 @@ class Region:
             image, an array or a tensor, of truth values, of numbers 0 to 1, or of whole numbers to
             255. Between 0 and 1 the change is in part.
         strength: of the adapter inside, as `set_adapters` takes it.
-        prompt: of the region, in place of the picture's: what is where is then told, not left to
-            the model. A pipeline encodes it, `route` on a network cannot.
+        prompt: of the region, in place of the picture's; without, the model decides what is where.
+            It is to ask for a picture of the same composition: the region shows its part of it. A
+            pipeline encodes it, `route` on a network cannot.
         text: the prompt encoded, (tokens, width); set by `route`.
 
     Raises:
