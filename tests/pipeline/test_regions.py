@@ -118,6 +118,7 @@ def test_each_layer_adds_the_change_times_the_mask(files, name):
 def test_changes_of_regions_that_overlap_add_up(files):
     """Also with one that is everywhere."""
     unet, base = net(files, "dog", "cow", "owl"), tiny_unet()
+    own = [net(files, name) for name in ("dog", "cow", "owl")]
     row = {
         "dog": Region(box=(0, 0, 0.75, 1)),
         "cow": Region(box=(0.25, 0, 1, 1), strength=-0.5),
@@ -130,8 +131,8 @@ def test_changes_of_regions_that_overlap_add_up(files):
             x = torch.randn(1, 64, 32) if "attn" in path else torch.randn(1, 32, 8, 8)
             plain, got = base.get_submodule(path)(x), unet.get_submodule(path)(x)
             shares = [m.reshape(64, 1) if "attn" in path else m for m in masks]
-            alone_ = [net(files, name).get_submodule(path)(x) - plain for name in row]
-            close(got, plain + sum(m * y for m, y in zip(shares, alone_)), atol=2e-5)
+            changes = [one.get_submodule(path)(x) - plain for one in own]
+            close(got, plain + sum(m * y for m, y in zip(shares, changes)), atol=2e-5)
 
 
 @pytest.mark.parametrize("processor", [None, AttnProcessor(), SlicedAttnProcessor(2)])
