@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dreamtune.files.export import export as export
     from dreamtune.injection.inject import InjectedAdapter as InjectedAdapter
     from dreamtune.injection.inject import inject as inject
+    from dreamtune.injection.region import Region as Region
     from dreamtune.pipeline.adapters import get_adapters as get_adapters
     from dreamtune.pipeline.adapters import merge as merge
     from dreamtune.pipeline.adapters import route as route
@@ -39,6 +40,7 @@ _PUBLIC = {
     "Config": "dreamtune.config",
     "InjectedAdapter": "dreamtune.injection.inject",
     "METHODS": "dreamtune.adapters",
+    "Region": "dreamtune.injection.region",
     "compare": "dreamtune.evaluation.compare",
     "export": "dreamtune.files.export",
     "get_adapters": "dreamtune.pipeline.adapters",
@@ -63,6 +65,7 @@ __all__ = [
     "Config",
     "InjectedAdapter",
     "METHODS",
+    "Region",
     "compare",
     "export",
     "get_adapters",

@@ -84,7 +84,8 @@ class Served:
         self.watch = Watch(self.model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or _autocast():
+        other = torch.is_grad_enabled() or torch.compiler.is_compiling() or _autocast()
+        if other or self.bank.mix.regions is not None:
             return self.eager(*args, **kwargs)
         if not self.placing.is_current():
             self._look()

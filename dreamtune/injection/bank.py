@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dreamtune.injection.blend import placed
 from dreamtune.injection.follow import strength_of_call
 from dreamtune.injection.group import Group
 from dreamtune.injection.layer import AdaptedLayer
@@ -20,7 +21,7 @@ from dreamtune.injection.turns import Turns, caller
 
 Kind = TypeVar("Kind")
 Rows = Sequence[Mapping[str, Strength]]
-Copies = Callable[[int], int | None]
+Copies = Callable[[int], Sequence[bool] | None]
 BATCHES = ("sample", "hidden_states", "latents", "x")  # what diffusers calls a model's input
 _MAKING = threading.Lock()
 MERGED = "merged into the weights: `dreamtune.unmerge(pipe)` takes it out again"
@@ -55,8 +56,8 @@ class Bank:
     mix: shared by the adapted layers.
     lock: held by a route, and by each forward of the model: those of other threads wait.
     written: what a merge has written; None where the adapters are not in the weights.
-    copies: of a batch of the model, how often it has each row; None, also as an answer: rows are
-        those of the model's batch.
+    copies: of a batch of the model, how often it has each row: as often as that gives values,
+        whether it is with the prompt. None, also as an answer: rows are those of the model's batch.
     under: of the routes that are open, what is set again when each is over.
     outside: who is around the calls of the compiled model. placed: whether it has set places now.
     watcher: who records the model's forwards; None where nobody does.
@@ -149,7 +150,8 @@ class Bank:
             self.mix.set({}, rows)
             try:
                 self._bring()
-                yield
+                with placed(self.model, self.mix):
+                    yield
             finally:
                 strengths, before, self.copies = self.under.pop()
                 self.mix.set(strengths, before)
@@ -220,8 +222,8 @@ class Bank:
             if self.mix.rows is not None or self.mix.from_shelf():
                 raise ValueError(
                     "rows are routed, or adapters of `dreamtune.load_many` are in use, of a network"
-                    " that is compiled. It follows them without gradients, where `route` or"
-                    " `set_adapters` was given the compiled network, or the pipeline that has it"
+                    " that is compiled. It follows them without gradients and regions, where"
+                    " `route` or `set_adapters` was given the compiled network, or its pipeline"
                 )
             return
         self.lock.acquire(caller())
@@ -247,6 +249,10 @@ class Bank:
                 kind = type(self.model).__name__
                 raise ValueError(f"`{kind}` was called without a tensor, whose rows are routed")
             self.mix.spread(self._order(len(self.mix.rows), len(first)))
+            if self.mix.regions is not None:
+                found = None if self.copies is None else self.copies(len(first))
+                prompted = found or (True,)
+                self.mix.regions.start(first, self.mix.order, prompted)
 
     def _after(self, model: nn.Module, args: Any, out: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -257,7 +263,7 @@ class Bank:
         it, and in each the images of a prompt side by side.
         """
         found = None if self.copies is None else self.copies(batch)
-        copies, alone = found or 1, found is None
+        copies, alone = len(found or (True,)), found is None
         images, rest = divmod(batch, rows * copies)
         if rest or not images or (alone and images > 1):
             often = {2: "twice", 3: "three times"}.get(copies, f"{copies} times")

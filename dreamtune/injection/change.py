@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from weakref import ref
 
 import torch
@@ -59,7 +59,8 @@ class Use:
         scale: strength, a number or a tensor with one a slot.
         call: strength for one call of the model, `cross_attention_kwargs={"scale": ...}`.
         rows: slot of each row of the batch, (batch,) long; None: equal blocks.
-        at: strength of each row of the batch, (batch,), of a method that asks for the timestep.
+        at: strength of each row of the batch, (batch,), of a method that asks for the timestep; or
+        of each place in it, (batch, tokens), or (batch, h, w) of what a convolution gives.
     """
 
     slots: int
@@ -175,12 +176,11 @@ def rotated(x: Tensor, rotation: Tensor, batch: int, use: Use) -> Tensor:
 
 
 def by_row(x: Tensor, batch: int, use: Use) -> Tensor:
-    """x (T, n) at the strength of each row of the batch."""
+    """x (T, n) at the strength of each row of the batch, or of each place in it."""
     if use.at is None:
         return x
-    return (x.view(batch, -1, x.shape[-1]) * of_rows(use.at, batch).to(x)[:, None, None]).view(
-        x.shape
-    )
+    at = of_rows(use.at, batch).to(x).reshape(len(use.at), -1, 1)
+    return (x.view(batch, -1, x.shape[-1]) * at).view(x.shape)
 
 
 def of_rows(at: Tensor, batch: int) -> Tensor:
@@ -257,6 +257,23 @@ def constant() -> Iterator[None]:
     """What is kept carries no graph, and is no tensor of inference mode alone."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+class InLayer(Protocol):
+    """A change of one layer, wherever it is kept."""
+
+    @property
+    def adapter(self) -> nn.Module: ...
+
+    @property
+    def use(self) -> Use: ...
+
+    @property
+    def path(self) -> str: ...
+
+    def factors(self, weight: Tensor) -> Factors: ...
+
+    def difference(self, weight: Tensor) -> Tensor: ...
 
 
 class Change:

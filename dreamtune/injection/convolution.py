@@ -32,7 +32,8 @@ def convolved(layer: nn.Conv2d, x: Tensor, changes: Sequence[tuple[Factors, Use]
 
 
 def _at_rows(part: Tensor, at: Tensor) -> Tensor:
-    return part * of_rows(at, len(part)).to(part)[:, None, None, None]
+    at = of_rows(at, len(part)).to(part)
+    return part * at.reshape(len(at), 1, *(at.shape[1:] or (1, 1)))
 
 
 def _parts(layer: nn.Conv2d, x: Tensor, plain: Tensor, factors: Factors, use: Use) -> list[Tensor]:

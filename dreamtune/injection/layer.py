@@ -66,14 +66,14 @@ class Adapted:
         # a copy is plain, and computes its own
         return {**self.__dict__, "mixed": None, "placed": None, "projection": None, "index": 0}
 
-    def pairs(self) -> Pairs:
-        """What it computes with."""
+    def pairs(self, x: Tensor) -> Pairs:
+        """What it computes with, for x."""
         placed: Pairs | None = getattr(self, "placed", None)
         if placed is not None:
             return placed
         mix, changes = getattr(self, "mix", None), getattr(self, "changes", {})
         if mix is not None:
-            return mix.pairs(self)
+            return mix.pairs(self, x)
         return [(change.factors(self.weight), change.use) for change in changes.values()]
 
 
@@ -87,7 +87,7 @@ class AdaptedLinear(Adapted, nn.Linear):
         projection = getattr(self, "projection", None)
         if projection is not None:
             return projection.one(self, input)
-        return combined(input, self.weight, self.bias, self.pairs())
+        return combined(input, self.weight, self.bias, self.pairs(input))
 
 
 class AdaptedConv2d(Adapted, nn.Conv2d):
@@ -97,7 +97,7 @@ class AdaptedConv2d(Adapted, nn.Conv2d):
         projection = getattr(self, "projection", None)
         if projection is not None:
             return projection.one(self, input)
-        return convolved(self, input, self.pairs())
+        return convolved(self, input, self.pairs(input))
 
 
 AdaptedLayer = AdaptedLinear | AdaptedConv2d

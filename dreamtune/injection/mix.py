@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamtune.injection.change import Factors, Use, constant, trains
+from dreamtune.injection.change import Factors, InLayer, Use, constant, trains
+from dreamtune.injection.region import Region
+from dreamtune.injection.regions import Regions
 
-Strength = float | Mapping[str, float]
+Strength = float | Mapping[str, float] | Region
 Pairs = list[tuple[Factors, Use]]
 
 
@@ -26,27 +28,12 @@ def at(strength: Strength, path: str) -> float:
     """In the layer of that path: by parts of a model, that of the longest that it is in, 1 where it
     is in none.
     """
+    if isinstance(strength, Region):
+        strength = strength.strength
     if not isinstance(strength, Mapping):
         return strength
     found = [part for part in strength if path == part or path.startswith(f"{part}.")]
     return strength[max(found, key=len)] if found else 1.0
-
-
-class InLayer(Protocol):
-    """A change of one layer, as the mix sees it."""
-
-    @property
-    def adapter(self) -> nn.Module: ...
-
-    @property
-    def use(self) -> Use: ...
-
-    @property
-    def path(self) -> str: ...
-
-    def factors(self, weight: Tensor) -> Factors: ...
-
-    def difference(self, weight: Tensor) -> Tensor: ...
 
 
 class Stock(Protocol):
@@ -81,6 +68,7 @@ class Mix:
     strengths: of adapters by name, in all rows; 1 where none is given.
     rows: in their place the same for each row of a batch; an adapter that a row does not name is
         not in it. None where all rows are alike.
+    regions: where in the picture those of the rows act; None where all are everywhere.
     order: the row of each row of the model's batch, (batch,).
     off: nothing is added: the changes are in the weights.
     shelf: of adapters that are in use where they are named; None for none.
@@ -90,6 +78,7 @@ class Mix:
     def __init__(self) -> None:
         self.strengths: Mapping[str, Strength] = {}
         self.rows: Sequence[Mapping[str, Strength]] | None = None
+        self.regions: Regions | None = None
         self.order = torch.zeros(0, dtype=torch.long)
         self.off = False
         self.shelf: Stock | None = None
@@ -102,6 +91,7 @@ class Mix:
         rows: Sequence[Mapping[str, Strength]] | None = None,
     ) -> None:
         self.strengths, self.rows = strengths, rows
+        self.regions = Regions.of(rows)
         self.state += 1
 
     def spread(self, order: Sequence[int]) -> None:
@@ -133,8 +123,8 @@ class Mix:
         """Of an adapter in a layer, where all rows are alike."""
         return at(self.strengths.get(name, 1.0), path)
 
-    def pairs(self, layer: Any) -> Pairs:
-        """What the layer computes with, of its changes."""
+    def pairs(self, layer: Any, x: Tensor) -> Pairs:
+        """What the layer computes with, of its changes. x: what it is called with."""
         if self.off:
             return []
         changes = self.changes(layer)
@@ -145,6 +135,9 @@ class Mix:
                 layer.mixed = kept
         own = [changes[used.name] for used in kept.used]
         factors = [change.factors(layer.weight) for change in own]
+        if self.regions is not None:
+            named = [(u.name, c, f, u.strengths) for u, c, f in zip(kept.used, own, factors)]
+            return self.regions.pairs(layer, x, named)
         if self.rows is None and all(used.strengths[0] == 1 for used in kept.used):
             return [(f, change.use) for f, change in zip(factors, own)]
         if kept.pairs is not None and all(a is b for a, b in zip(kept.factors, factors)):

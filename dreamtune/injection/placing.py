@@ -51,6 +51,8 @@ class Placing:
     def tables(self) -> Tables | None:
         """With what is set now in its places; None where a recorded forward cannot have it."""
         mix, bank = self.bank.mix, self.bank
+        if mix.regions is not None:
+            return None
         blocks: dict[str, Sequence[Block]] = {}
         calls: dict[str, float] = {}
         numbers: dict[str, int] = {}  # tell factors from those before them

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dreamtune.injection.change import Factors, Use, constant
 from dreamtune.injection.mix import Mix, Pairs, Strength, at
 from dreamtune.injection.plain import Block
+from dreamtune.injection.region import Region
 
 RANKS = 16  # the smallest place, which the others are 2, 4, 8, ... times as wide as
 
@@ -214,6 +215,7 @@ def _part(
     index = None
     if places != list(range(len(own))):
         index = torch.tensor(places, device=some.device)
+    assert not isinstance(strength, Region), "regions are not for places"
     if not isinstance(strength, Mapping):
         return Part(index, block.factors, strength * call)
     each = [at(strength, path) * call for path in block.paths]

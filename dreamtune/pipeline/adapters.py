@@ -18,6 +18,7 @@ import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -27,13 +28,14 @@ from dreamtune.injection.bank import Bank, Copies, check_free, owners
 from dreamtune.injection.compiled import follow_compiled
 from dreamtune.injection.inject import InjectedAdapter, plainly
 from dreamtune.injection.mix import Strength
+from dreamtune.injection.region import Region
 from dreamtune.injection.shelf import Entry
 from dreamtune.pipeline.calls import running_call
 from dreamtune.pipeline.load import held_by, network_of
+from dreamtune.pipeline.text import GUIDED, encoded
 
 BLOCKS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 LISTED = 20  # names in a message
-GUIDED = "do_classifier_free_guidance"
 Row = str | None | Mapping[str, Strength]
 
 
@@ -96,15 +98,18 @@ def route(pipe: Any, rows: Sequence[Row]) -> Iterator[None]:
 
     Args:
         rows: one entry a prompt: a name, at strength 1; None for the base; or a mapping name ->
-            strength for several, as in `set_adapters`. Images of one prompt have its entry, and so
-            have its rows without the prompt under guidance, in one call or in another: of this
-            pipeline, and of others that share its network. Of a network given instead of a
-            pipeline, and of a pipeline that tells neither its pictures (`latents` in its call) nor
-            its guidance (`do_classifier_free_guidance`), they are the rows of the network's batch.
-            A backward that computes blocks again (checkpoints) belongs inside.
+            strength for several, as in `set_adapters`, or a `Region` of the picture that the
+            adapter acts in. Images of one prompt have its entry, and so have its rows without the
+            prompt under guidance, in one call or in another: of this pipeline, and of others that
+            share its network. Of a network given instead of a pipeline, and of a pipeline that
+            tells neither its pictures (`latents` in its call) nor its guidance
+            (`do_classifier_free_guidance`), they are the rows of the network's batch. A backward
+            that computes blocks again (checkpoints) belongs inside.
 
     Raises:
-        ValueError: as `set_adapters`; a call inside, where the batch does not have these prompts.
+        ValueError: as `set_adapters`; regions in a network with attentions that are not known to
+        attend place by place; a call inside, where the batch does not have these prompts, a mask
+        not the aspect of the picture, or an adapter with a region changes a layer without a place.
     """
     adapters = _adapters(pipe)
     if not isinstance(rows, list | tuple) or not rows:
@@ -119,7 +124,7 @@ def route(pipe: Any, rows: Sequence[Row]) -> Iterator[None]:
             )
         for name in given:
             _known(name, adapters)
-        found.append({name: _checked(s, pipe, name) for name, s in given.items()})
+        found.append({name: _placed(s, pipe, name) for name, s in given.items()})
     bank = _bank(pipe)
     with bank.routed(found, _copies(pipe)):
         plainly(network_of(pipe))
@@ -208,8 +213,17 @@ def _known(name: object, adapters: Mapping[str, object]) -> None:
         raise ValueError(f"no adapter `{name}`.{hint} There are {listed}.")
 
 
-def _checked(strength: Any, pipe: Any, name: str) -> Strength:
+def _placed(strength: Any, pipe: Any, name: str) -> Strength:
+    if not isinstance(strength, Region):
+        return _checked(strength, pipe, name)
+    text = None if strength.prompt is None else encoded(pipe, strength.prompt)
+    return replace(strength, strength=_checked(strength.strength, pipe, name), text=text)
+
+
+def _checked(strength: Any, pipe: Any, name: str) -> float | Mapping[str, float]:
     """With the paths of the parts."""
+    if isinstance(strength, Region):
+        raise ValueError(f"`{name}` has a region, which is for the rows of `dreamtune.route`")
     if not isinstance(strength, Mapping):
         return _number(strength, name)
     network: nn.Module = network_of(pipe)
@@ -247,18 +261,26 @@ def _copies(pipe: Any) -> Copies | None:
         return None
     reference = weakref.ref(pipe)  # the network does not hold its pipeline
 
-    def copies(batch: int) -> int | None:
+    def copies(batch: int) -> Sequence[bool] | None:
         call = running_call()
-        if call is not None and call.pictures and batch % call.pictures == 0:
-            return batch // call.pictures
         held = reference() if call is None else call.pipe
         if held is None:
             raise ValueError("rows are routed by a pipeline that is gone: route by the one in use")
-        if not hasattr(type(held), GUIDED):
-            return None
-        guided = bool(getattr(held, GUIDED, False))  # without: it was never called
-        if hasattr(type(held), "image_guidance_scale"):  # InstructPix2Pix: text, picture, neither
-            return 3 if guided else 1
-        return 1 + guided + bool(getattr(held, "do_perturbed_attention_guidance", False))
+        told = _told(held)
+        if call is None or not call.pictures or batch % call.pictures:
+            return told
+        count = batch // call.pictures
+        return told if told and len(told) == count else (*(False,) * (count - 1), True)
 
     return copies
+
+
+def _told(pipe: Any) -> Sequence[bool] | None:
+    """By what the pipeline says of its guidance."""
+    if not hasattr(type(pipe), GUIDED):
+        return None
+    guided = bool(getattr(pipe, GUIDED, False))  # without: it was never called
+    if hasattr(type(pipe), "image_guidance_scale"):  # InstructPix2Pix: text, picture, neither
+        return (True, False, False) if guided else (True,)
+    perturbed = bool(getattr(pipe, "do_perturbed_attention_guidance", False))
+    return (False,) * guided + (True,) * (1 + perturbed)
