@@ -52,6 +52,7 @@ from robustness_plan import (  # noqa: E402
 )
 from robustness_state import (  # noqa: E402
     CALIBRATION,
+    State,
     append,
     read_state,
     settled,
@@ -132,22 +133,30 @@ def mine(runs: Sequence[Run], rank: int, world: int) -> list[Run]:
     return [run for run in runs if subjects.index(run.subject) % world == rank]
 
 
-def do(path: Path, bench: Bench, waves: Sequence[Wave], until: float) -> None:
-    """What fits, each wave's lines written when it is whole."""
-    seconds = max(until - time.perf_counter(), 0.0)
-    fit, rest = fitted(waves, seconds)
-    print(plan_text(fit, rest, seconds), flush=True)
-    for i, wave in enumerate(fit, 1):
+def do(
+    path: Path,
+    bench: Bench,
+    found: dict[str, Any],
+    waves: Sequence[Wave],
+    state: State,
+    until: float,
+) -> None:
+    """The waves in their order, each if it fits by what the ones before have shown; a wave's lines
+    are written when it is whole. found: the calibration."""
+    for wave in waves:
         start = time.perf_counter()
+        wave = Costs(found, bench.settings, state).again(wave)
         if wave.seconds * MARGIN > until - start:
-            print(f"{wave.name}: {until - start:.0f} s left, {wave.seconds:.0f} needed: not now")
+            print(f"{wave.name}: {wave.seconds:.0f} s, {until - start:.0f} s left: not now")
             continue
         lines = train_wave(bench, wave.runs)
         append(path, lines)
+        for line in lines:
+            state.take(line)
         bad = len({(n["rate"], n["subject"], n["seed"]) for n in lines if n.get("diverged")})
         print(
-            f"{i} of {len(fit)}: {wave.name}: {time.perf_counter() - start:.1f} s, thought "
-            f"{wave.seconds:.1f}" + (f"; {bad} diverged" if bad else ""),
+            f"{wave.name}: {time.perf_counter() - start:.1f} s, thought {wave.seconds:.1f}"
+            + (f"; {bad} diverged" if bad else ""),
             flush=True,
         )
 
@@ -169,9 +178,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("All that is asked for is done.")
     elif args.minutes:
         bench = Bench(settings)
-        costs = Costs(measured(work, bench, args.at_once), settings, state)
-        print(f"Measured: {json.dumps(costs.measured)}", flush=True)
-        do(work / f"scores-{rank}.jsonl", bench, waves_of(runs, costs, args.at_once), until)
+        found = measured(work, bench, args.at_once)
+        print(f"Measured: {json.dumps(found)}", flush=True)
+        waves = waves_of(runs, Costs(found, settings, state), args.at_once)
+        seconds = max(until - time.perf_counter(), 0.0)
+        print(plan_text(*fitted(waves, seconds), seconds), flush=True)
+        do(work / f"scores-{rank}.jsonl", bench, found, waves, state, until)
     elif (work / CALIBRATION).is_file():
         costs = Costs(json.loads((work / CALIBRATION).read_text()), settings, state)
         print(plan_text([], waves_of(runs, costs, args.at_once), 0.0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from robustness_plan import FEW, PARTS, VARIANTS, Run, Settings
@@ -66,6 +66,11 @@ class Costs:
             + at[-1] * self.step(slots) * self.factor(variant)
             + images / float(self.measured["images_a_second"])
         )
+
+    def again(self, wave: Wave) -> Wave:
+        """The wave with what it costs by what is known now."""
+        first = wave.runs[0]
+        return replace(wave, seconds=self.seconds(first.variant, len(wave.runs), first.at))
 
     def size(self, variant: str, at: Sequence[int], most: int | None) -> int:
         """Slots of a wave: the most run-steps a second of the measured sizes, in WAVE_SECONDS."""

@@ -211,7 +211,7 @@ def coded(image: Image.Image) -> str:
 
 def calibrated(bench: Bench, sizes: Sequence[int], variant: str = "delora") -> dict[str, Any]:
     """What `Costs` goes by: seconds of a step at each number of slots, of the images of a scoring,
-    of getting ready; and a step of each of the main variants alone, for time to quality."""
+    scored too, of getting ready; and a step of each of the main variants alone, for time to quality."""
     subjects = subjects_of(PARTS["a"], None)[:FEW]
     steps: dict[str, float] = {}
     images = setup = 0.0
@@ -227,6 +227,7 @@ def calibrated(bench: Bench, sizes: Sequence[int], variant: str = "delora") -> d
                 for _ in range(3 if bench.speed.captured else 1):
                     began = bench.clock()
                     made = stack.images(1, range(n))
+                    judged(bench, {stack.runs[slot]: own for slot, own in made.items()})
                     images = sum(map(len, made.values())) / (bench.clock() - began)
         finally:
             stack.close()
