@@ -210,8 +210,9 @@ def coded(image: Image.Image) -> str:
 
 
 def calibrated(bench: Bench, sizes: Sequence[int], variant: str = "delora") -> dict[str, Any]:
-    """What `Costs` goes by: seconds of a step at each number of slots, of the images of a scoring,
-    scored too, of getting ready; and a step of each of the main variants alone, for time to quality."""
+    """What `Costs` goes by: seconds of a step at each number of slots, of scored images, at the
+    last number, and of getting ready; and of a step of each of the main variants alone, for
+    time to quality."""
     subjects = subjects_of(PARTS["a"], None)[:FEW]
     steps: dict[str, float] = {}
     images = setup = 0.0
