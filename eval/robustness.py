@@ -17,7 +17,8 @@ Runs train stacked, one variant a wave, each slot with its own rate, subject and
 device does is measured first and kept in DIR; then the plan is fitted to the minutes and what does
 not fit is listed with its cost: run again it goes on, and no finished run is done again. A run that
 gives nothing finite is recorded as diverged, without scores. DIR holds a few flat files and no
-adapters; DIR/results.json is what `robustness_report.py` reads. Processes deal the subjects.
+adapters; DIR/results.json is what `robustness_report.py` reads. Processes deal the subjects; the
+first writes the results, so after several `--minutes 0` gathers what all have done.
 """
 
 from __future__ import annotations
@@ -140,16 +141,24 @@ def do(
     waves: Sequence[Wave],
     state: State,
     until: float,
-) -> None:
+) -> list[str]:
     """The waves in their order, each if it fits by what the ones before have shown; a wave's lines
-    are written when it is whole. found: the calibration."""
+    are written when it is whole. found: the calibration. Returns why waves failed: the others do
+    not wait for them."""
+    failed = []
     for wave in waves:
         start = time.perf_counter()
         wave = Costs(found, bench.settings, state).again(wave)
         if wave.seconds * MARGIN > until - start:
             print(f"{wave.name}: {wave.seconds:.0f} s, {until - start:.0f} s left: not now")
             continue
-        lines = train_wave(bench, wave.runs)
+        try:
+            lines = train_wave(bench, wave.runs)
+        except (RuntimeError, ValueError) as error:
+            failed.append(f"{wave.name}: {type(error).__name__}: {error}")
+            print(f"failed: {failed[-1]}", flush=True)
+            bench.clear()
+            continue
         append(path, lines)
         for line in lines:
             state.take(line)
@@ -159,6 +168,7 @@ def do(
             + (f"; {bad} diverged" if bad else ""),
             flush=True,
         )
+    return failed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -174,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     state = read_state(work)
     chosen = Chosen(args.parts, args.variants, args.multipliers, args.subjects)
     runs = [r for r in mine(runs_of(chosen, settings), rank, world) if not state.is_done(r)]
+    failed: list[str] = []
     if not runs:
         print("All that is asked for is done.")
     elif args.minutes:
@@ -183,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         waves = waves_of(runs, Costs(found, settings, state), args.at_once)
         seconds = max(until - time.perf_counter(), 0.0)
         print(plan_text(*fitted(waves, seconds), seconds), flush=True)
-        do(work / f"scores-{rank}.jsonl", bench, found, waves, state, until)
+        failed = do(work / f"scores-{rank}.jsonl", bench, found, waves, state, until)
     elif (work / CALIBRATION).is_file():
         costs = Costs(json.loads((work / CALIBRATION).read_text()), settings, state)
         print(plan_text([], waves_of(runs, costs, args.at_once), 0.0))
@@ -191,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{len(runs)} runs are to be done; what they cost is not measured yet.")
     if rank == 0:
         print(f"Results: {write_results(work)}")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

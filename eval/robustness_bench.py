@@ -19,6 +19,7 @@ from dreamtune.config import Settings as Resolved
 from dreamtune.data.photos import hold_out, read_folder
 from dreamtune.evaluation.prompts import unrelated
 from dreamtune.evaluation.validation import Evaluator
+from dreamtune.injection.inject import InjectedAdapter
 from dreamtune.metrics import Features, Scorers, TextExtractor
 from dreamtune.metrics.scorers import References
 from dreamtune.training.cache import Cache, Pools, build_cache
@@ -26,6 +27,7 @@ from dreamtune.training.defaults import resolve, sampling_of, subject_of, with_s
 from dreamtune.training.run import validation_prompts
 from dreamtune.training.speed import choose_speed, speed_up
 from dreamtune.training.train import base_of
+from dreamtune.training.wave import release
 
 KEYS = ("dino", "clip_i", "clip_t", "dino_held_out", "dino_nearest", "dino_drift")
 KEPT = (*KEYS, "clip_t_shuffled")  # of a record
@@ -112,6 +114,12 @@ class Bench:
             max_train_steps=run.steps,
             seed=run.seed,
         )
+
+    def clear(self) -> None:
+        """Takes out what a wave that failed has left in the base."""
+        for adapter in InjectedAdapter.of(self.base.network):
+            adapter.eject()
+        release(self.base)
 
     def clock(self) -> float:
         if self.base.device.type == "cuda":

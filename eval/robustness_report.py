@@ -209,6 +209,7 @@ def facts(results: Results) -> str:
 
 def build(results: Results, out: Path) -> list[Path]:
     """The page and the figures; what was written."""
+    shown = pictures(results)  # the file may be damaged here: before the charts, which take long
     parts = [
         rates_section(results, "rates", "Score at each rate", results.of("a", "d"), ("a", "d")),
         steps_section(results),
@@ -226,7 +227,7 @@ def build(results: Results, out: Path) -> list[Path]:
         f"{escape(spent or 'no time')}. {escape(missing(results))}</p></header>"
     )
     main, rest, others = head + parts[0][0] + parts[1][0] + parts[2][0], parts[3][0], parts[4][0]
-    main += questions(results) + pictures(results) + rest + others + facts(results)
+    main += questions(results) + shown + rest + others + facts(results)
     written = [write_main(out / PAGE, "Robustness", main, STYLE)]
     for _, plots in parts:
         for one in plots:
