@@ -40,10 +40,12 @@ PAPER = "#ffffff"
 
 @dataclass(frozen=True)
 class Line:
-    """Of one variant: (x, mean) by x."""
+    """Of one variant: (x, mean) by x. look: the number of its colour and mark, the same in all
+    figures of a kind, also where others have no line."""
 
     title: str
     points: Sequence[tuple[float, Estimate]]
+    look: int
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def plot(
                 fontsize=SMALL, gid=f"{MARK}halo",
             )  # fmt: skip
         for i, line in enumerate(lines):
-            draw(axes, line, i, len(lines))
+            draw(axes, line, i - (len(lines) - 1) / 2)
         axes.set_xlabel(plain(across), color=colour[SOFT], fontsize=SMALL)
         axes.legend(
             loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4 if wide else 2, frameon=False,
@@ -114,19 +116,16 @@ def plot(
     return Plot(name, title, f"{title} against {across}. {said}", WIDE if wide else SIZE, paint)
 
 
-def draw(axes: Axes, line: Line, i: int, count: int) -> None:
+def draw(axes: Axes, line: Line, place: float) -> None:
     """Means, joined, with their intervals; lines stand a little apart, so that none hides one."""
-    shift = 2 ** ((i - (count - 1) / 2) * 0.06)
-    x = [x * shift for x, _ in line.points]
+    x = [x * 2 ** (0.06 * place) for x, _ in line.points]
     y = [e.mean for _, e in line.points]
-    look: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)]}
+    look: dict[str, Any] = {"color": COLOURS[line.look % len(COLOURS)]}
     for at, (_, e) in zip(x, line.points):
         if e.low is not None and e.high is not None:
             axes.plot([at, at], [e.low, e.high], linewidth=1.2, alpha=0.55, **look)
-    axes.plot(
-        x, y, linewidth=2, marker=MARKERS[i % len(MARKERS)], markersize=5, label=plain(line.title),
-        **look,
-    )  # fmt: skip
+    look |= {"marker": MARKERS[line.look % len(MARKERS)], "markersize": 5, "linewidth": 2}
+    axes.plot(x, y, label=plain(line.title), **look)
 
 
 def set_ticks(axes: Axes, ticks: Mapping[float, str], colour: Mapping[str, str]) -> None:

@@ -44,9 +44,16 @@ VARIANTS = {
         Variant("norm_bounded", "NB-LoRA", "norm_bounded"),
         Variant("delora_peft", "DeLoRA, PEFT's start", "delora", {"start": "peft"}),
         Variant("delora_fixed", "DeLoRA, lambda fixed", "delora", {"lambda_learning_rate": 0.0}),
+        Variant("delora_1", "DeLoRA, lambda 1", "delora", {"lambda_init": 1.0}),
+        Variant("delora_15", "DeLoRA, lambda 15", "delora", {"lambda_init": 15.0}),
+        Variant(
+            "delora_peft_15", "DeLoRA, PEFT's start, lambda 15", "delora",
+            {"start": "peft", "lambda_init": 15.0},
+        ),
     )
-}
-OTHERS = tuple(name for name in VARIANTS if name not in MAIN)
+}  # fmt: skip
+STRENGTHS = ("delora_1", "delora", "delora_15", "delora_peft", "delora_peft_15")
+OTHERS = tuple(name for name in VARIANTS if name not in (*MAIN, *STRENGTHS)) + ("delora_peft",)
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,7 @@ PARTS = {
         "time to quality", MAIN, (1 / 4, 1.0, 4.0), "dev", FEW,
         at=tuple(n / 48 for n in (1, 2, 3, 4, 6, 8, 12, 15, 18, 24, 30, 36, 42, 48)),
     ),
+    "lambda": Part("starts and strengths of DeLoRA", STRENGTHS, (1 / 4, 1.0, 4.0), "dev", FEW),
 }  # fmt: skip
 
 

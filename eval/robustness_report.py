@@ -77,10 +77,10 @@ def step_plot(results: Results, name: str, rows: Sequence[Row], key: str) -> Plo
 
 def lines_of(results: Results, rows: Sequence[Row], across: str, key: str) -> list[Line]:
     found = []
-    for variant in results.variants(rows):
+    for look, variant in enumerate(results.variants(rows)):
         own = by([r for r in rows if r["variant"] == variant], across)
         points = [(float(x), e) for x, part in own.items() if (e := mean(results, part, key))]
-        found.append(Line(results.titles[variant], points))
+        found.append(Line(results.titles[variant], points, look))
     return found
 
 
@@ -219,6 +219,10 @@ def build(results: Results, out: Path) -> list[Path]:
             results, "defaults", "Development subjects: rates to choose from",
             results.of("defaults"), ("defaults",),
         ),
+        rates_section(
+            results, "lambda", "Development subjects: starts and strengths of DeLoRA",
+            results.of("lambda"), ("lambda",),
+        ),
     ]  # fmt: skip
     spent = ", ".join(f"{v:.1f} minutes on {d}" for d, v in minutes(results).items())
     head = (
@@ -226,8 +230,8 @@ def build(results: Results, out: Path) -> list[Path]:
         f'<p class="soft">{escape(counted(list(results.rows)))} on the embedded base; waves of '
         f"{escape(spent or 'no time')}. {escape(missing(results))}</p></header>"
     )
-    main, rest, others = head + parts[0][0] + parts[1][0] + parts[2][0], parts[3][0], parts[4][0]
-    main += questions(results) + shown + rest + others + facts(results)
+    htmls = [html for html, _ in parts]
+    main = "".join([head, *htmls[:3], questions(results), shown, *htmls[3:], facts(results)])
     written = [write_main(out / PAGE, "Robustness", main, STYLE)]
     for _, plots in parts:
         for one in plots:

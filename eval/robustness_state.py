@@ -32,6 +32,7 @@ def settled(work: Path, asked: Settings) -> Settings:
             partial.write_text(json.dumps(asdict(found), indent=1))
         return found
     saved = Settings(**json.loads(path.read_text()))
+    saved = replace(saved, centres={**own, **saved.centres})  # variants may have come since
     now = replace(asked, centres={**saved.centres, **asked.centres})
     if now != saved:
         raise ValueError(

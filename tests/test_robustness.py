@@ -103,6 +103,8 @@ def test_parts_are_as_promised() -> None:
     rates = sorted({r.rate for r in count["a"] if r.variant == "delora"})
     assert rates == pytest.approx([1e-2 * m for m in MULTIPLIERS])
     tuned = runs_of(Chosen(["defaults", "time"]), SETTINGS)
+    variants = [len(PARTS[p].variants) for p in ("a", "c", "defaults", "lambda")]
+    assert variants == [4, 8, 12, 5]
     assert {r.subject for r in tuned} == {s.id for s in embedded.subjects("dev")}
 
 
@@ -164,6 +166,8 @@ def test_settings_hold_for_a_folder(tmp_path: Path) -> None:
     first = settled(tmp_path, Settings(steps=4, centres={"lora": 1e-3}))
     assert first.centres["lora"] == 1e-3 and first.centres["ether"] == 6e-3
     assert settled(tmp_path, Settings(steps=4)) == first
+    (tmp_path / "settings.json").write_text('{"steps": 4, "centres": {"lora": 0.001}}')
+    assert settled(tmp_path, Settings(steps=4)) == first  # the others came later
     with pytest.raises(ValueError, match="name another --work"):
         settled(tmp_path, Settings(steps=5))
     with pytest.raises(ValueError, match="name another --work"):
