@@ -82,7 +82,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Settings]:
     add("--multipliers", nargs="+", type=float, help="of the rate [default: all of a part]")
     add("--subjects", type=int, help="the first so many of a part's")
     add("--at_once", type=int, help="slots of a wave at most [default: by what is measured]")
-    add("--centres", nargs="+", default=[], metavar="VARIANT=RATE", help="rate of multiplier 1")
+    add(
+        "--centres",
+        nargs="+",
+        default=[],
+        metavar="VARIANT=RATE",
+        help="rate of multiplier 1 in these parts [default: b and d as a; else the method's own]",
+    )
     add("--steps", type=int, default=Settings.steps, help="of a usual run")
     add("--prompts", type=int, default=Settings.prompts, help="scored images of a run")
     add("--unrelated", type=int, default=Settings.unrelated, help="prompts for the drift")
@@ -96,8 +102,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Settings]:
         if value not in MULTIPLIERS:
             known = ", ".join(f"{m:g}" for m in MULTIPLIERS)
             raise ValueError(f"--multipliers must be of {known}; got {value:g}.")
-    centres = dict(centre(text) for text in args.centres)
-    return args, Settings(args.steps, args.prompts, args.unrelated, centres)
+    args.centres = dict(centre(text) for text in args.centres)
+    return args, Settings(args.steps, args.prompts, args.unrelated)
 
 
 def centre(text: str) -> tuple[str, float]:
@@ -181,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    settings = settled(work, asked)
+    settings = settled(work, asked, args.parts, args.centres)
     state = read_state(work)
     chosen = Chosen(args.parts, args.variants, args.multipliers, args.subjects)
     runs = [r for r in mine(runs_of(chosen, settings), rank, world) if not state.is_done(r)]

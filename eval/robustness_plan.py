@@ -53,6 +53,7 @@ VARIANTS = {
     )
 }  # fmt: skip
 STRENGTHS = ("delora_1", "delora", "delora_15", "delora_peft", "delora_peft_15")
+LIKE = {"b": "a", "d": "a"}  # parts whose rates are those of another, where not given
 OTHERS = tuple(name for name in VARIANTS if name not in (*MAIN, *STRENGTHS)) + ("delora_peft",)
 
 
@@ -114,12 +115,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a continuation may not change. centres: variant -> its rate at the multiplier 1."""
+    """What a continuation may not change. centres: part -> variant -> its rate at the multiplier
+    1, where that is not the method's own."""
 
     steps: int = 240
     prompts: int = 8
     unrelated: int = 4
-    centres: Mapping[str, float] = field(default_factory=dict)
+    centres: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def centre(self, part: str, variant: str) -> float:
+        return self.centres.get(part, {}).get(variant, VARIANTS[variant].rate)
 
     @property
     def images(self) -> int:
@@ -161,7 +166,7 @@ def runs_of(chosen: Chosen, settings: Settings) -> list[Run]:
         variants = [v for v in part.variants if v in (chosen.variants or VARIANTS)]
         rates = [m for m in part.multipliers if m in (chosen.multipliers or MULTIPLIERS)]
         found += [
-            Run(name, v, m, settings.centres[v] * m, seed, subject, at)
+            Run(name, v, m, settings.centre(name, v) * m, seed, subject, at)
             for seed in part.seeds
             for v in variants
             for subject in subjects_of(part, chosen.subjects)

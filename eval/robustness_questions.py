@@ -17,8 +17,8 @@ from robustness_stats import (
     MAIN_SCORE,
     Results,
     Row,
+    at_chosen_rate,
     by,
-    chosen_multiplier,
     difference,
     diverged,
     mean,
@@ -31,9 +31,9 @@ def seeds(results: Results) -> str:
     rows = results.of("a", "d")
     lines = []
     for variant in results.variants(rows):
-        best, _ = chosen_multiplier(results, variant, "a", "d")
-        for name, m in (("1", 1.0), ("best rate", best)):
-            own = [r for r in rows if r["variant"] == variant and r["multiplier"] == m]
+        centre = [r for r in rows if r["variant"] == variant and r["multiplier"] == 1.0]
+        best, _ = at_chosen_rate(results, variant, "a", "d")
+        for name, own in (("1 x", centre), ("best rate", best)):
             if (spread := seed_spread(results, own)) is not None:
                 count = len({r["seed"] for r in own})
                 label = f"{title(results, variant)}, {name}"
@@ -76,14 +76,10 @@ def of_the_start(row: Row) -> float | None:
 
 def versus(results: Results, ours: str, others: Sequence[str]) -> str:
     """Paired differences of the variants' best rates on the subjects that both have."""
-    parts = ("a", "c", "d")
-    rows = results.of(*parts)
-    lines = []
-    mine, _ = chosen_multiplier(results, ours, *parts)
+    parts, lines = ("a", "c", "d"), []
+    a, _ = at_chosen_rate(results, ours, *parts)
     for other in others:
-        theirs, _ = chosen_multiplier(results, other, *parts)
-        a = [r for r in rows if r["variant"] == ours and r["multiplier"] == mine]
-        b = [r for r in rows if r["variant"] == other and r["multiplier"] == theirs]
+        b, _ = at_chosen_rate(results, other, *parts)
         found = [difference(results, a, b, key) for key in SCORES]
         if any(found):
             count = max(e.clusters for e in found if e is not None)

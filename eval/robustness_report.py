@@ -144,8 +144,10 @@ def questions(results: Results) -> str:
 def pictures(results: Results) -> str:
     """One subject and prompt, at the last step of each rate and along the long runs."""
     kept = [p for p in results.about.get("pictures", []) if p["variant"] in results.titles]
-    ends = [p for p in kept if p["part"] in ("a", "c", "defaults")]
+    ends = [p for p in kept if p["part"] in ("a", "c")]
+    ends = ends or [p for p in kept if p["part"] == "defaults"]
     long = [p for p in kept if p["part"] == "b"]
+    kept = [*ends, *long]
     names = ", ".join(sorted({p["subject"] for p in kept}))
     note = f"Of {names}, the first scored prompt and seed; – diverged, or was not run."
     return section(

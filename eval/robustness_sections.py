@@ -14,9 +14,9 @@ from robustness_stats import (
     Row,
     Sweep,
     Width,
+    at_chosen_rate,
     base_floors,
     by,
-    chosen_multiplier,
     diverged,
     mean,
     sweep,
@@ -175,8 +175,7 @@ def at_best(results: Results, rows: Sequence[Row], *parts: str) -> str:
     """All scores at the rate that the development subjects chose, or these subjects themselves."""
     lines, by_whom = [], set()
     for variant in results.variants(rows):
-        best, whom = chosen_multiplier(results, variant, *parts)
-        own = [r for r in rows if r["variant"] == variant and r["multiplier"] == best]
+        own, whom = at_chosen_rate(results, variant, *parts)
         if not own:
             continue
         by_whom.add(whom)

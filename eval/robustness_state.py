@@ -9,37 +9,47 @@ WORK/results.json        all of it, compact, for `robustness_report.py`
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from robustness_plan import VARIANTS, Run, Settings
+from robustness_plan import LIKE, PARTS, VARIANTS, Run, Settings
 
 from dreamtune.files.whole import whole
 
 SETTINGS, CALIBRATION, RESULTS = "settings.json", "calibration.json", "results.json"
 
 
-def settled(work: Path, asked: Settings) -> Settings:
-    """The settings of the folder, written by its first start. A centre that is not given is that of
-    before, or the method's own. Raises ValueError for one that is another."""
+def settled(
+    work: Path, asked: Settings, parts: Sequence[str], centres: Mapping[str, float]
+) -> Settings:
+    """The settings of the folder, with the centres of these parts, which their first start fixes:
+    those that are given, else of the part that they are like, else the method's own. Raises
+    ValueError for what was started otherwise."""
     path = work / SETTINGS
-    own = {name: variant.rate for name, variant in VARIANTS.items()}
-    if not path.is_file():
-        found = replace(asked, centres={**own, **asked.centres})
+    saved = Settings(**json.loads(path.read_text())) if path.is_file() else asked
+    if replace(asked, centres=saved.centres) != saved:
+        was, new = ({k: v for k, v in asdict(s).items() if k != "centres"} for s in (saved, asked))
+        raise ValueError(f"`{path}` was started with {was}, not {new}: name another --work.")
+    if strange := [v for v in centres if not any(v in PARTS[part].variants for part in parts)]:
+        raise ValueError(f"--centres names `{strange[0]}`, which none of the parts asked for has.")
+    found = {part: dict(own) for part, own in saved.centres.items()}
+    for part in parts:
+        own = {v: VARIANTS[v].rate for v in PARTS[part].variants}
+        given = {v: rate for v, rate in centres.items() if v in own}
+        if (known := found.get(part)) is None:
+            found[part] = {**own, **found.get(LIKE.get(part, ""), {}), **given}
+        elif other := [v for v in given if known.get(v, given[v]) != given[v]]:
+            raise ValueError(
+                f"part {part} was started with {other[0]} at {known[other[0]]:g}, not "
+                f"{given[other[0]]:g}: name another --work."
+            )
+    now = replace(saved, centres=found)
+    if now != saved or not path.is_file():
         with whole(path) as partial:
-            partial.write_text(json.dumps(asdict(found), indent=1))
-        return found
-    saved = Settings(**json.loads(path.read_text()))
-    saved = replace(saved, centres={**own, **saved.centres})  # variants may have come since
-    now = replace(asked, centres={**saved.centres, **asked.centres})
-    if now != saved:
-        raise ValueError(
-            f"`{path}` was started with {asdict(saved)}, asked for is {asdict(now)}: name another "
-            "--work."
-        )
-    return saved
+            partial.write_text(json.dumps(asdict(now), indent=1))
+    return now
 
 
 @dataclass

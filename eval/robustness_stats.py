@@ -4,6 +4,7 @@ the range of rates, time to quality."""
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -223,22 +224,29 @@ def base_floors(results: Results, own: Sweep) -> Array | None:
     return np.array([results.base[s][MAIN_SCORE] for s in own.subjects], dtype=np.float64)
 
 
-def best_multiplier(results: Results, variant: str, *parts: str) -> float | None:
-    """Of the rate of the variant's best mean in these parts; None where there is none."""
+def best_rate(results: Results, variant: str, *parts: str) -> float | None:
+    """The rate of the variant's best mean in these parts; None where there is none."""
     rows = [r for r in results.of(*parts) if r["variant"] == variant]
     own = sweep(results, rows) if rows else None
-    return None if own is None else own.multipliers[own.best]
+    return None if own is None else own.rates[own.best]
 
 
-def chosen_multiplier(results: Results, variant: str, *parts: str) -> tuple[float | None, str]:
-    """The best rate by the development subjects, where their rates were run, else by the reporting
-    subjects of these parts themselves; and which."""
-    found = best_multiplier(results, variant, "defaults")
-    if found is not None and any(
-        r["variant"] == variant and r["multiplier"] == found for r in results.of(*parts)
-    ):
-        return found, "development"
-    return best_multiplier(results, variant, *parts), "reporting"
+def at_rate(rows: Iterable[Row], variant: str, rate: float | None) -> list[Row]:
+    """Those of the variant at that rate; a rate is a product, and rounded."""
+    return [
+        row for row in rows
+        if row["variant"] == variant and rate and math.isclose(row["rate"], rate, rel_tol=1e-6)
+    ]  # fmt: skip
+
+
+def at_chosen_rate(results: Results, variant: str, *parts: str) -> tuple[list[Row], str]:
+    """The variant's last rows in these parts at its best rate by the development subjects, where
+    that was run there, else by the reporting subjects of these parts themselves; and by which."""
+    rows = results.of(*parts)
+    for whom, of in (("development", ("defaults",)), ("reporting", parts)):
+        if found := at_rate(rows, variant, best_rate(results, variant, *of)):
+            return found, whom
+    return [], ""
 
 
 def difference(

@@ -253,7 +253,7 @@ def calibrated(bench: Bench, sizes: Sequence[int], variant: str = "delora") -> d
 
 
 def calibrating(bench: Bench, variant: str, subjects: Sequence[str], n: int) -> list[Run]:
-    rate = bench.settings.centres[variant]
+    rate = bench.settings.centre("a", variant)
     return [
         Run("a", variant, 1.0, rate, i, subjects[i % len(subjects)], (TIMED,)) for i in range(n)
     ]

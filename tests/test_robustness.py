@@ -48,6 +48,7 @@ from robustness_state import (  # noqa: E402
 from robustness_stats import (  # noqa: E402
     Results,
     Sweep,
+    at_chosen_rate,
     difference,
     ends,
     mean,
@@ -59,8 +60,7 @@ from robustness_times import common_best, own_best, time_to_quality  # noqa: E40
 
 from dreamtune import embedded  # noqa: E402
 
-CENTRES = {name: variant.rate for name, variant in VARIANTS.items()}
-SETTINGS = Settings(centres=CENTRES)
+SETTINGS = Settings()
 MEASURED = {
     "device": "cpu", "torch": "2", "variant": "delora", "setup_seconds": 2.0,
     "seconds_a_step": {"16": 0.1, "64": 0.2, "128": 0.6}, "images_a_second": 24.0,
@@ -163,15 +163,21 @@ def test_a_line_that_was_cut_off_costs_its_run_alone(tmp_path: Path) -> None:
 
 
 def test_settings_hold_for_a_folder(tmp_path: Path) -> None:
-    first = settled(tmp_path, Settings(steps=4, centres={"lora": 1e-3}))
-    assert first.centres["lora"] == 1e-3 and first.centres["ether"] == 6e-3
-    assert settled(tmp_path, Settings(steps=4)) == first
-    (tmp_path / "settings.json").write_text('{"steps": 4, "centres": {"lora": 0.001}}')
-    assert settled(tmp_path, Settings(steps=4)) == first  # the others came later
-    with pytest.raises(ValueError, match="name another --work"):
-        settled(tmp_path, Settings(steps=5))
-    with pytest.raises(ValueError, match="name another --work"):
-        settled(tmp_path, Settings(steps=4, centres={"lora": 2e-3}))
+    asked = Settings(steps=4)
+    first = settled(tmp_path, asked, ["defaults"], {})
+    assert first.centre("defaults", "lora") == 6e-4
+    second = settled(tmp_path, asked, ["a"], {"lora": 1e-3})  # what the first has told
+    assert (second.centre("defaults", "lora"), second.centre("a", "lora")) == (6e-4, 1e-3)
+    assert second.centre("a", "ether") == 6e-3
+    third = settled(tmp_path, asked, ["b", "a", "c"], {})
+    assert (third.centre("b", "lora"), third.centre("c", "dora")) == (1e-3, 6e-4)
+    assert settled(tmp_path, asked, ["a"], {"lora": 1e-3}) == third
+    with pytest.raises(ValueError, match="part a was started with lora at 0.001, not 0.002"):
+        settled(tmp_path, asked, ["a"], {"lora": 2e-3})
+    with pytest.raises(ValueError, match="'steps': 4.*not.*'steps': 5.*name another --work"):
+        settled(tmp_path, Settings(steps=5), ["a"], {})
+    with pytest.raises(ValueError, match="`dora`, which none of the parts"):
+        settled(tmp_path, asked, ["a"], {"dora": 2e-3})
 
 
 class NoBench:
@@ -315,7 +321,7 @@ def test_a_wave_of_the_embedded_base(monkeypatch: pytest.MonkeyPatch) -> None:
     """One run comes apart, the other is scored."""
     real = robustness_bench.sampling_of
     monkeypatch.setattr(robustness_bench, "sampling_of", lambda c: replace(real(c), steps=2))
-    bench = robustness_bench.Bench(Settings(prompts=1, unrelated=1, centres=CENTRES))
+    bench = robustness_bench.Bench(Settings(prompts=1, unrelated=1))
     runs = [Run("a", "lora", m, rate, 0, "panda-3d", (1,)) for m, rate in ((1, 1e-3), (64, 1e30))]
     base, fine, bad, wave = robustness_wave.train_wave(bench, runs)
     assert base["kind"] == "base" and base["dino_drift"] == pytest.approx(0, abs=1e-4)
@@ -363,6 +369,16 @@ def test_a_sweep_is_of_subjects_that_have_all_rates() -> None:
     assert (found.runs, found.diverged) == ((3, 2), (0, 0))
 
 
+def test_the_rate_is_chosen_by_other_subjects_where_it_can_be() -> None:
+    rows = [row("s", v, multiplier=m, rate=3e-4 * m) for m, v in ((1, 0.9), (4, 0.8))]
+    assert at_chosen_rate(results(rows), "lora", "a") == ([rows[0]], "reporting")
+    dev = [
+        row("f", v, part="defaults", multiplier=m, rate=1.2e-3 * m) for m, v in ((1, 0.9), (4, 0.1))
+    ]
+    assert at_chosen_rate(results([*rows, *dev]), "lora", "a") == ([rows[1]], "development")
+    assert at_chosen_rate(results(rows), "ether", "a") == ([], "")
+
+
 def test_paired_differences_and_spread_over_seeds() -> None:
     ours = [row("s", 0.8), row("t", 0.6), row("u", 0.1)]
     theirs = [row("s", 0.7), row("t", 0.4)]
@@ -402,7 +418,7 @@ def picture() -> str:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Results of two variants at two rates on two subjects, where LoRA's higher rate diverges."""
-    settled(tmp_path, Settings())
+    settled(tmp_path, Settings(), ["a"], {})
     (tmp_path / "calibration.json").write_text(json.dumps({**MEASURED, "device": "<b>chip</b>"}))
     runs = runs_of(Chosen(["a"], ["lora", "delora"], [1.0, 64.0], 2), SETTINGS)
     lines: list[dict[str, Any]] = []
