@@ -36,7 +36,8 @@ VARIANTS = {
         Variant("delora", "DeLoRA", "delora"),
         Variant("ether", "ETHER", "ether"),
         Variant("ether_plus", "ETHER+", "ether+"),
-        Variant("rslora", "rsLoRA", "lora", {"use_rslora": True}),
+        # of LoRA's alpha: without one its scale would be LoRA's
+        Variant("rslora", "rsLoRA", "lora", {"use_rslora": True, "alpha": 16.0}),
         Variant("dora", "DoRA", "dora"),
         Variant("oft", "OFT", "oft"),
         Variant("hra", "HRA", "hra"),

@@ -59,6 +59,7 @@ from robustness_stats import (  # noqa: E402
 from robustness_times import common_best, own_best, time_to_quality  # noqa: E402
 
 from dreamtune import embedded  # noqa: E402
+from dreamtune.adapters import find_method  # noqa: E402
 
 SETTINGS = Settings()
 MEASURED = {
@@ -110,6 +111,14 @@ def test_parts_are_as_promised() -> None:
 
 def test_no_name_has_what_a_file_cannot() -> None:
     assert all(name.isidentifier() for name in (*VARIANTS, *PARTS))
+
+
+def test_rslora_is_not_lora_by_another_name() -> None:
+    made = [
+        find_method(v.method)(torch.ones(32, 32), **v.options)
+        for v in (VARIANTS["lora"], VARIANTS["rslora"])
+    ]
+    assert [adapter.strength for adapter in made] == [1.0, 4.0]  # 16 / 16, 16 / sqrt(16)
 
 
 def test_costs_lie_on_lines_and_learn_from_waves() -> None:
