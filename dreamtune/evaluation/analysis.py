@@ -54,20 +54,26 @@ def hyperspherical_energy(weight: Tensor) -> float:
     return total / (n * (2 * n - 1))
 
 
+def relative_distance(changed: Tensor, weight: Tensor) -> Tensor:
+    """‖W' - W‖ / ‖W‖ in Frobenius norms, (..., S). W' is (..., S, out, in), W (..., out, in)."""
+    moved = torch.linalg.matrix_norm(changed - weight.unsqueeze(-3))
+    return moved / torch.linalg.matrix_norm(weight).unsqueeze(-1)
+
+
 @torch.no_grad()
 def analyse_file(file: AdapterFile, weights: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """Module path -> `distance`, ‖W' - W‖ / ‖W‖ in Frobenius norms; `energy`, of W' over that of W;
+    """Module path -> `distance`, see `relative_distance`; `energy`, of W' over that of W;
     `share` of its bound, None for a method without one. weights: of the base, (out, in).
     """
     found = {}
     for path in file.shapes:
         weight = weights[path].float()
         adapter = adapter_of_layer(file, path, weight)
-        changed = adapter.merged(weight)[0]
+        merged = adapter.merged(weight)
         share = adapter.share_of_bound(weight)
         found[path] = {
-            "distance": float((changed - weight).norm() / weight.norm()),
-            "energy": hyperspherical_energy(changed) / hyperspherical_energy(weight),
+            "distance": float(relative_distance(merged, weight)[0]),
+            "energy": hyperspherical_energy(merged[0]) / hyperspherical_energy(weight),
             "share": None if share is None else float(share[0]),
         }
     return found

@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK, SOFT, RULE, ACCENT, CARD = "#010101", "#020202", "#030303", "#040404", "#050505"
 VARIABLES = {INK: "--ink", SOFT: "--soft", RULE: "--rule", ACCENT: "--accent", CARD: "--card"}
@@ -70,16 +71,21 @@ def chart(
         else:
             figure.set_layout_engine("constrained")
         figure.patch.set_visible(False)
-        axes = figure.add_subplot()
-        axes.spines[:].set_visible(False)
-        axes.set_facecolor("none")
-        axes.tick_params(length=0, colors=SOFT, labelsize=SMALL, pad=5)
-        axes.grid(axis="y", color=RULE, linewidth=1)
-        axes.set_axisbelow(True)
-        paint(axes)
+        paint(axes_of(figure))
         canvas.print_svg(buffer, metadata=METADATA)
     head = f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
     return f"{head}{inlined(buffer.getvalue(), title, said)}</figure>"
+
+
+def axes_of(figure: Figure, soft: str = SOFT, rule: str = RULE) -> Axes:
+    """The only axes of a figure, bare but for soft texts and rules across."""
+    axes = figure.add_subplot()
+    axes.spines[:].set_visible(False)
+    axes.set_facecolor("none")
+    axes.tick_params(length=0, colors=soft, labelsize=SMALL, pad=5)
+    axes.grid(axis="y", color=rule, linewidth=1)
+    axes.set_axisbelow(True)
+    return axes
 
 
 def inlined(drawn: str, title: str, said: str) -> str:

@@ -22,21 +22,25 @@ def write_html(path: Path, name: str, title: str, **parts: str) -> Path:
     `<name>.css` after the common style; parts: of both, as HTML.
     """
 
-    def filled(file: str, **values: str) -> str:
-        text = (TEMPLATES / file).read_text(encoding="utf-8")
-        return Template(text).substitute(values)
-
     title = escape(title)
-    page = filled(
-        "page.html",
-        title=title,
-        style=(TEMPLATES / "page.css").read_text(encoding="utf-8") + filled(f"{name}.css", **parts),
-        main=filled(f"{name}.html", title=title, **parts),
-        version=__version__,
-    )
+    style, main = filled(f"{name}.css", **parts), filled(f"{name}.html", title=title, **parts)
+    return write_main(path, title, main, style)
+
+
+def write_main(path: Path, title: str, main: str, style: str = "") -> Path:
+    """A page, whole or not at all: what all pages share around `main`, its style after the common
+    one. All of it is HTML."""
+    common = (TEMPLATES / "page.css").read_text(encoding="utf-8")
+    page = filled("page.html", title=title, style=common + style, main=main, version=__version__)
     with whole(path) as partial:
         partial.write_text(page, encoding="utf-8")
     return path
+
+
+def filled(file: str, **values: str) -> str:
+    """A template with its places filled."""
+    text = (TEMPLATES / file).read_text(encoding="utf-8")
+    return Template(text).substitute(values)
 
 
 def img(image: Image.Image, alt: str, side: int, crop: bool = False) -> str:
