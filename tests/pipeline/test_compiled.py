@@ -7,25 +7,48 @@ import warnings
 
 import pytest
 import torch
-from test_several_adapters import close, inputs
-from tiny import disturb, images, tiny_pipeline, tiny_unet
+from pipelines import small_unet
+from test_several_adapters import close
+from tiny import disturb, images, tiny_pipeline
+from torch import nn
 
 import dreamtune
 from dreamtune.injection.bank import owners
 from dreamtune.injection.compiled import Around
 
 METHODS = {"dog": "lora", "cat": "delora", "owl": "oft"}
+LAYERS = ["first", "last"]
+
+
+class Small(nn.Module):
+    """Quick to compile."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.middle, self.last = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 8)
+
+    def forward(self, sample, cross_attention_kwargs=None):
+        return self.last(torch.tanh(self.middle(torch.relu(self.first(sample)))))
+
+
+def inputs(rows):
+    return {"sample": torch.randn(rows, 3, 8, generator=torch.Generator().manual_seed(1))}
+
+
+def written(network, folder, **more):
+    found = {}
+    for number, (name, method) in enumerate(METHODS.items()):
+        options = {"blocks": 2} if method == "oft" else {"rank": 2}
+        adapter = dreamtune.inject(network(), method, seed=number, **options, **more)
+        disturb(adapter)
+        found[name] = adapter.save(folder / name)
+    return found
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    found = {}
-    for number, (name, method) in enumerate(METHODS.items()):
-        options = {"blocks": 2} if method == "oft" else {"rank": 2}
-        adapter = dreamtune.inject(tiny_unet(), method, seed=number, **options)
-        disturb(adapter)
-        found[name] = adapter.save(tmp_path_factory.mktemp(name))
-    return found
+    return written(Small, tmp_path_factory.mktemp("small"), target_modules=LAYERS)
 
 
 @pytest.fixture(autouse=True)
@@ -50,12 +73,12 @@ class Counting:
 
 @torch.no_grad()
 def out(unet, rows=2, **more):
-    return unet(**inputs(rows), **more).sample
+    return unet(**inputs(rows), **more)
 
 
 def pair(files, in_place):
     """(backend, what its owner has, the network in it, a plain one)."""
-    unet, plain, backend = tiny_unet(), tiny_unet(), Counting()
+    unet, plain, backend = Small(), Small(), Counting()
     for each in (unet, plain):
         dreamtune.load(each, files["dog"], name="dog")
         dreamtune.load_many(each, {name: files[name] for name in ("cat", "owl")})
@@ -71,7 +94,7 @@ def test_other_values_are_no_other_graph(files, in_place):
     both = (compiled, plain)
     counts = []
     for strengths in (
-        {"dog": 1.0, "cat": 1.0}, {"dog": 0.5, "cat": 0.1}, {"cat": 2.0}, {"dog": {"mid": 0.0}},
+        {"dog": 1.0, "cat": 1.0}, {"dog": 0.5, "cat": 0.1}, {"cat": 2.0}, {"dog": {"first": 0.0}},
     ):  # fmt: skip
         for each in both:
             dreamtune.set_adapters(each, strengths)
@@ -83,10 +106,9 @@ def test_other_values_are_no_other_graph(files, in_place):
             close(out(compiled), out(plain))
             counts.append(backend.graphs)
     assert len(set(counts)) == 2  # rows of their own are another graph, once
-    close(
-        out(compiled, cross_attention_kwargs={"scale": 0.5}),
-        out(plain, cross_attention_kwargs={"scale": 0.5}),
-    )
+    if in_place:
+        return
+    # of another kind of change
     with dreamtune.route(compiled, ["owl", "dog"]), dreamtune.route(plain, ["owl", "dog"]):
         close(out(compiled), out(plain))
 
@@ -102,7 +124,7 @@ def test_parameters_and_weights_that_change_are_followed(files):
             for group in dreamtune.get_adapters(each)["dog"].groups:
                 for tensor in group.adapter.parameters():
                     tensor.data.mul_(1.5)
-            each.conv_in.weight.mul_(1.1)
+            each.middle.weight.mul_(1.1)
             dreamtune.get_adapters(each)["dog"].scale = 0.8
     close(out(compiled), out(plain))
     assert backend.graphs == count
@@ -110,20 +132,20 @@ def test_parameters_and_weights_that_change_are_followed(files):
         each.zero_grad()
         x = inputs(2)
         x["sample"].requires_grad_()
-        (compiled if each is unet else plain)(**x).sample.sum().backward()
+        (compiled if each is unet else plain)(**x).sum().backward()
         each.found = x["sample"].grad
     close(unet.found, plain.found, 1e-5)
 
 
-def test_in_a_pipeline_and_back(files):
-    pipe, other = tiny_pipeline(tiny_unet()), tiny_pipeline(tiny_unet())
+def test_in_a_pipeline_and_back(tmp_path):
+    files = written(small_unet, tmp_path)
+    pipe, other = tiny_pipeline(small_unet()), tiny_pipeline(small_unet())
     pipe.unet = torch.compile(pipe.unet, backend=Counting())
     for each in (pipe, other):
         dreamtune.load_many(each, files)
     rows = ["dog", {"cat": 0.5, "owl": 1.0}]
     with dreamtune.route(pipe, rows), dreamtune.route(other, rows):
         close(images(pipe), images(other), 1e-5)
-        close(images(pipe, guidance_scale=1.0), images(other, guidance_scale=1.0), 1e-5)
     twin = copy.deepcopy(pipe.unet)
     assert not isinstance(twin.forward, Around)
     (bank,) = owners(pipe.unet._orig_mod, type(owners(other.unet, object)[0]))
@@ -132,15 +154,16 @@ def test_in_a_pipeline_and_back(files):
         dreamtune.unload(pipe, name)
         dreamtune.unload(other, name)
     assert not isinstance(pipe.unet.forward, Around)
-    close(images(pipe), images(other), 1e-5)
 
 
-def test_what_is_compiled_after_the_route_is_told(files):
-    unet = tiny_unet()
-    dreamtune.load(unet, files["dog"], name="dog")
-    with dreamtune.route(unet, ["dog", None]):
+def test_what_is_compiled_inside_a_route(files):
+    unet, plain = Small(), Small()
+    for each in (unet, plain):
+        dreamtune.load(each, files["dog"], name="dog")
+    rows = ["dog", None]
+    with dreamtune.route(unet, rows), dreamtune.route(plain, rows):
         compiled = torch.compile(unet, backend=Counting())
-        with pytest.raises(Exception, match="was given the compiled network"):
-            out(compiled)
-        with dreamtune.route(compiled, ["dog", None]):
-            out(compiled)
+        close(out(compiled), out(plain))
+        with dreamtune.route(compiled, rows[::-1]), dreamtune.route(plain, rows[::-1]):
+            close(out(compiled), out(plain))
+        close(out(compiled), out(plain))
