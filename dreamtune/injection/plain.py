@@ -146,11 +146,11 @@ def _filled(
     path: str,
 ) -> tuple[Adapter, Tensor]:
     """The method's adapter with the tensors of these layers, and their weights (L, out, in)."""
-    first = weights[0].detach().flatten(1)
     if cls.depends_on_weight or not cls.low_rank:
         weight = torch.stack([w.detach().flatten(1) for w in weights])
-    else:
-        weight = first.expand(len(weights), -1, -1)
+    else:  # of which shape and dtype are all that is looked at: the device has no part in it
+        shape = len(weights), *weights[0].flatten(1).shape
+        weight = torch.empty((), dtype=weights[0].dtype).expand(shape)
     # no start is drawn that the tensors would replace
     adapter = cls(weight.to("meta"), slots=1, generator=None, **options)  # type: ignore[arg-type, call-arg]
     if any(x.device.type == "meta" for x in _unsaved(adapter)):
@@ -161,7 +161,7 @@ def _filled(
         if got != expected:
             raise ValueError(f"`{path}`: `{cls.name}` has tensors {expected}, got {got}")
     state = {
-        name: torch.stack([own[name] for own in tensors]).unsqueeze(1).to(first.device)
+        name: torch.stack([own[name] for own in tensors]).unsqueeze(1).to(weight.device)
         for name in expected
     }
     adapter.load_state_dict(state, assign=True)

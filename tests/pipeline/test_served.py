@@ -222,6 +222,8 @@ def test_who_touches_the_model_has_it_plain(files, device):
         close(found, out(plain), 1e-4)
         assert served(fast) is None
         agree(fast, plain)
+        if touch is with_hook:  # is not recorded, see below
+            continue
         assert recorded(fast) is not recorder
         agree(fast, plain)
 
