@@ -167,7 +167,9 @@ def write_files(drawn: Plot, folder: Path) -> list[Path]:
         figure = Figure(figsize=(width / 72, height / 72), dpi=PIXELS, facecolor=PAPER)
         canvas = FigureCanvasAgg(figure)
         figure.set_layout_engine("constrained")
-        drawn.paint(axes_of(figure, LIGHT[SOFT], LIGHT[RULE]), LIGHT)
+        axes = axes_of(figure, LIGHT[SOFT], LIGHT[RULE])
+        drawn.paint(axes, LIGHT)
+        axes.set_ylabel(plain(drawn.title), color=LIGHT[SOFT], fontsize=SMALL)
         with whole(paths[1]) as partial:
             canvas.print_png(partial, metadata={"Software": None})
     return paths

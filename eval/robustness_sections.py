@@ -49,6 +49,11 @@ def multiplier(value: float) -> str:
     return f"{value:.3g}"
 
 
+def factor_of(value: float) -> str:
+    """18.6, 1,024."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def number(e: Estimate | None, form: str = ".3f") -> str:
     """Mean and interval, as HTML."""
     if e is None:
@@ -155,9 +160,9 @@ def range_cells(w: Width) -> list[str]:
     low = f"{'≤ ' * w.open_low}{multiplier(w.low)}"
     high = f"{'≥ ' * w.open_high}{multiplier(w.high)}"
     least = "≥ " if w.open_low or w.open_high else ""
-    factor = f"{least}{w.factor:.3g}"
+    factor = f"{least}{factor_of(w.factor)}"
     if w.factor_low is not None and w.factor_high is not None:
-        factor += f" <small>({w.factor_low:.3g} to {w.factor_high:.3g})</small>"
+        factor += f" <small>({factor_of(w.factor_low)} to {factor_of(w.factor_high)})</small>"
     return [f"{low} to {high}", factor]
 
 
