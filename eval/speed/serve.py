@@ -2,7 +2,7 @@
 pipeline, and as stock diffusers takes them, one after another.
 
     python eval/speed/serve.py --compiled                 # on a GPU, SD 1.5 with random weights
-    python eval/speed/serve.py --size small --requests 4  # on a CPU
+    python eval/speed/serve.py --size embedded --requests 8 --many 0  # on a CPU, the embedded base
 
 Also: what 8 adapters in one batch cost beside the bare base; how long an adapter's file takes to be
 usable; what a change of routes takes; and what hundreds of registered adapters cost a call.
@@ -29,6 +29,8 @@ from common import build_unet, frozen, now  # noqa: E402
 from random_models import CONFIGS, VAES, random_weights  # noqa: E402
 
 import dreamtune  # noqa: E402
+from dreamtune import embedded  # noqa: E402
+from dreamtune.config import EMBEDDED  # noqa: E402
 from dreamtune.fast.served import served  # noqa: E402
 from dreamtune.models.quiet import quiet_diffusers  # noqa: E402
 
@@ -40,6 +42,12 @@ def build(size: str, device: str, dtype: torch.dtype) -> Any:
     """A pipeline that takes prompts as embeddings."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 
+    if size == EMBEDDED:
+        pipe = StableDiffusionPipeline.from_pretrained(
+            embedded.MODEL, text_encoder=None, tokenizer=None, torch_dtype=dtype
+        ).to(device)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
     config = {**AutoencoderKL.load_config(CONFIGS / "v1" / "vae"), **VAES[size]}
     blocks = len(config["block_out_channels"])
     config |= {
@@ -256,7 +264,7 @@ def compiled(bench: Bench, files: list[Path]) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="full", choices=("full", "small", "tiny"))
+    parser.add_argument("--size", default="full", choices=("full", "small", "tiny", EMBEDDED))
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--repeats", type=int, default=3)
