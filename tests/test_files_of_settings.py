@@ -112,7 +112,7 @@ def test_odd_values_of_flags(words: list[str], message: str) -> None:
         train_config(words)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_no_file_and_no_flag_crashes(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     rng = random.Random(seed)

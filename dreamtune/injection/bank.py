@@ -5,19 +5,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dreamtune.injection.blend import placed
 from dreamtune.injection.follow import strength_of_call
-from dreamtune.injection.group import Group
-from dreamtune.injection.layer import AdaptedLayer
 from dreamtune.injection.mix import Mix, Strength
-from dreamtune.injection.places import holders, unwrapped, weight_of
+from dreamtune.injection.places import unwrapped, weight_of
 from dreamtune.injection.shelf import Shelf
 from dreamtune.injection.turns import Turns, caller
+from dreamtune.injection.weights import InModel, Written, changed_weights, write
 
 Kind = TypeVar("Kind")
 Rows = Sequence[Mapping[str, Strength]]
@@ -27,28 +26,8 @@ _MAKING = threading.Lock()
 MERGED = "merged into the weights: `dreamtune.unmerge(pipe)` takes it out again"
 
 
-class InModel(Protocol):
-    """Of an adapter, what a bank looks at."""
-
-    groups: list[Group]
-
-    @property
-    def name(self) -> str: ...
-
-    def check(self) -> None: ...
-
-
 class Removable(Protocol):
     def remove(self) -> None: ...
-
-
-class Written(NamedTuple):
-    """A weight before and after a merge, on the CPU."""
-
-    layer: AdaptedLayer
-    path: str
-    before: Tensor
-    after: Tensor
 
 
 class Bank:
@@ -318,64 +297,3 @@ def check_free(model: nn.Module) -> None:
     """Raises ValueError where the adapters are in the weights: then nothing else can be done."""
     if any(bank.written is not None for bank in owners(model, Bank)):
         raise ValueError(f"the adapters are {MERGED}")
-
-
-def changed_weights(
-    model: nn.Module, adapters: Sequence[InModel], mix: Mix
-) -> list[tuple[str, AdaptedLayer, Tensor]]:
-    """(module path, layer, its weight with the changes at their strengths), of all layers. Raises
-    ValueError where no weight holds them, one would not be finite or cannot be written, or
-    something else stands for the layers.
-    """
-    if mix.rows is not None:
-        raise ValueError("rows of a batch have changes of their own: no weight holds them")
-    for adapter in adapters:
-        adapter.check()
-        changes = [change for group in adapter.groups for change in group.changes]
-        used = any(mix.strength(adapter.name, change.path) != 0 for change in changes)
-        if used and adapter.groups[0].adapter.asks_for_timestep:
-            raise ValueError(
-                f"the strength of `{adapter.name}` depends on the timestep here: no weight holds it"
-            )
-    held, found = holders(model), []
-    layers = {p: layer for a in adapters for g in a.groups for p, layer in zip(g.names, g.layers)}
-    if mix.shelf is not None and mix.from_shelf():
-        layers |= {path: place.layer for path, place in mix.shelf.places.items()}  # type: ignore[misc]
-    for path, layer in layers.items():
-        weight = writable(path, layer, held)
-        new = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-        for name, change in mix.changes(layer).items():
-            if (strength := mix.strength(name, path)) != 0:
-                new += strength * change.difference(weight)
-        new = new.to(weight.dtype)
-        if not torch.isfinite(new).all():
-            raise ValueError(f"the merged weight of `{path}` would not be finite")
-        found.append((path, layer, new))
-    return found
-
-
-def writable(path: str, layer: nn.Module, held: Mapping[int, list[str]]) -> Tensor:
-    """The weight, to be written to. held: see `holders`. Raises ValueError where that would be
-    lost, or change another layer.
-    """
-    weight = weight_of(layer)
-    if layer._parameters.get("weight") is None:
-        raise ValueError(
-            f"the weight of `{path}` is made anew at each forward, and no change stays in it: call"
-            " `remove_weight_norm`, `remove_spectral_norm` or `prune.remove` on the layer first"
-        )
-    if weight.data_ptr() != weight_of(layer).data_ptr() or weight.device.type == "meta":
-        raise ValueError(f"the weight of `{path}` is offloaded to where none is written")
-    if len(tied := held.get(id(layer.weight), [])) > 1:
-        raise ValueError(
-            f"{' and '.join(f'`{m}`' for m in tied)} have one weight, which a merge would change"
-            " for both: untie them first, `layer.weight = nn.Parameter(layer.weight.clone())`"
-        )
-    return weight
-
-
-def write(layer: nn.Module, values: Tensor) -> None:
-    """Into the layer's weight, where it is."""
-    weight = weight_of(layer)
-    with torch.inference_mode(weight.is_inference()), torch.no_grad():
-        weight.copy_(values)

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from dreamtune.adapters import find_method
 from dreamtune.injection.adapter_file import AdapterFile
-from dreamtune.injection.bank import Bank, changed_weights, check_free, owners, write
+from dreamtune.injection.bank import Bank, check_free, owners
 from dreamtune.injection.change import Use
 from dreamtune.injection.follow import Following
 from dreamtune.injection.group import Group, Made
 from dreamtune.injection.layer import AdaptedLayer
 from dreamtune.injection.mix import Mix
+from dreamtune.injection.weights import changed_weights, write
 
 
 class InjectedAdapter:

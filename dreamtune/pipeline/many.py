@@ -76,7 +76,7 @@ def load_many(
         try:
             with unchanged(model, shelf.spots) as shelf.spots:
                 for name, path in adapters.items():
-                    entry, factors, places = _made(model, shelf, name, Path(path), force)
+                    entry, factors, places = _made(model, shelf, name, path, force)
                     shelf.put(entry, factors, places)  # at once, for the budget holds for all
                     there.append(name)
         except BaseException:
@@ -111,7 +111,7 @@ class _File:
 
 
 def _made(
-    model: nn.Module, shelf: Shelf, name: str, path: Path, force: bool
+    model: nn.Module, shelf: Shelf, name: str, path: str | Path, force: bool
 ) -> tuple[Entry, Plain, dict[str, Place]]:
     check_name(model, name)
     found = adapter_file(path)

@@ -150,7 +150,7 @@ def test_a_model_that_was_cast_reads_anew(files):
     close(got.float(), expected, 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["nan", "other", "missing", "taken", "timestep"])
+@pytest.mark.parametrize("kind", ["nan", "other", "missing", "taken", "timestep", "address"])
 def test_what_does_not_fit_leaves_all_as_it_was(files, tmp_path, kind):
     unet = tiny_unet()
     given = {"cat": files["cat"], "dog": tmp_path / "dog.safetensors"}
@@ -158,6 +158,7 @@ def test_what_does_not_fit_leaves_all_as_it_was(files, tmp_path, kind):
     match = {
         "nan": "not finite", "other": r"is \(32, 32\) here and \(5, 3\)", "missing": "no adapter",
         "taken": "there is an adapter `cat`", "timestep": "depends on the timestep",
+        "address": "is no address on the hub",
     }[kind]  # fmt: skip
     if kind == "nan":
         first = next(iter(tensors))
@@ -173,6 +174,8 @@ def test_what_does_not_fit_leaves_all_as_it_was(files, tmp_path, kind):
     elif kind == "taken":
         given["dog"] = files["dog"]
         dreamtune.load(unet, files["cat"], name="cat")
+    elif kind == "address":
+        given["dog"] = "hf://dog"
     elif kind == "timestep":
         adapter = dreamtune.inject(tiny_unet(), "delora", timestep_floor=0.5)
         disturb(adapter)
