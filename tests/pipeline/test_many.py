@@ -190,6 +190,29 @@ def test_what_does_not_fit_leaves_all_as_it_was(files, tmp_path, kind):
         assert not any(isinstance(m, Adapted) for m in unet.modules())
 
 
+@pytest.mark.parametrize("dtype, near", [(torch.float16, 0.03), (torch.bfloat16, 0.3)])
+@torch.no_grad()
+def test_rows_in_half_precision_are_what_they_are_alone(files, dtype, near):
+    """near: a share of what the adapter does."""
+
+    def cast(rows):
+        return {k: x.to(dtype) if x.is_floating_point() else x for k, x in inputs(rows).items()}
+
+    unet = tiny_unet().to(dtype)
+    dreamtune.load(unet, files["dog"], name="dog")
+    dreamtune.load_many(unet, {name: files[name] for name in files if name != "dog"})
+    rows = [*files, None]
+    base = tiny_unet().to(dtype)(**cast(len(rows))).sample
+    with dreamtune.route(unet, rows):
+        got = unet(**cast(len(rows))).sample
+    assert got.dtype == dtype and torch.equal(got[-1], base[-1])
+    for number, name in enumerate(files):
+        own = tiny_unet().to(dtype)
+        dreamtune.load(own, files[name])
+        right = own(**cast(len(rows))).sample[number]
+        assert (got[number] - right).norm() < near * (right - base[number]).norm()
+
+
 def test_in_a_pipeline_under_guidance(files):
     pipe, other = tiny_pipeline(tiny_unet()), tiny_pipeline(tiny_unet())
     dreamtune.load_many(pipe, files)
