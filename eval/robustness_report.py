@@ -97,6 +97,8 @@ def base_of(results: Results, rows: Sequence[Row], key: str) -> float | None:
 def figures(plots: Sequence[Plot | None]) -> str:
     wide = "".join(p.html() for p in plots if p and p.name.endswith(f"-{MAIN_SCORE}"))
     small = "".join(p.html() for p in plots if p and not p.name.endswith(f"-{MAIN_SCORE}"))
+    if wide:  # on a phone it scrolls, for its letters would be too small
+        wide = f'<div class="scroll"><div style="min-width:38rem">{wide}</div></div>'
     return wide + (f'<div class="charts" style="margin-top:1rem">{small}</div>' if small else "")
 
 
