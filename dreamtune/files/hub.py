@@ -129,21 +129,10 @@ class Repository:
 
     def fetch(self, names: Collection[str]) -> Path:
         """The folder with these of its files, all of one revision. Raises ValueError."""
-        from huggingface_hub import snapshot_download
-
-        w = self.where
-        with explained(self):
-            folder = snapshot_download(
-                self.id,
-                revision=w.revision,
-                token=w.token,
-                cache_dir=w.cache_dir,
-                local_files_only=self.offline,
-                allow_patterns=[glob.escape(name) for name in names],
-            )
-        if missing := [name for name in names if not Path(folder, name).is_file()]:
+        folder = self._snapshot(names, self.offline)
+        if missing := [name for name in names if not (folder / name).is_file()]:
             raise ValueError(f"`{missing[0]}` of `{self.id}` could not be had: try again")
-        return Path(folder)
+        return folder
 
     @property
     def offline(self) -> bool:
@@ -153,19 +142,26 @@ class Repository:
         return self.where.local_files_only or constants.HF_HUB_OFFLINE or not hub_answers()
 
     def _cached(self) -> list[str]:
+        folder = self._snapshot((), alone=True)
+        found = sorted(path for path in folder.rglob("*") if path.is_file())
+        return [path.relative_to(folder).as_posix() for path in found]
+
+    def _snapshot(self, names: Collection[str], alone: bool) -> Path:
+        """The folder in the cache, with these files. alone: as the cache has it."""
         from huggingface_hub import snapshot_download
 
         w = self.where
         with explained(self):
-            folder = snapshot_download(
-                self.id,
-                revision=w.revision,
-                cache_dir=w.cache_dir,
-                local_files_only=True,
-                allow_patterns=[],
+            return Path(
+                snapshot_download(
+                    self.id,
+                    revision=w.revision,
+                    token=w.token,
+                    cache_dir=w.cache_dir,
+                    local_files_only=alone,
+                    allow_patterns=[glob.escape(name) for name in names],
+                )
             )
-        found = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        return [path.relative_to(folder).as_posix() for path in found]
 
 
 class Unanswered(ValueError):

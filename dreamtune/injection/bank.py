@@ -38,6 +38,7 @@ class Bank:
     copies: of a batch of the model, how often it has each row: as often as that gives values,
         whether it is with the prompt. None, also as an answer: rows are those of the model's batch.
     under: of the routes that are open, what is set again when each is over.
+    members: differs where an adapter came or went, and so maybe which layers are adapted.
     outside: who is around the calls of the compiled model. placed: whether it has set places now.
     watcher: who records the model's forwards; None where nobody does.
     """
@@ -47,6 +48,7 @@ class Bank:
         self.copies: Copies | None = None
         self.under: list[tuple[Mapping[str, Strength], Rows | None, Copies | None]] = []
         self.written: list[Written] | None = None
+        self.members = 0
         self.watcher: object | None = None
         self.outside: Removable | None = None
         self.placed = False
@@ -98,6 +100,7 @@ class Bank:
         for place in self.shelf.places.values():
             place.layer.mix = self.mix  # type: ignore[assignment]
         self.mix.state += 1
+        self.members += 1
 
     def share(self, adapters: Sequence[InModel]) -> None:
         """Their layers go by the mix, and look anew at which changes they hold."""
@@ -106,6 +109,7 @@ class Bank:
                 for layer in group.layers:
                     layer.mix = self.mix
         self.mix.state += 1
+        self.members += 1
 
     @property
     def paths(self) -> Mapping[nn.Module, str]:
@@ -177,6 +181,7 @@ class Bank:
             return None if rows is None else [renamed(row) for row in rows]
 
         with self.lock:
+            self.members += 1
             self.under = [(renamed(s), each(rows), copies) for s, rows, copies in self.under]
             self.mix.set(renamed(self.mix.strengths), each(self.mix.rows))
 

@@ -38,15 +38,11 @@ class Placing:
         self.names = {id(layer): name for name, layer in layers.items()}
         self.kept.clear()
         self.stacked.clear()
-        self.adapters = self._adapters()
+        self.members = self.bank.members
 
     def is_current(self) -> bool:
         """Whether the adapters are those that were looked at: of others, other layers are."""
-        return self._adapters() == self.adapters
-
-    def _adapters(self) -> object:
-        loaded = tuple(id(adapter) for adapter in InjectedAdapter.of(self.model))
-        return loaded, len(self.bank.paths)
+        return self.members == self.bank.members
 
     def tables(self) -> Tables | None:
         """With what is set now in its places; None where a recorded forward cannot have it."""

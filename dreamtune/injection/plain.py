@@ -131,9 +131,8 @@ def plain_factors(file: AdapterFile, layers: Mapping[str, Layer]) -> Plain:
         found = Factors(*(None if x is None else x.cpu() for x in factors))
         blocks.append(Block(tuple(paths), found))
     packed = Plain.packed(blocks)
-    if not math.isfinite(
-        packed.flat.sum(dtype=torch.promote_types(packed.flat.dtype, torch.float32))
-    ):
+    total = packed.flat.sum(dtype=torch.promote_types(packed.flat.dtype, torch.float32))
+    if not math.isfinite(total) and not torch.isfinite(packed.flat).all():
         raise ValueError(f"its factors are not finite in {packed.flat.dtype}")
     return packed
 

@@ -112,7 +112,7 @@ def _write(place: Tensor, index: Tensor | None, values: Tensor, add: bool = Fals
     if index is None:
         place.copy_(place + values if add else values)
     else:
-        place[index] = place[index] + values if add else values.to(place.dtype)
+        place[index] = (place[index] + values if add else values).to(place.dtype)
 
 
 class Tables:
@@ -221,7 +221,9 @@ def _part(
     each = [at(strength, path) * call for path in block.paths]
     if len(set(each)) == 1:
         return Part(index, block.factors, each[0])
-    return Part(index, block.factors, torch.tensor(each, device=some.device, dtype=some.dtype))
+    # not rounded to 16 bits before the product is
+    dtype = torch.promote_types(some.dtype, torch.float32)
+    return Part(index, block.factors, torch.tensor(each, device=some.device, dtype=dtype))
 
 
 def kinds_of(

@@ -142,13 +142,14 @@ class Shelf:
         needed = sum(self.entries[name].nbytes for name in names)
         if needed > self.device_budget:
             raise ValueError(
-                f"{len(names)} adapters in use need {_mib(needed)}, and {_mib(self.device_budget)}"
-                " are allowed: route fewer at once, or give more, `dreamtune.load_many(pipe, {},"
-                " device_budget=...)`"
+                f"{len(names)} adapters in use need {_in_words(needed)}, and"
+                f" {_in_words(self.device_budget)} are allowed: route fewer at once, or give more,"
+                " `dreamtune.load_many(pipe, {}, device_budget=...)`"
             )
+        coming = sum(self.entries[name].nbytes for name in names if name not in self.near)
+        self._shrink(self.near, self.device_budget - coming, names)  # before: never over the budget
         for name in names:
             self._near(name, self._weight())
-        self._shrink(self.near, self.device_budget, names)
 
     def fit(self) -> None:
         """Within budgets that are others now."""
@@ -200,5 +201,5 @@ class Shelf:
             total -= tier.pop(name).nbytes
 
 
-def _mib(size: int) -> str:
-    return f"{size / (1 << 20):.0f} MiB"
+def _in_words(size: int) -> str:
+    return f"{size >> 20} MiB" if size >= 10 << 20 else f"{-(-size >> 10)} KiB"

@@ -137,6 +137,19 @@ def test_parameters_and_weights_that_change_are_followed(files):
     close(unet.found, plain.found, 1e-5)
 
 
+def test_an_adapter_of_as_many_other_layers(tmp_path):
+    compiled, plain = torch.compile(Small(), backend=Counting()), Small()
+    for before, name in (("", "first"), ("first", "last")):
+        (tmp_path / name).mkdir()
+        file = written(Small, tmp_path / name, target_modules=[name])["dog"]
+        for each in (compiled, plain):
+            dreamtune.load_many(each, {name: file})
+            if before:
+                dreamtune.unload(each, before)
+            dreamtune.set_adapters(each, {name: 0.5})
+        close(out(compiled), out(plain))
+
+
 def test_in_a_pipeline_and_back(tmp_path):
     files = written(small_unet, tmp_path)
     pipe, other = tiny_pipeline(small_unet()), tiny_pipeline(small_unet())

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_several_adapters import KINDS, alone, close, inputs, said
+from test_several_adapters import KINDS, alone, close, inputs, said, written
 from tiny import disturb, images, tiny_pipeline, tiny_unet
 
 import dreamtune
@@ -17,12 +17,7 @@ from dreamtune.injection.layer import Adapted
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    found = {}
-    for number, (name, (method, options)) in enumerate(KINDS.items()):
-        adapter = dreamtune.inject(tiny_unet(), method, seed=number, **options)
-        disturb(adapter)
-        found[name] = adapter.save(tmp_path_factory.mktemp(name))
-    return found
+    return written(tmp_path_factory)
 
 
 def shelf_of(unet):
@@ -108,11 +103,21 @@ def test_budgets_hold_and_the_least_recently_used_go(files):
         close(said(unet), alone(files, name, 4))
         assert sum(x.nbytes for x in shelf.near.values()) <= room
         assert list(shelf.near)[-1] == name
+    most = []
+    near = shelf._near
+    shelf._near = lambda *given: (
+        near(*given), most.append(sum(x.nbytes for x in shelf.near.values()))
+    )[0]  # fmt: skip
+    dreamtune.set_adapters(unet, {"cat": 1.0, "fox": 1.0})
+    dreamtune.set_adapters(unet, {"bee": 1.0})
+    dreamtune.set_adapters(unet, {"dog": 0.5})
+    assert max(most) <= room  # on the way too
+    shelf._near = near
     read = shelf.read
     dreamtune.set_adapters(unet, {"dog": 0.5})  # is near: no file is read
     close(said(unet), alone(files, "dog", 4, 0.5))
     assert shelf.read == read
-    with pytest.raises(ValueError, match=r"6 adapters in use need \d+ MiB.*device_budget"):
+    with pytest.raises(ValueError, match=r"6 adapters in use need \d+ KiB.*device_budget"):
         dreamtune.set_adapters(unet, dict.fromkeys(files, 1.0))
     close(said(unet), alone(files, "dog", 4, 0.5))  # as it was
     with (

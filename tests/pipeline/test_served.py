@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from test_several_adapters import KINDS, close, inputs, said
+from test_several_adapters import close, inputs, said, written
 from tiny import disturb, images, tiny_pipeline, tiny_unet
 from torch.utils import _pytree as pytree
 
@@ -18,9 +18,6 @@ from dreamtune.fast.served import Forward, Served, served
 from dreamtune.fast.watch import why_not_recorded
 from dreamtune.injection.bank import Bank, owners
 from dreamtune.injection.inject import InjectedAdapter
-
-CUDA = torch.cuda.is_available()
-RANKS = {"dog": 4, "cat": 2, "fox": None}
 
 
 class Repeated(Served):
@@ -38,12 +35,7 @@ class Repeated(Served):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    found = {}
-    for number, (name, (method, options)) in enumerate(KINDS.items()):
-        adapter = dreamtune.inject(tiny_unet(), method, seed=number, **options)
-        disturb(adapter)
-        found[name] = adapter.save(tmp_path_factory.mktemp(name))
-    return found
+    return written(tmp_path_factory)
 
 
 @pytest.fixture(
@@ -126,6 +118,45 @@ def test_the_base_alone_and_gone_adapters(files, device):
     dreamtune.slow_down(unet)
     assert "forward" not in unet.__dict__ and not unet._forward_pre_hooks
     agree(unet, plain)
+
+
+def test_an_adapter_of_as_many_other_layers(tmp_path, device):
+    files = {}
+    for name in ("to_q", "to_k"):
+        adapter = dreamtune.inject(tiny_unet(), "lora", target_modules=[f"*.attn1.{name}"], rank=2)
+        disturb(adapter)
+        files[name] = adapter.save(tmp_path / name)
+    for bring in (
+        lambda unet, name: dreamtune.load(unet, files[name], name=name),
+        lambda unet, name: dreamtune.load_many(unet, {name: files[name]}),
+    ):
+        unet, plain = tiny_unet().to(device), tiny_unet().to(device)
+        recorder = recorded(unet)
+        for name in files:
+            for each in (unet, plain):
+                bring(each, name)
+                dreamtune.set_adapters(each, {name: 1.0})
+            agree(unet, plain)
+            assert served(unet) is recorder  # seen, and not taken for somebody else's change
+            for each in (unet, plain):
+                dreamtune.unload(each, name)
+
+
+def test_strengths_of_parts_are_not_rounded(files):
+    unet = tiny_unet().bfloat16()
+    dreamtune.load_many(unet, {"dog": files["dog"]})
+    recorder = recorded(unet)
+    dreamtune.set_adapters(unet, {"dog": {"mid": 0.3, "up": 0.7}})
+    with torch.no_grad():
+        unet(**{k: x.to(x.dtype if x.dim() == 0 else unet.dtype) for k, x in inputs(2).items()})
+    (tables,) = recorder.placing.kept.values()
+    shelf = recorder.bank.shelf
+    for layer, ((placed, _),) in tables.pairs.items():
+        path = shelf.paths[layer]
+        strength = {"mid": 0.3, "up_": 0.7}.get(path[:3], 1.0)
+        own = shelf.factors("dog", layer.weight).of[path]
+        right = (own.up.float() * strength).bfloat16()
+        assert torch.equal(placed.up[..., : own.up.shape[-1]], right)
 
 
 def test_values_change_without_a_recording(files, device):

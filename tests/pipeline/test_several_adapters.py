@@ -22,15 +22,19 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
+def written(factory):
     """Name -> its native file, each of another method or rank."""
     found = {}
     for number, (name, (method, options)) in enumerate(KINDS.items()):
         adapter = dreamtune.inject(tiny_unet(), method, seed=number, **options)
         disturb(adapter)
-        found[name] = adapter.save(tmp_path_factory.mktemp(name))
+        found[name] = adapter.save(factory.mktemp(name))
     return found
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return written(tmp_path_factory)
 
 
 def pipe_with(files, *names):
