@@ -12,7 +12,8 @@ a: LoRA, DeLoRA, ETHER, ETHER+ at 6 rates, 1/16 to 64 times each one's own, on 2
 subjects, scored at the last step; b: the four at 16 times the steps on 5 of these subjects, scored
 along the way; c: relatives and ablations at the 6 rates on the 5; d: two more seeds of a. defaults:
 the rates on the development subjects; time: the four at 3 rates on these, scored every few steps;
-lambda: DeLoRA's starts and strengths on these.
+lambda: DeLoRA's starts and strengths on these; steps: the relatives, as in time; confirm: the rates
+that were chosen, on the 25 reporting subjects, scored at five steps.
 
 Runs train stacked, one variant a wave, each slot with its own rate, subject and seed. What the
 device does is measured first and kept in DIR; then the plan is fitted to the minutes and what does

@@ -55,6 +55,7 @@ VARIANTS = {
 }  # fmt: skip
 STRENGTHS = ("delora_1", "delora", "delora_15", "delora_peft", "delora_peft_15")
 LIKE = {"b": "a", "d": "a"}  # parts whose rates are those of another, where not given
+RELATIVES = ("rslora", "dora", "oft", "hra", "deft", "norm_bounded")
 OTHERS = tuple(name for name in VARIANTS if name not in (*MAIN, *STRENGTHS)) + ("delora_peft",)
 
 
@@ -86,6 +87,14 @@ PARTS = {
         at=tuple(n / 48 for n in (1, 2, 3, 4, 6, 8, 12, 15, 18, 24, 30, 36, 42, 48)),
     ),
     "lambda": Part("starts and strengths of DeLoRA", STRENGTHS, (1 / 4, 1.0, 4.0), "dev", FEW),
+    "steps": Part(
+        "steps to choose from", RELATIVES, (1 / 4, 1.0, 4.0), "dev", FEW,
+        at=tuple(n / 16 for n in (1, 2, 3, 4, 6, 8, 12, 16)),
+    ),
+    "confirm": Part(
+        "what was chosen", MAIN + RELATIVES + ("delora_1", "delora_15"), (1.0,), "report",
+        REPORTED, at=(1 / 8, 1 / 4, 3 / 8, 1 / 2, 1.0),
+    ),
 }  # fmt: skip
 
 

@@ -91,12 +91,17 @@ class Kit:
             noise = torch.stack([_numbers(4, 8, 8, seed=100 + seed) for seed in seeds])
             options["latents"] = noise.to(pipe.unet.dtype)
             options["generator"] = [torch.Generator().manual_seed(0) for _ in seeds]
-        for name, value in options.items():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                options[name] = value.to(network_of(pipe).dtype)
-            if isinstance(value, list) and isinstance(value[0], Tensor):
-                options[name] = [x.to(network_of(pipe).dtype) for x in value]
-        return pipe(**options).images
+        network = network_of(pipe)
+        there = network.device if network.device.type == "cuda" else None  # others offload
+
+        def fitting(x: Any) -> Any:
+            if isinstance(x, list):
+                return [fitting(y) for y in x]
+            if not isinstance(x, Tensor):
+                return x
+            return x.to(there, network.dtype if x.is_floating_point() else x.dtype)
+
+        return pipe(**{name: fitting(x) for name, x in options.items()}).images
 
 
 def network_of(pipe: Any) -> Any:

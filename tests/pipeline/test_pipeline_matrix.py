@@ -7,10 +7,11 @@ from pathlib import Path
 import pipeline_matrix
 import pytest
 import torch
-from pipeline_matrix import FEATURES, OF_THE_NETWORK, TITLES, Bench, column, row
-from pipelines import KITS
+from pipeline_matrix import FEATURES, OF_THE_NETWORK, TITLES, Bench, check_near, column, row
+from pipelines import KITS, network_of
 
 import dreamtune
+from dreamtune.fast.served import served
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -69,6 +70,38 @@ def test_another_pipeline_of_the_same_network(tmp_path: Path) -> None:
     change = float((want - base[0]).abs().max())
     assert (got[:1] - want).abs().max() < 1e-4 * change
     assert (got[1:] - base[1]).abs().max() < 1e-4 * change
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", KITS)
+def test_recorded_on_a_gpu(name: str, tmp_path: Path, monkeypatch) -> None:
+    """Base, strengths and routes of each network, by replays, are what they are without."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    bench = Bench(KITS[name], tmp_path)
+    cuda = lambda pipe: pipe.to("cuda")  # noqa: E731
+    plain, fast = (bench.loaded({"dog": 1.0, "cat": 0.9}, cuda) for _ in range(2))
+    dreamtune.speed_up(fast)
+    draw, network = bench.kit.draw, network_of(fast)
+    recorder = served(network)
+
+    def agree(which: list[int], base: torch.Tensor) -> None:
+        want = draw(plain, which, steps=3)
+        for _ in range(2):  # recorded, replayed
+            check_near(draw(fast, which, steps=3), want, base)
+
+    both = [0, 1, 2]
+    base = draw(cuda(bench.kit.pipe()), both, steps=3)
+    agree(both, base)
+    for strengths in ({"dog": 0.5}, {"cat": 1.0, "dog": -0.5}):
+        for pipe in (plain, fast):
+            dreamtune.set_adapters(pipe, strengths)
+        agree(both, base)
+    made = recorder.recorded
+    for rows in (["dog", None, {"dog": 0.5, "cat": 1.0}], [None, "cat", "dog"]):
+        with dreamtune.route(plain, rows), dreamtune.route(fast, rows):
+            agree(both, base)
+    assert served(network) is recorder and recorder.replays > recorder.recorded > 0
+    print(name, "recorded", made, recorder.recorded, "replayed", recorder.replays)
 
 
 def test_the_table_is_printed_as_it_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
