@@ -37,8 +37,8 @@ SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)  # of the steps, at which a run is scored
 
 
 class SlotProdigy(SlotAdamW):
-    """Prodigy for the one slot of a step, behind the interface that the step has of AdamW. A
-    parameter whose own rate is a share of the main one keeps that share.
+    """Prodigy for the one slot of a step, behind the interface that the step has of AdamW. It has
+    one rate for all: parameters with a rate of their own (DeLoRA's lambda) stay as they start.
     """
 
     def __init__(self, groups: Sequence[list[dict[str, Any]]], **more: Any) -> None:
@@ -48,7 +48,7 @@ class SlotProdigy(SlotAdamW):
         (own,) = groups
         main = own[0]["lr"]
         self.prodigy = Prodigy(
-            [{**group, "lr": group["lr"] / main} for group in own],
+            [{**group, "lr": float(group["lr"] == main)} for group in own],
             lr=1.0, betas=self.betas, decouple=True, use_bias_correction=True,
             safeguard_warmup=True,
         )  # fmt: skip
