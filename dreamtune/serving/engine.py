@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from dreamtune.config import Config
+from dreamtune.config import EMBEDDED, Config
 from dreamtune.files.find import adapter_file
 from dreamtune.models.base import Base
 from dreamtune.models.load import load_base
@@ -107,8 +107,7 @@ class Engine:
         as `load_base`, and for a folder that is not there.
         """
         folder = look(Path(settings.adapters).expanduser())
-        kind = Config(pretrained_model_name_or_path=settings.base)
-        device, dtype = device_and_dtype(kind)
+        device, dtype = device_and_dtype(Config(pretrained_model_name_or_path=EMBEDDED))
         base = load_base(
             settings.base,
             revision=settings.revision,
@@ -199,10 +198,11 @@ class Engine:
             if self._is_end(error) or len(rows) == 1:
                 return [error] * len(rows)
             half = (len(rows) + 1) // 2
-            if lacks_memory(error):
-                self.most[shape.size] = half
-                self.tell(f"Too little memory for {len(rows)} pictures at once: at most {half} now")
-        self._release()
+            short = lacks_memory(error)
+        if short:
+            self.most[shape.size] = half
+            self.tell(f"Too little memory for {len(rows)} pictures at once: at most {half} now")
+            self._release()
         return self._in_parts(rows, shape, half)
 
     def _in_parts(

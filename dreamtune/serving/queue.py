@@ -90,9 +90,10 @@ class Queue:
     def cancel(self, ticket: Ticket) -> bool:
         """Takes a request back; whether it was still waiting."""
         with self.changed:
-            if not ticket.answer.cancel():
+            if ticket not in self.waiting:
                 return False
-            self.waiting = [t for t in self.waiting if t is not ticket]
+            self.waiting.remove(ticket)
+            ticket.answer.cancel()
             self.changed.notify_all()
         return True
 
@@ -120,12 +121,13 @@ class Queue:
             began = time.monotonic()
             try:
                 found = self.draw([t.row for t in batch], batch[0].shape)
+                assert len(found) == len(batch)
             except BaseException as error:  # else everybody would wait for ever
-                found = [error if isinstance(error, Exception) else RuntimeError(repr(error))]
-                found *= len(batch)
+                one = error if isinstance(error, Exception) else RuntimeError(repr(error))
+                found = [one] * len(batch)
             self.took = time.monotonic() - began
             self.metrics.batch(len(batch), self.took)
-            for ticket, picture in zip(batch, found, strict=True):
+            for ticket, picture in zip(batch, found):
                 if isinstance(picture, Exception):
                     ticket.answer.set_exception(picture)
                     continue
