@@ -14,6 +14,7 @@ from dreamtune.flags import HelpFormatter, Parser
 from dreamtune.serving.settings import FIELDS, HINTS, Settings
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")  # of the extra `serve`
+BACKLOG = 2048  # connections that wait to be accepted
 
 
 def command(argv: Sequence[str], description: str) -> None:
@@ -78,6 +79,7 @@ def serve(settings: Settings) -> None:
         say(f"{len(engine.adapters)} adapters of {engine.base.id} on {engine.device}")
         if not settings.at_home and key is None:
             say("Warning: whoever reaches this address may ask: there is no API key")
+        listener.listen(BACKLOG)  # whoever reads the next line may connect
         say(f"Serving on http://{f'[{host}]' if ':' in host else host}:{port}")
         config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on")
         uvicorn.Server(config).run(sockets=[listener])
