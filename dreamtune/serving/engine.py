@@ -32,6 +32,7 @@ from dreamtune.training.output import say
 # of which 12 are kept; at most a third of the rows is drawn for nothing.
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 GPU_BATCH, CPU_BATCH = 16, 4
+WARNING = "warning"  # in a picture's `info`: what of the request it does not show
 
 Adapter = str | None | Mapping[str, float]
 
@@ -75,7 +76,8 @@ class Engine:
     max_batch: the most rows of a batch.
     adapters: name -> what is served; left_out: file or folder -> why it is not.
     broken: why nothing can be drawn any more; None.
-    lock: held while anything is drawn or an adapter comes or goes.
+    lock: held while anything is drawn or an adapter comes or goes; coming: while a folder is
+        looked through, between whose adapters others draw.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class Engine:
         self.adapters: dict[str, Known] = {}
         self.left_out: dict[str, str] = {}
         self.broken: str | None = None
-        self.lock = threading.RLock()
+        self.lock, self.coming = threading.RLock(), threading.Lock()
         self.most: dict[int, int] = {}  # size -> rows that the memory was seen to hold
 
     @classmethod
@@ -137,17 +139,18 @@ class Engine:
         """Those of a folder that are not served yet; the names that are new. What cannot be served
         is told and left out.
         """
-        added = []
-        self.left_out = dict(folder.left_out)
-        for name, path in folder.paths.items():
-            if name in self.adapters:
-                continue
-            try:
-                self.add(name, path)
-                added.append(name)
-            except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-                self.left_out[path.name] = str(error) or type(error).__name__
-        for name, why in self.left_out.items():
+        added, left_out = [], dict(folder.left_out)
+        with self.coming:
+            for name, path in folder.paths.items():
+                if name in self.adapters:
+                    continue
+                try:
+                    self.add(name, path)
+                    added.append(name)
+                except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+                    left_out[path.name] = str(error) or type(error).__name__
+            self.left_out = left_out
+        for name, why in left_out.items():
             self.tell(f"Left out of the adapters: {name}: {why}")
         return added
 
@@ -158,7 +161,7 @@ class Engine:
         with self.lock:
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
-                load_many(self.pipe, {name: adapter_file(path)})
+                load_many(self.pipe, {name: adapter_file(Path(path))})  # never the hub's
             entry: Any = get_adapters(self.pipe)[name]
             told = " ".join(str(w.message) for w in said if w.category is UserWarning) or None
             rank, stated = entry.options.get("rank"), entry.metadata
@@ -231,6 +234,10 @@ class Engine:
                     guidance_rescale=self.rescale,
                     batch_size=len(rows),
                 )
+            for image, row in zip(images[:count], rows):
+                told = self.base.unseen(row.prompt) or self.base.unseen(row.negative_prompt)
+                if told:
+                    image.info[WARNING] = told
         return images[:count]
 
     def _is_end(self, error: Exception) -> bool:

@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from dreamtune.serving import schema
-from dreamtune.serving.engine import Row, lacks_memory
+from dreamtune.serving.engine import WARNING, Row, lacks_memory
 from dreamtune.serving.errors import Refused, late
 from dreamtune.serving.png import adapter_text, encoded
 from dreamtune.serving.queue import Drawn, Queue, Ticket
@@ -105,9 +105,11 @@ def _answer(data: bytes, row: Row, drawn: Drawn, as_png: bool) -> Response:
         waited=round(drawn.waited, 4),
         drawn=round(drawn.drawn, 4),
         batch=drawn.batch,
+        warning=drawn.image.info.get(WARNING),
     )
     if not as_png:
         return JSONResponse(picture.model_dump())
     stated = {**picture.model_dump(exclude={"image"}), "adapter": adapter_text(row.adapter)}
-    headers = {f"X-Dreamtune-{name.capitalize()}": str(value) for name, value in stated.items()}
+    known = ((name, value) for name, value in stated.items() if value is not None)
+    headers = {f"X-Dreamtune-{name.capitalize()}": str(value) for name, value in known}
     return Response(data, media_type=PNG, headers=headers)

@@ -25,6 +25,7 @@ class Guard:
         key: that requests must bring; None: all may ask.
         hosts: names that requests may be sent to; empty: any. A page of a browser cannot reach
             a server of this machine by a name of its own (DNS rebinding).
+            With them, a page of another site cannot send anything either (its `Origin`).
         free: paths that need no key.
         most: bytes of a body; larger: path -> bytes where more are taken.
         seconds: that a body may take to come.
@@ -54,7 +55,7 @@ class Guard:
         headers = Headers(scope=scope)
         most = self.larger.get(scope["path"], self.most)
         try:
-            self._check_host(headers.get("host", ""))
+            self._check_host(headers.get("host", ""), headers.get("origin"))
             self._check_key(headers, scope["path"])
             self._check_length(headers.get("content-length", "0"), most)
         except Refused as refused:
@@ -62,7 +63,15 @@ class Guard:
             return
         await self.app(scope, self._counted(receive, most), send)
 
-    def _check_host(self, host: str) -> None:
+    def _check_host(self, host: str, origin: str | None) -> None:
+        if self.hosts and origin is not None and origin.partition("://")[2] != host:
+            raise Refused(
+                403,
+                "A page of another site asks.",
+                got=origin[:100],
+                allowed="pages of this server, and programs",
+                way_out="Start the server with an API key, and send it.",
+            )
         name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
         if self.hosts and name.strip("[]").lower() not in self.hosts:
             raise Refused(

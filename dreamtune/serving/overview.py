@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from dreamtune.serving.engine import Engine
+from dreamtune.serving.errors import Refused
 from dreamtune.serving.folder import look
 from dreamtune.serving.metrics import CONTENT_TYPE
 from dreamtune.version import __version__
@@ -31,7 +32,12 @@ def adapters(request: Request) -> dict[str, Any]:
 def reload(request: Request) -> dict[str, Any]:
     """Serves what has come into the folder since. What is served stays as it is."""
     state = request.app.state
-    added = state.engine.add_all(look(Path(state.settings.adapters).expanduser()))
+    try:
+        folder = look(Path(state.settings.adapters).expanduser())
+    except (ValueError, OSError) as error:
+        way = "Bring it back where it was when the server was started."
+        raise Refused(409, "The folder of adapters cannot be read.", way_out=way) from error
+    added = state.engine.add_all(folder)
     return {"added": added, "left_out": sorted(state.engine.left_out)}
 
 

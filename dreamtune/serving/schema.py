@@ -37,7 +37,9 @@ class Request(BaseModel):
 
 
 class Picture(BaseModel):
-    """The answer. image: a PNG in base64; waited, drawn: seconds; batch: pictures drawn at once."""
+    """The answer. image: a PNG in base64; waited, drawn: seconds; batch: pictures drawn at once;
+    warning: what of the request is not in the picture.
+    """
 
     image: str
     seed: int
@@ -45,6 +47,7 @@ class Picture(BaseModel):
     waited: float
     drawn: float
     batch: int
+    warning: str | None
 
 
 def settled(request: Request, settings: Settings, engine: Engine) -> tuple[Row, Shape]:

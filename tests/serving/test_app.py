@@ -235,7 +235,8 @@ def test_a_name_is_never_a_path(engine):
     sys.addaudithook(_listen)
     names = [
         "../dog", "/etc/passwd", "dog/../cat", "dog.safetensors", "cow/adapter.safetensors", "",
-        ".", "..\\dog", "dog\0", "%2e%2e/dog", "a" * 5000, "user/repo", "hf://user/repo", "embedded",
+        ".", "..\\dog", "dog\0", "%2e%2e/dog", "a" * 5000, "user/repo", "hf://user/repo",
+        "embedded",
     ]  # fmt: skip
     with TestClient(make_app(engine.settings, engine), base_url=HOME) as client:
         client.post("/generate", json={"prompt": "a", "adapter": "none"})  # imports are over
@@ -295,6 +296,53 @@ def test_no_page_of_a_browser_reaches_it_by_another_name(host, status):
         assert client.get("/health", headers={"Host": host}).status_code == status
     with client_of(host="0.0.0.0") as client:  # its names are not known
         assert client.get("/health", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("http://127.0.0.1:8000", 200), ("http://example.com", 403), ("null", 403),
+        ("http://127.0.0.1:80", 403), ("http://127.0.0.1:8000.example.com", 403),
+    ],
+)  # fmt: skip
+def test_a_page_of_another_site_sends_nothing(origin, status, monkeypatch):
+    headers = {"Host": "127.0.0.1:8000", "Origin": origin}
+    with client_of() as client:
+        answer = client.post("/generate", json={"prompt": "a"}, headers=headers)
+        assert answer.status_code == status
+    monkeypatch.setenv("DREAMTUNE_API_KEY", KEY)
+    with client_of() as client:  # the key is what decides
+        keyed = {**headers, "X-API-Key": KEY}
+        assert client.post("/generate", json={"prompt": "a"}, headers=keyed).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 60_000, '{"prompt": "a", "seed": ' + "9" * 5000 + "}", '{"prompt": "a"', "\xff"]
+)
+def test_json_that_no_parser_takes(text):
+    with client_of() as client:
+        content = text.encode("latin-1")
+        kind = {"Content-Type": "application/json"}
+        answer = client.post("/generate", content=content, headers=kind)
+    assert answer.status_code in (400, 422)
+    assert set(answer.json()) == {"error", "got", "allowed", "way_out"}
+
+
+def test_a_prompt_that_is_cut_is_drawn_and_said(engine):
+    words = {"prompt": "a dog in the snow " * 10, "seed": 1}
+    with TestClient(make_app(engine.settings, engine), base_url=HOME) as client:
+        told = client.post("/generate", json=words).json()
+        png = client.post("/generate", json=words, headers={"Accept": "image/png"})
+        negative = client.post(
+            "/generate", json={"prompt": "a", "negative_prompt": words["prompt"], "seed": 1}
+        )
+        short = client.post("/generate", json={"prompt": "a dog", "seed": 1})
+        short_png = client.post("/generate", json={"prompt": "a"}, headers={"Accept": "image/png"})
+    assert told["warning"].endswith("the text encoder takes 16; its end is not seen")
+    assert png.headers["x-dreamtune-warning"] == told["warning"]
+    assert negative.json()["warning"] == told["warning"]
+    assert short.json()["warning"] is None
+    assert "x-dreamtune-warning" not in short_png.headers
 
 
 def chunks(size):
@@ -427,6 +475,11 @@ def test_adapters_that_have_come_are_served_after_a_reload(engine, tmp_path):
         same = client.post("/generate", json={"prompt": "a", "adapter": "dog", "seed": 1})
     pictures = [base64.b64decode(one.json()["image"]) for one in (answer, same)]
     assert near(*(Image.open(io.BytesIO(data)) for data in pictures))
+    gone = replace(engine.settings, adapters=str(tmp_path / "gone"))
+    with TestClient(make_app(gone, engine), base_url=HOME) as client:
+        answer = client.post("/adapters/reload")
+    assert answer.status_code == 409
+    assert str(tmp_path) not in answer.text
 
 
 def test_other_paths_are_told_in_the_same_form():
