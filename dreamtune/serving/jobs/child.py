@@ -18,7 +18,6 @@ from pathlib import Path
 import psutil
 import torch
 
-from dreamtune.cli import quieten, sentence
 from dreamtune.config import Config
 from dreamtune.evaluation.validation import BasePictures
 from dreamtune.metrics.table import scores_of
@@ -60,7 +59,6 @@ class NoRoom(Exception):
 
 def main(arguments: list[str]) -> int:
     folder = Path(arguments[0])
-    quieten()
     with waited(folder):
         record = read_object(folder / RECORD) or {}
         jobs = {id: folder.parents[1] / id for id in record["jobs"]}
@@ -75,11 +73,8 @@ def main(arguments: list[str]) -> int:
             write_json(folder / ROOM, {"needed": error.needed, "short": True})
             say(str(error))
             return NO_ROOM
-        except Exception as error:
-            text = sentence(error)
-            if text is None:
-                raise
-            say(" ".join([text, *getattr(error, "__notes__", [])]))
+        except ValueError as error:  # of others the server keeps the last lines
+            say(" ".join([str(error), *getattr(error, "__notes__", [])]))
             return 1
 
 

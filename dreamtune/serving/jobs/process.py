@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 import psutil
 
-import dreamtune
 from dreamtune.serving.jobs.store import read_object, write_json
 
 RECORD, LOG, ROOM = "wave.json", "log.txt", "room.json"
@@ -32,7 +31,7 @@ class Spawned(Protocol):
 
 def spawn(folder: Path) -> Spawned:
     """Its own session: what a terminal sends to the server does not reach it by itself."""
-    root = str(Path(dreamtune.__file__).parents[1])
+    root = str(Path(__file__).parents[3])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TQDM_DISABLE": "1"}
     with (folder / LOG).open("ab") as log:
