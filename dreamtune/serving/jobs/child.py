@@ -23,6 +23,7 @@ from dreamtune.evaluation.validation import BasePictures
 from dreamtune.metrics.table import scores_of
 from dreamtune.models.base import Base
 from dreamtune.serving.jobs.asked import config_of
+from dreamtune.serving.jobs.memory import PROCESS
 from dreamtune.serving.jobs.process import RECORD, ROOM
 from dreamtune.serving.jobs.store import (
     CANCEL,
@@ -70,7 +71,7 @@ def main(arguments: list[str]) -> int:
             say(str(error))
             return 128 + error.signal
         except NoRoom as error:
-            write_json(folder / ROOM, {"needed": error.needed, "short": True})
+            write_json(folder / ROOM, {"needed": error.needed + PROCESS["cuda"], "short": True})
             say(str(error))
             return NO_ROOM
         except ValueError as error:  # of others the server keeps the last lines
@@ -156,8 +157,8 @@ def opened(runs: Mapping[str, Run], base: Base, folders: Mapping[str, Path]) -> 
 
 
 def check_room(base: Base, run: Run, free: int, room_file: Path) -> None:
-    """Measures one slot's step and sampling. Raises NoRoom where they do not fit beside the base;
-    what is needed and what was free are noted for the server.
+    """Measures one slot's step and sampling, and notes what is needed for the server. free: bytes
+    before the base, with this process's own context. Raises NoRoom where they do not fit.
     """
     held = free - torch.cuda.mem_get_info(base.device)[0]
     try:
@@ -167,7 +168,7 @@ def check_room(base: Base, run: Run, free: int, room_file: Path) -> None:
         raise NoRoom(free, free) from None
     if needed > free * USABLE:
         raise NoRoom(needed, free)
-    write_json(room_file, {"needed": int(needed)})
+    write_json(room_file, {"needed": int(needed) + PROCESS["cuda"]})
 
 
 def peak_of_process() -> int:

@@ -32,6 +32,7 @@ from dreamtune.training.run_folder import checkpoints, step_of
 DEATHS = 3  # in a row without a step saved: then a job has failed
 ALONE = 2  # deaths after which a job trains by itself: another of its wave may be to blame
 ROOM_EVERY = 5.0  # seconds between looks at the memory while a wave waits for it
+LONGEST = 300.0  # the same, after waves that found too little when they began
 PATIENCE = 5  # times `gather` that the first of a wave waits for others
 
 
@@ -62,7 +63,7 @@ class Runner(threading.Thread):
         self.needs = Needs(store.folder)
         self.child: Child | None = None
         self.jobs: list[str] = []  # of the wave
-        self.look_again = 0.0
+        self.look_again, self.shorts = 0.0, 0  # when; waves in a row that had too little memory
         self.tidy()
         self.wake, self.ending = threading.Event(), threading.Event()
 
@@ -137,11 +138,10 @@ class Runner(threading.Thread):
         kind = kind_of(first.settings)
         found = [j for j in waiting if j.deaths < ALONE and kind_of(j.settings) == kind]
         found = found[: self.wave]
-        now, more = time.time(), len(found) < self.wave
-        fresh = (
-            now - found[-1].created < self.gather and now - first.created < PATIENCE * self.gather
-        )
-        return [] if fresh and more else [job.id for job in found]
+        until = min(found[-1].created + self.gather, first.created + PATIENCE * self.gather)
+        if len(found) < self.wave and time.time() < until:
+            return []
+        return [job.id for job in found]
 
     def has_room(self) -> bool:
         """Whether the device has it; else the jobs wait or are refused, with the numbers."""
@@ -165,16 +165,18 @@ class Runner(threading.Thread):
         return False
 
     def refuse(self, text: str) -> None:
-        for id in self.jobs:
-            self.store.end(id, "failed", message=text)
+        with self.store.mutex:
+            for id in self.left():
+                self.store.end(id, "failed", message=text)
 
     def wait_for_room(self, text: str) -> None:
         self.look_again = time.monotonic() + ROOM_EVERY
-        for id in self.jobs:
-            before = self.store.get(id)
-            self.store.change(id, message=text)
-            if not before.message:  # the numbers change all the time
-                self.store.tell(id, "waiting", message=text)
+        with self.store.mutex:
+            for id in self.left():
+                before = self.store.get(id)
+                self.store.change(id, message=text)
+                if not before.message:  # the numbers change all the time
+                    self.store.tell(id, "waiting", message=text)
 
     def launch(self, wave: str) -> None:
         """Jobs that ended meanwhile are left out."""
@@ -200,9 +202,13 @@ class Runner(threading.Thread):
         if alive:
             return
         self.learn(child)
-        left = self.left()
-        for id in left:
-            self.left_by(child, id)
+        short = self.short(child)
+        self.shorts = self.shorts + 1 if short else 0
+        self.look_again = time.monotonic() + min(LONGEST, ROOM_EVERY * 2**self.shorts) * short
+        with self.store.mutex:  # a job is cancelled before this, or after
+            left = self.left()
+            for id in left:
+                self.left_by(child, id, short)
         child.forget()
         if not left:
             shutil.rmtree(child.folder, ignore_errors=True)
@@ -223,12 +229,12 @@ class Runner(threading.Thread):
                 settings = self.store.get(self.jobs[0]).settings
                 self.needs.learn(settings, int(found["needed"]))
 
-    def left_by(self, child: Child, id: str) -> None:
+    def left_by(self, child: Child, id: str, short: bool) -> None:
         """A job that its process did not bring to an end goes on with the next one."""
         job = self.store.get(id)
         if self.cancelling(id):
             self.store.end(id, "cancelled")
-        elif self.short(child):
+        elif short:
             self.store.change(id, state="waiting", wave=None)  # `has_room` has its numbers now
         elif not child.interrupted:
             self.died(job, child.end_text())
