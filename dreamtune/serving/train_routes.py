@@ -133,7 +133,8 @@ def make_router(jobs: Jobs) -> APIRouter:
         known(id)
         events = await run_in_threadpool(jobs.events, id)
         samples = [event["step"] for event in events if event["kind"] == "sample"]
-        told = {"samples": samples, "last_event": len(events)}
+        last = next((event for event in reversed(events) if event["kind"] == "progress"), None)
+        told = {"samples": samples, "progress": last, "last_event": len(events)}
         return JSONResponse({**jobs.get(id).public(), **told})
 
     @router.get("/jobs/{id}/events")

@@ -66,7 +66,7 @@ class Children:
         return self
 
 
-def until(true: Callable[[], Any], seconds: float = 60.0) -> Any:
+def until(true: Callable[[], Any], seconds: float = 120.0) -> Any:
     """The first true answer."""
     end = time.monotonic() + seconds
     while not (found := true()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,10 @@ from job_children import Children, until
 
 from dreamtune.files.native import load_adapter_file
 from dreamtune.models.load import load_base
+from dreamtune.serving.jobs import child
 from dreamtune.serving.jobs.jobs import Jobs, Over
-from dreamtune.serving.jobs.store import CANCEL, Job
+from dreamtune.serving.jobs.memory import PROCESS, Room
+from dreamtune.serving.jobs.store import CANCEL, OUTCOME, Job
 
 STEPS = 6
 Photos = list[tuple[str, bytes]]
@@ -88,7 +91,7 @@ def trained(
         ids = [*submit_two(jobs, photos)]
         with jobs:
             until(lambda: "sample" in kinds(jobs, ids[0]))
-            ids.append(jobs.submit(photos[:1], "a sks cow", max_train_steps=STEPS).id)
+            ids.append(jobs.submit(photos[:1], "a sks cow", max_train_steps=1).id)
             (folder / "third").touch()
             over(jobs, *ids)
             yield jobs, ids, done
@@ -112,6 +115,8 @@ def test_a_wave_of_two_and_one_that_comes_meanwhile(
     assert events[-1]["kind"] == "done" and events[-1]["best_step"] == 6
     progress = [e for e in events if e["kind"] == "progress" and "seconds_left" in e]
     assert progress and progress[0]["steps"] == STEPS and progress[0]["loss"] > 0
+    (needed,) = {*jobs.runner.needs.found.values()}  # both waves are of one kind
+    assert 100 << 20 < needed < 8 << 30
     files = sorted(p.name for p in (jobs.store.place(one.id) / "photos").iterdir())
     assert files == ["001.png", "002.png", "003.png"]
     assert jobs.adapters().keys() == {"one", "two", third.name} and len(tensors(jobs)) > 6
@@ -122,19 +127,27 @@ def test_a_killed_process_loses_nothing(
     tmp_path: Path, common: dict[str, Any], photos: Photos, trained: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Bit for bit what an undisturbed one makes."""
+    """Bit for bit what an undisturbed one makes: killed in the middle, and again when it is
+    finished and has not said so."""
 
     def kill(wave: Any, k: int) -> None:
         if k == 4:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    children = Children(kill, None).into(monkeypatch)
+    def kill_at_the_end(wave: Any, k: int) -> None:
+        def write(path: Path, values: dict[str, Any]) -> None:
+            if path.name == OUTCOME:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(child, "write_json", write)  # in the fork
+
+    children = Children(kill, kill_at_the_end, None).into(monkeypatch)
     jobs = make(tmp_path, common)
     ids = submit_two(jobs, photos)
     with jobs:
-        assert [job.state for job in over(jobs, *ids)] == ["done", "done"]
+        assert [(job.state, job.deaths) for job in over(jobs, *ids)] == [("done", 1)] * 2
         retried = [e for e in jobs.events(ids[0]) if e["kind"] == "retried"]
-        assert len(children.started) == 2 and [e["step"] for e in retried] == [3]
+        assert len(children.started) == 3 and [e["step"] for e in retried] == [3, 6]
         assert "ended by signal 9" in retried[0]["message"]
         samples = [e["step"] for e in jobs.events(ids[1]) if e["kind"] == "sample"]
         assert samples == [0, 3, 6]
@@ -188,7 +201,8 @@ def test_servers_come_and_go(
 def test_cancelling(
     tmp_path: Path, common: dict[str, Any], photos: Photos, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that trains leaves the wave, and the other goes on; one that waits is gone at once."""
+    """One that trains leaves the wave, and the other goes on; one that waits is gone at once. One
+    whose photos are gone fails alone."""
 
     def hold(wave: Any, k: int) -> None:
         if k == 1:
@@ -198,12 +212,15 @@ def test_cancelling(
     children = Children(hold).into(monkeypatch)
     jobs = make(tmp_path, common)
     one, two = submit_two(jobs, photos)
+    lost = jobs.submit(photos, "a sks hat", "hat", max_train_steps=STEPS).id
+    shutil.rmtree(jobs.store.place(lost) / "photos")
     with jobs:
         until((tmp_path / "held").is_file)
         waiting = jobs.submit(photos, "a sks cow", "cow")
         assert jobs.cancel(waiting.id).state == "cancelled"
         jobs.cancel(one)
-        left, gone = over(jobs, two, one)
+        left, gone, failed = over(jobs, two, one, lost)
+        assert failed.state == "failed" and "photos` does not exist" in failed.message
         assert (left.state, gone.state) == ("done", "cancelled")
         assert left.best_step == STEPS and jobs.adapters().keys() == {"two"}
         assert kinds(jobs, one)[-1] == "cancelled" and len(children.started) == 1
@@ -248,3 +265,23 @@ def test_what_cannot_be_served_is_trained_all_the_same(
         (job,) = over(jobs, jobs.submit(photos[:1], "a sks dog", max_train_steps=1).id)
         assert job.state == "done" and job.message == "trained, but not served: no room for it"
         assert list(jobs.adapters()) == [job.name]
+
+
+@pytest.mark.gpu
+def test_a_wave_on_the_gpu(tmp_path: Path, photos: Photos) -> None:
+    """What it needs is measured, and held against what is free from then on."""
+    options: dict[str, Any] = {
+        "base": "embedded",
+        "gather": 0.0,
+        "settings": {"resolution": 32, "num_inference_steps": 1, "dino": "none", "clip": "none"},
+    }
+    jobs = make(tmp_path, options)
+    ids = submit_two(jobs, photos)
+    with jobs:
+        assert [job.state for job in over(jobs, *ids)] == ["done", "done"]
+        (needed,) = jobs.runner.needs.found.values()
+        assert PROCESS["cuda"] < needed < 8 << 30
+    small = make(tmp_path, options, room_of=lambda device: Room(needed, needed))
+    with pytest.raises(ValueError, match="GiB on cuda:0"):
+        small.submit(photos, "a sks dog", max_train_steps=STEPS)
+    small.stop()

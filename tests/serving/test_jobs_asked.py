@@ -6,6 +6,7 @@ import io
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from job_children import Children, until
 from PIL import Image
 
 from dreamtune.data.words import read_words
-from dreamtune.serving.jobs import asked, memory
+from dreamtune.serving.jobs import asked, child, memory
 from dreamtune.serving.jobs.asked import Limits
 from dreamtune.serving.jobs.jobs import Full, Jobs
 from dreamtune.serving.jobs.memory import GIB, Room
@@ -172,6 +173,31 @@ def test_a_process_that_finds_too_little_memory(
         assert (found.state, found.deaths, found.wave) == ("waiting", 0, None)
     with make(tmp_path, room_of=lambda device: Room(4 * GIB, 8 * GIB)) as jobs:
         assert jobs.runner.needs.of(job.settings, torch.device("cpu")) == 6 * GIB
+
+
+@pytest.mark.parametrize("free, fits", [(10, True), (9, False), (6, False)])
+def test_what_a_slot_needs_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, fits: bool
+) -> None:
+    """The base that is held, a sampling and a step; against 90% of what was free before."""
+    peaks = iter([2 * GIB, 3 * GIB])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((free - 4) * GIB, 80 * GIB))
+
+    def peak(base: Any, work: Any) -> float:
+        if free == 6:
+            raise torch.OutOfMemoryError
+        return float(next(peaks))
+
+    monkeypatch.setattr(child, "peak", peak)
+    base = SimpleNamespace(device=torch.device("cuda"))
+    if fits:
+        child.check_room(base, None, free * GIB, tmp_path / "room.json")  # type: ignore[arg-type]
+        found = json.loads((tmp_path / "room.json").read_text())
+        assert found == {"needed": 9 * GIB + memory.PROCESS["cuda"]}
+        return
+    with pytest.raises(child.NoRoom, match=f"needs .* bytes or more, {free * GIB:,} are f") as no:
+        child.check_room(base, None, free * GIB, tmp_path / "room.json")  # type: ignore[arg-type]
+    assert no.value.needed == (6 if free == 6 else 9) * GIB
 
 
 def test_the_real_process(tmp_path: Path) -> None:
