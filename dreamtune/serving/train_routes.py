@@ -83,7 +83,9 @@ def explained(route: Answer) -> Answer:
 
 
 def make_router(jobs: Jobs) -> APIRouter:
-    """The routes of these jobs. Whoever includes them starts and stops `jobs`."""
+    """The routes of these jobs. Whoever includes them starts and stops `jobs`, and sets
+    `jobs.stopping` when the server is asked to end: it waits for open streams, which end then.
+    """
     router = APIRouter()
     limits = jobs.limits
     reading = asyncio.Semaphore(READING)

@@ -194,6 +194,8 @@ def test_servers_come_and_go(
         assert len(children.started) == 2
         started = [e["step"] for e in third.events(ids[0]) if e["kind"] == "started"]
         assert started == [0, 2]
+        steps = [e["step"] for e in third.events(ids[0]) if e["kind"] in ("progress", "sample")]
+        assert steps == sorted(steps) and steps[-1] == STEPS
         wanted = {k: t for k, t in tensors(trained[0]).items() if k[:3] in ("one", "two")}
         assert same(tensors(third), wanted)
 

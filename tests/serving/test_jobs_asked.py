@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forked
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from job_children import Children, until
-from PIL import Image
+from PIL import Image, features
 
-from dreamtune.data.words import read_words
-from dreamtune.serving.jobs import asked, child, memory
-from dreamtune.serving.jobs.asked import Limits
-from dreamtune.serving.jobs.jobs import Full, Jobs
-from dreamtune.serving.jobs.memory import GIB, Room
-from dreamtune.serving.jobs.store import Events, Job, Store, write_json
+sys.path.append(str(Path(__file__).parents[2] / "eval" / "reliability"))
+from children import signal_at  # noqa: E402
+
+from dreamtune.data.photos import read_folder  # noqa: E402
+from dreamtune.data.words import read_words  # noqa: E402
+from dreamtune.serving.jobs import asked, child, memory  # noqa: E402
+from dreamtune.serving.jobs.asked import SUFFIX, Limits  # noqa: E402
+from dreamtune.serving.jobs.jobs import Full, Jobs  # noqa: E402
+from dreamtune.serving.jobs.memory import GIB, Room  # noqa: E402
+from dreamtune.serving.jobs.store import Events, Job, Store, write_json  # noqa: E402
 
 
 def picture(size: tuple[int, int] = (24, 20), kind: str = "PNG") -> bytes:
@@ -72,6 +79,19 @@ def test_what_is_refused(
     with pytest.raises(ValueError, match=words):
         small.submit(photos, prompt, **more)
     assert sorted(p.name for p in small.store.folder.iterdir()) == [".lock"]
+
+
+def test_every_format_is_stored_as_what_it_is(tmp_path: Path) -> None:
+    """Under numbers, whatever its name said, so that training reads it again."""
+    kinds = [k for k in SUFFIX if k in Image.SAVE and (k != "AVIF" or features.check("avif"))]
+    files = [(f"{kind}.exe", picture(kind=kind)) for kind in kinds]
+    found = asked.photo_files(files, Limits())
+    assert [name[3:] for name in found] == [SUFFIX[kind] for kind in kinds] and len(kinds) > 8
+    for name, data in found.items():
+        (tmp_path / name).write_bytes(data)
+    photos = read_folder(tmp_path).photos
+    assert [p.path.name for p in photos] == sorted(found)
+    assert {p.image.size for p in photos} == {(24, 20)}
 
 
 @settings(max_examples=40)
@@ -131,6 +151,49 @@ def test_what_a_server_that_was_killed_leaves(tmp_path: Path) -> None:
         "queued",
         "waiting",
     ]
+
+
+def test_kills_at_every_write_of_a_job(tmp_path: Path) -> None:
+    """Whatever is being written, the next server finds each job whole or not at all, in a state
+    that it had, its last event told."""
+    photos, seen = {"001.png": PHOTO[1]}, set()
+
+    def life() -> None:
+        store = Store(folder)
+        signal_at(folder, number, signal.SIGKILL)()
+        id = "0123456789abcdef"
+        store.add(Job(id, "dog", "a sks dog", 1, {}, created=1.0), photos)
+        store.change(id, state="running", wave="w")
+        store.tell(id, "started")
+        store.end(id, "done")
+
+    for number in range(1, 100):
+        folder = tmp_path / str(number)
+        status = forked.ended(forked.start(life, tmp_path / "log.txt"))
+        store = Store(folder)
+        there = sorted(p.name for p in folder.iterdir() if p.is_dir())
+        assert there == sorted(store.jobs)  # none left out, nothing half made
+        for job in store.all():
+            events = store.events(job.id)
+            assert events[0]["kind"] == "queued" and (folder / job.id / "photos/001.png").is_file()
+            assert not job.over or events[-1]["kind"] == job.state
+            seen.add(job.state)
+            if not job.over:
+                store.end(job.id, "cancelled")
+        store.close()
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL, (tmp_path / "log.txt").read_text()
+    assert number > 10 and seen == {"waiting", "running", "done"}
+
+
+def test_a_process_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is ended, and its job tried again, and given up like one that dies."""
+    children = Children(work=lambda: time.sleep(1000)).into(monkeypatch)
+    with make(tmp_path, silent=0.2) as jobs:
+        job = jobs.submit([PHOTO], "a sks dog")
+        until(lambda: jobs.get(job.id).over)
+        assert "ended by signal 9" in jobs.get(job.id).message and len(children.started) == 3
 
 
 def test_a_wave_waits_for_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

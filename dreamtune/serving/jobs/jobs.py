@@ -19,7 +19,7 @@ import torch
 from dreamtune.serving.jobs import asked, memory
 from dreamtune.serving.jobs.asked import Files, Limits
 from dreamtune.serving.jobs.reports import adapter_of
-from dreamtune.serving.jobs.runner import Runner
+from dreamtune.serving.jobs.runner import SILENT, Runner
 from dreamtune.serving.jobs.store import CANCEL, RUN, Job, Store
 
 GATHER = 2.0  # seconds
@@ -44,6 +44,7 @@ class Jobs:
         limits: of what is asked.
         taken: names that an adapter may not get, those that are served already.
         gather: seconds that a wave waits for more jobs after the last that came.
+        silent: seconds without a sign of the process after which it is ended, and tried again.
 
     Raises ValueError for settings that no run can have, and for a folder that another process has.
     """
@@ -58,6 +59,7 @@ class Jobs:
         limits: Limits | None = None,
         taken: Callable[[], Collection[str]] = tuple,
         gather: float = GATHER,
+        silent: float = SILENT,
         poll: float = 0.25,
         room_of: Callable[[torch.device], memory.Room] = memory.room,
     ) -> None:
@@ -68,7 +70,13 @@ class Jobs:
         self.checking = threading.Lock()  # one request's pictures are decoded at a time
         self.store = Store(folder)
         self.runner = Runner(
-            self.store, on_done, wave=self.limits.wave, gather=gather, poll=poll, room_of=room_of
+            self.store,
+            on_done,
+            wave=self.limits.wave,
+            gather=gather,
+            silent=silent,
+            poll=poll,
+            room_of=room_of,
         )
 
     def start(self) -> None:

@@ -98,6 +98,12 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGTERM)
 
+    def kill(self) -> None:
+        """What it saved before is what its jobs go on from."""
+        if self.alive():
+            with contextlib.suppress(psutil.Error):
+                psutil.Process(self.pid).kill()
+
     def forget(self) -> None:
         """It has ended, and what it left has been seen to."""
         (self.folder / RECORD).unlink(missing_ok=True)

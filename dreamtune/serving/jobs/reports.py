@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from dreamtune.serving.jobs.store import ENDED, OUTCOME, PROGRESS, RUN, Store, r
 from dreamtune.training.output import say
 from dreamtune.training.records import METRICS, read_metrics
 from dreamtune.training.run_folder import ADAPTER, BEST
+
+Told = tuple[str, dict[str, Any]]  # kind of an event, what it says
 
 
 @dataclass
@@ -40,29 +42,32 @@ class Reports:
             self.seen[id] = Seen(scored=max((e["step"] for e in told if "scores" in e), default=-1))
 
     def report(self, id: str) -> None:
-        """What its process has written since the last look, as events."""
+        """What its process has written since the last look, as events in the order of its steps."""
         place, seen = self.store.place(id), self.seen[id]
         outcome = read_object(place / OUTCOME)  # first: all else was written before it
-        with contextlib.suppress(OSError, UnreadableFile):
-            file = place / PROGRESS
-            if (changed := file.stat().st_mtime_ns) != seen.progress and (now := read_object(file)):
-                seen.progress = changed
-                self.store.tell(id, "progress", **now)
-        with contextlib.suppress(OSError, UnreadableFile):
-            size = (place / RUN / METRICS).stat().st_size
-            if size != seen.metrics:
-                self.scorings(id, seen)
-                seen.metrics = size
+        told = [*self.progress(place / PROGRESS, seen), *self.scorings(place / RUN, seen)]
+        for kind, data in sorted(told, key=lambda event: event[1]["step"]):
+            self.store.tell(id, kind, **data)
         if outcome:
             self.finish(id, outcome)
 
-    def scorings(self, id: str, seen: Seen) -> None:
-        for record in read_metrics(self.store.place(id) / RUN):
-            if (step := record["step"]) > seen.scored:
-                seen.scored = step
-                data = {"loss": record.get("loss"), "scores": scores_of(record)}
-                self.store.tell(id, "progress", step=step, **data)
-                self.store.tell(id, "sample", step=step)
+    def progress(self, file: Path, seen: Seen) -> Iterator[Told]:
+        with contextlib.suppress(OSError, UnreadableFile):
+            if (changed := file.stat().st_mtime_ns) != seen.progress and (now := read_object(file)):
+                seen.progress = changed
+                yield "progress", now
+
+    def scorings(self, run: Path, seen: Seen) -> Iterator[Told]:
+        with contextlib.suppress(OSError, UnreadableFile):
+            size = (run / METRICS).stat().st_size
+            records = read_metrics(run) if size != seen.metrics else []
+            seen.metrics = size
+            for record in records:
+                if (step := record["step"]) > seen.scored:
+                    seen.scored = step
+                    scores = scores_of(record)
+                    yield "progress", {"step": step, "loss": record.get("loss"), "scores": scores}
+                    yield "sample", {"step": step}
 
     def finish(self, id: str, outcome: dict[str, Any]) -> None:
         state = outcome.get("state")

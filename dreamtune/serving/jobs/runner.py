@@ -16,10 +16,11 @@ import torch
 
 from dreamtune.fields import UnreadableFile
 from dreamtune.serving.jobs.memory import Needs, Room, device_of, kind_of, lacking, room
-from dreamtune.serving.jobs.process import ROOM, Child
+from dreamtune.serving.jobs.process import LOG, RECORD, ROOM, Child
 from dreamtune.serving.jobs.reports import Reports
 from dreamtune.serving.jobs.store import (
     CANCEL,
+    PROGRESS,
     RUN,
     WAVES,
     Job,
@@ -27,11 +28,13 @@ from dreamtune.serving.jobs.store import (
     read_object,
 )
 from dreamtune.training.output import say
+from dreamtune.training.records import METRICS
 from dreamtune.training.run_folder import checkpoints, step_of
 
 DEATHS = 3  # in a row without a step saved: then a job has failed
 ALONE = 2  # deaths after which a job trains by itself: another of its wave may be to blame
 ROOM_EVERY = 5.0  # seconds between looks at the memory while a wave waits for it
+SILENT = 3600.0  # loading a base or sampling on a slow machine says nothing for long
 LONGEST = 300.0  # the same, after waves that found too little when they began
 PATIENCE = 5  # times `gather` that the first of a wave waits for others
 
@@ -42,6 +45,7 @@ class Runner(threading.Thread):
     Args:
         wave: jobs at most.
         gather: seconds that a wave waits for more jobs after the last that came.
+        silent: seconds without a sign of the process after which it hangs, and is ended.
         poll: seconds between looks at the process.
         room_of: what is free on a device.
     """
@@ -53,13 +57,14 @@ class Runner(threading.Thread):
         *,
         wave: int,
         gather: float,
+        silent: float = SILENT,
         poll: float = 0.25,
         room_of: Callable[[torch.device], Room] = room,
     ) -> None:
         super().__init__(name="dreamtune-jobs", daemon=True)
         self.store, self.room_of = store, room_of
         self.reports = Reports(store, on_done)
-        self.wave, self.gather, self.poll = wave, gather, poll
+        self.wave, self.gather, self.poll, self.silent = wave, gather, poll, silent
         self.needs = Needs(store.folder)
         self.child: Child | None = None
         self.jobs: list[str] = []  # of the wave
@@ -191,6 +196,8 @@ class Runner(threading.Thread):
         if not self.jobs:
             return
         self.reports.recall(self.jobs)
+        for id in self.jobs:  # of a process before, whose last steps are done again
+            (self.store.place(id) / PROGRESS).unlink(missing_ok=True)
         self.child = Child.start(self.store.folder / WAVES / wave, self.jobs)
         for id in self.jobs:
             self.store.tell(id, "started", jobs=len(self.jobs), step=self.saved_step(id))
@@ -200,6 +207,8 @@ class Runner(threading.Thread):
         alive = child.alive()  # first: what it wrote before it ended is then seen below
         self.report_all()
         if alive:
+            if time.time() - self.last_sign(child) > self.silent:
+                child.kill()
             return
         self.learn(child)
         short = self.short(child)
@@ -213,6 +222,14 @@ class Runner(threading.Thread):
         if not left:
             shutil.rmtree(child.folder, ignore_errors=True)
         self.child, self.jobs = None, []
+
+    def last_sign(self, child: Child) -> float:
+        """When the process last wrote something, or was started."""
+        files = [child.folder / RECORD, child.folder / LOG]
+        for id in self.jobs:
+            place = self.store.place(id)
+            files += [place / PROGRESS, place / RUN, place / RUN / METRICS]
+        return max(file.stat().st_mtime for file in files if file.exists())
 
     def left(self) -> list[str]:
         """The jobs of the wave that are not over."""
