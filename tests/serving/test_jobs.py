@@ -222,7 +222,7 @@ def test_cancelling(
         assert jobs.cancel(waiting.id).state == "cancelled"
         jobs.cancel(one)
         left, gone, failed = over(jobs, two, one, lost)
-        assert failed.state == "failed" and "photos` does not exist" in failed.message
+        assert failed.state == "failed" and f"`{lost}/photos` does not exist" in failed.message
         assert (left.state, gone.state) == ("done", "cancelled")
         assert left.best_step == STEPS and jobs.adapters().keys() == {"two"}
         assert kinds(jobs, one)[-1] == "cancelled" and len(children.started) == 1
@@ -260,12 +260,14 @@ def test_what_cannot_be_served_is_trained_all_the_same(
     tmp_path: Path, common: dict[str, Any], photos: Photos, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(name: str, path: Path) -> None:
-        raise RuntimeError("no room for it")
+        raise RuntimeError(f"no room for {path}")
 
     Children().into(monkeypatch)
     with Jobs(tmp_path, on_done=refuse, **common) as jobs:
         (job,) = over(jobs, jobs.submit(photos[:1], "a sks dog", max_train_steps=1).id)
-        assert job.state == "done" and job.message == "trained, but not served: no room for it"
+        file = f"{job.id}/run/best/adapter.safetensors"
+        assert job.state == "done"
+        assert job.message == f"trained, but not served: no room for {file}"
         assert list(jobs.adapters()) == [job.name]
 
 

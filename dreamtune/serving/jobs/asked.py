@@ -180,7 +180,8 @@ def adapter_name(name: str | None, words: SubjectWords, id: str, taken: Collecti
     used = {other.casefold() for other in taken}
     if name is None:
         noun = re.sub("[^A-Za-z0-9]+", "-", words.class_noun).strip("-")[:40] or "subject"
-        return f"{noun}-{id[:6]}"
+        short = f"{noun}-{id[:6]}"
+        return short if short.casefold() not in used else f"{noun}-{id}"
     if not NAME.fullmatch(name):
         raise ValueError(
             "`name` must be 1 to 64 letters, digits, - and _, the first a letter or a digit, got "

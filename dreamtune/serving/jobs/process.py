@@ -118,4 +118,4 @@ class Child:
             file.seek(max(int(self.record.get("log_start", 0)), size - TAIL_BYTES))
             text = file.read(TAIL_BYTES).decode("utf-8", "replace")
             how += "; it said last:\n" + "\n".join(text.strip().splitlines()[-TAIL:])
-        return how.replace(f"{self.folder.parents[1]}{os.sep}", "")
+        return how

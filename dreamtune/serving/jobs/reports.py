@@ -74,14 +74,14 @@ class Reports:
         if state not in ENDED:
             raise UnreadableFile(f"the outcome of job {id} is of no kind: {state!r}.")
         if state != "done":
-            self.store.end(id, state, message=outcome.get("message", ""))
+            self.store.end(id, state, message=self.store.told(outcome.get("message", "")))
             return
         job = self.store.get(id)
         served = ""
         try:
             self.on_done(job.name, adapter_of(self.store, id))
         except Exception as error:  # whoever serves it: the training is done all the same
-            served = f"trained, but not served: {error}"
+            served = self.store.told(f"trained, but not served: {error}")
             say(f"Job {id}: {served}")
         scores = outcome.get("scores", {})
         self.store.end(id, "done", best_step=outcome["step"], scores=scores, message=served)

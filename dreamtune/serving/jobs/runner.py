@@ -254,7 +254,7 @@ class Runner(threading.Thread):
         elif short:
             self.store.change(id, state="waiting", wave=None)  # `has_room` has its numbers now
         elif not child.interrupted:
-            self.died(job, child.end_text())
+            self.died(job, self.store.told(child.end_text()))
 
     def short(self, child: Child) -> bool:
         """Whether it ended for want of memory, before it trained."""

@@ -204,6 +204,10 @@ class Store:
     def place(self, id: str) -> Path:
         return self.folder / id
 
+    def told(self, text: str) -> str:
+        """A message for clients, without where the folder lies."""
+        return text.replace(f"{self.folder}{os.sep}", "")
+
     def get(self, id: str) -> Job:
         """Raises KeyError for an id that is none: text of a client is looked up, never a path."""
         with self.mutex:
