@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
@@ -195,8 +196,9 @@ async def form_of(
     """Fields and photos of a multipart form, of which no more is read than may be sent; held in
     memory in the block alone.
 
-    Raises Refused for one that is larger, malformed, or has other fields.
+    Raises Refused for one that is larger, malformed, has other fields, or is of another site.
     """
+    check_origin(request)
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise Refused(415, "photos are sent as multipart/form-data: `curl -F photos=@1.jpg ...`.")
     parser = MultiPartParser(
@@ -219,6 +221,15 @@ async def form_of(
             yield await read_form(form.multi_items(), limits, known)
     finally:
         await form.close()
+
+
+def check_origin(request: Request) -> None:
+    """A page of any site may have a browser send forms here, and needs nobody's leave for it."""
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        raise Refused(
+            403, f"forms are taken from this server's own page, not from one of {shown(origin)}."
+        )
 
 
 async def read_form(
