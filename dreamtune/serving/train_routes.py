@@ -14,7 +14,6 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine
 from typing import Any
-from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
@@ -86,6 +85,7 @@ def explained(route: Answer) -> Answer:
 def make_router(jobs: Jobs) -> APIRouter:
     """The routes of these jobs. Whoever includes them starts and stops `jobs`, and sets
     `jobs.stopping` when the server is asked to end: it waits for open streams, which end then.
+    Who may ask, and from which page, is looked at before.
     """
     router = APIRouter()
     limits = jobs.limits
@@ -196,9 +196,8 @@ async def form_of(
     """Fields and photos of a multipart form, of which no more is read than may be sent; held in
     memory in the block alone.
 
-    Raises Refused for one that is larger, malformed, has other fields, or is of another site.
+    Raises Refused for one that is larger, malformed, or has other fields.
     """
-    check_origin(request)
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise Refused(415, "photos are sent as multipart/form-data: `curl -F photos=@1.jpg ...`.")
     parser = MultiPartParser(
@@ -221,15 +220,6 @@ async def form_of(
             yield await read_form(form.multi_items(), limits, known)
     finally:
         await form.close()
-
-
-def check_origin(request: Request) -> None:
-    """A page of any site may have a browser send forms here, and needs nobody's leave for it."""
-    origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
-        raise Refused(
-            403, f"forms are taken from this server's own page, not from one of {shown(origin)}."
-        )
 
 
 async def read_form(
