@@ -7,6 +7,7 @@ import socket
 import typing
 from collections.abc import Sequence
 from dataclasses import MISSING
+from types import FrameType
 from typing import Any
 
 from dreamtune.fields import choices, parts
@@ -68,11 +69,22 @@ def serve(settings: Settings) -> None:
 
     from dreamtune.serving.app import make_app
     from dreamtune.serving.engine import Engine
+    from dreamtune.serving.training import trained
     from dreamtune.training.output import say
 
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if jobs:
+                jobs.stopping.set()  # open streams of events, which it waits for, end
+            super().handle_exit(sig, frame)
+
     key = settings.api_key()
-    with bound(settings) as listener, Engine.opened(settings) as engine:
-        app = make_app(settings, engine)
+    with (
+        bound(settings) as listener,
+        Engine.opened(settings) as engine,
+        trained(settings, engine) as jobs,
+    ):
+        app = make_app(settings, engine, jobs)
         guidance = settings.guidance_scale
         engine.warm_up(engine.guidance_scale if guidance is None else guidance)
         host, port = listener.getsockname()[:2]
@@ -82,7 +94,7 @@ def serve(settings: Settings) -> None:
         listener.listen(BACKLOG)  # whoever reads the next line may connect
         say(f"Serving on http://{f'[{host}]' if ':' in host else host}:{port}")
         config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on")
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(config).run(sockets=[listener])
 
 
 def bound(settings: Settings) -> socket.socket:
