@@ -22,12 +22,14 @@ from dreamtune.serving.guard import Guard, answer
 from dreamtune.serving.jobs.jobs import Jobs
 from dreamtune.serving.metrics import Metrics
 from dreamtune.serving.overview import router as overview
+from dreamtune.serving.page_routes import PATHS
+from dreamtune.serving.page_routes import router as page
 from dreamtune.serving.queue import Queue
 from dreamtune.serving.settings import LOOPBACK, Settings
 from dreamtune.serving.train_routes import UPLOADS, make_router
 from dreamtune.version import __version__
 
-FREE = ("/health",)  # without a key
+FREE = ("/health", *PATHS)  # without a key: the page asks for it
 PATIENCE = 600.0  # seconds for accepted requests when the server is shut down
 SCHEMA = "GET /openapi.json says what a request may hold."
 FORM = schema.Request.model_fields
@@ -56,7 +58,7 @@ def make_app(settings: Settings, engine: Engine, jobs: Jobs | None = None) -> Fa
         redoc_url=None,
         lifespan=_lifespan,
     )
-    app.state.settings, app.state.engine = settings, engine
+    app.state.settings, app.state.engine, app.state.jobs = settings, engine, jobs
     app.state.queue, app.state.metrics = queue, metrics
     key = settings.api_key()
     app.add_middleware(
@@ -71,7 +73,7 @@ def make_app(settings: Settings, engine: Engine, jobs: Jobs | None = None) -> Fa
     )
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
-    for router in (generate, overview, *([make_router(jobs)] if jobs else [])):
+    for router in (generate, overview, page, *([make_router(jobs)] if jobs else [])):
         app.include_router(router)
     return app
 

@@ -69,6 +69,7 @@ def serve(settings: Settings) -> None:
 
     from dreamtune.serving.app import make_app
     from dreamtune.serving.engine import Engine
+    from dreamtune.serving.schema import usual_guidance
     from dreamtune.serving.training import trained
     from dreamtune.training.output import say
 
@@ -85,8 +86,7 @@ def serve(settings: Settings) -> None:
         trained(settings, engine) as jobs,
     ):
         app = make_app(settings, engine, jobs)
-        guidance = settings.guidance_scale
-        engine.warm_up(engine.guidance_scale if guidance is None else guidance)
+        engine.warm_up(usual_guidance(settings, engine))
         host, port = listener.getsockname()[:2]
         say(f"{len(engine.adapters)} adapters of {engine.base.id} on {engine.device}")
         if not settings.at_home and key is None:

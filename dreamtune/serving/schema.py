@@ -82,9 +82,7 @@ def settled(request: Request, settings: Settings, engine: Engine) -> tuple[Row, 
         )
     scale = request.guidance_scale
     if scale is None:
-        scale = (
-            engine.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
-        )
+        scale = usual_guidance(settings, engine)
     if request.negative_prompt and scale <= 1:
         raise Refused(
             422,
@@ -111,6 +109,12 @@ def settled(request: Request, settings: Settings, engine: Engine) -> tuple[Row, 
     seed = secrets.randbelow(DRAWN_SEEDS) if request.seed is None else request.seed
     row = Row(request.prompt, request.negative_prompt, request.adapter, seed)
     return row, Shape(size, steps, float(scale))
+
+
+def usual_guidance(settings: Settings, engine: Engine) -> float:
+    """Of a request that does not say."""
+    stated = settings.guidance_scale
+    return engine.guidance_scale if stated is None else stated
 
 
 def unknown(name: str, engine: Engine) -> Refused:
