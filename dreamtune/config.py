@@ -132,10 +132,19 @@ class Config:
     )
     gradient_accumulation_steps: Count = opt(1, "batches a step", "training")
     max_train_steps: Count | None = opt(
-        None, "optimizer steps", "training", "240 up to 256 px, else 1000", resume=constant_rate
+        None,
+        "optimizer steps",
+        "training",
+        "60 to 180 by method with the package's base, else 240 up to 256 px and 1000 above",
+        resume=constant_rate,
     )
     learning_rate: Above0 | None = opt(
-        None, "peak learning rate", "training", "the method's own", own=True, swept=True
+        None,
+        "peak learning rate",
+        "training",
+        "the method's own, of OFT and HRA another with the package's base",
+        own=True,
+        swept=True,
     )
     lr_scheduler: Literal["constant", "constant_with_warmup", "cosine", "linear"] = opt(
         "constant", "shape of the learning rate", "training"
@@ -200,7 +209,7 @@ class Config:
         None,
         "steps between scorings; 0: only the start and the end",
         "scoring",
-        "a quarter of --max_train_steps",
+        "a quarter of --max_train_steps, a third with the package's base",
     )
     validation_seed: Seed = opt(1234, "seed of the scored images", "scoring")
     dino: str | None = opt(
@@ -228,7 +237,9 @@ class Config:
         "scoring",
         "the base's own if its terminal SNR is zero, else dpm++",
     )
-    num_inference_steps: Count = opt(25, "sampling steps", "scoring")
+    num_inference_steps: Count | None = opt(
+        None, "sampling steps", "scoring", "15 with the package's base, else 25"
+    )
     guidance_scale: Above0 | None = opt(
         None, "classifier-free guidance", "scoring", "4 up to 256 px, else 7.5"
     )
@@ -330,6 +341,7 @@ class Settings(Config):
     dino: str
     clip: str
     sampler: Sampler
+    num_inference_steps: int
     guidance_scale: float
     guidance_rescale: float
     output_dir: str
