@@ -103,9 +103,10 @@ def test_concurrent_requests_are_one_batch_and_each_gets_its_own(engine):
         "dreamtune_request_seconds_count 4.0",
         "dreamtune_queue_length 0.0",
         "dreamtune_adapters 4.0",
-        'dreamtune_gpu_memory_bytes{kind="allocated"} 0.0',
     ):
         assert line in lines, line
+    for kind in ("allocated", "reserved", "peak"):
+        assert f'dreamtune_gpu_memory_bytes{{kind="{kind}"}} ' in metrics.text
     with TestClient(make_app(engine.settings, engine), base_url=HOME) as client:
         for body, one in zip(asked, told):  # and what it gets alone
             headers = {"Accept": "image/png"}
