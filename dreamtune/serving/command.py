@@ -81,7 +81,10 @@ def serve(settings: Settings) -> None:
             say("Warning: whoever reaches this address may ask: there is no API key")
         listener.listen(BACKLOG)  # whoever reads the next line may connect
         say(f"Serving on http://{f'[{host}]' if ':' in host else host}:{port}")
-        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on")
+        # no websockets: the guard looks at HTTP alone
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, lifespan="on", ws="none"
+        )
         uvicorn.Server(config).run(sockets=[listener])
 
 
