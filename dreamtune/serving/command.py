@@ -76,7 +76,8 @@ def serve(settings: Settings) -> None:
         guidance = settings.guidance_scale
         engine.warm_up(engine.guidance_scale if guidance is None else guidance)
         host, port = listener.getsockname()[:2]
-        say(f"{len(engine.adapters)} adapters of {engine.base.id} on {engine.device}")
+        count = len(engine.adapters)
+        say(f"{count} adapter{'s' * (count != 1)} of {engine.base.id} on {engine.device}")
         if not settings.at_home and key is None:
             say("Warning: whoever reaches this address may ask: there is no API key")
         listener.listen(BACKLOG)  # whoever reads the next line may connect

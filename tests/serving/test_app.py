@@ -451,7 +451,7 @@ def test_time_outs_and_a_full_queue():
         full = client.post("/generate", json={"prompt": "a", "seed": 3})
         assert full.status_code == 503
         assert int(full.headers["retry-after"]) >= 1
-        assert "1 requests are waiting" in full.json()["error"]
+        assert "The queue is full: requests that wait: 1" in full.json()["error"]
         for late in (drawn, waiting):
             assert late.result(PATIENCE).status_code == 504
         assert (total(client.app, "full"), total(client.app, "late")) == (1, 2)

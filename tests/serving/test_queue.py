@@ -139,7 +139,7 @@ def test_a_full_queue_says_when_to_come_back():
     queue = queue_of(Drawing(), max_queue=3)
     queue.took = 4.0
     put(queue, [1, 2, 3])
-    with pytest.raises(Refused, match="3 requests are waiting") as found:
+    with pytest.raises(Refused, match="The queue is full: requests that wait: 3") as found:
         put(queue, [4])
     assert (found.value.status, found.value.headers) == (503, {"Retry-After": "4"})
     assert queue.cancel(queue.waiting[0])
