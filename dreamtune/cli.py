@@ -27,6 +27,7 @@ COMMANDS = {
     "analyse": "say how far an adapter moved the weights, and how much of its bound it used",
     "info": "say what an adapter or LoRA file is",
     "methods": "list the adapter methods and their options",
+    "serve": "serve many adapters of one base over HTTP, in batches",
     "cache": "say what the cache of scored pictures' features holds, or clear it",
 }
 
@@ -78,6 +79,7 @@ def run_command(arguments: list[str]) -> int:
             "info": info,
             "analyse": analyse,
             "methods": methods,
+            "serve": serve,
             "cache": cache,
         }[command](arguments[1:])
     except KeyboardInterrupt as error:
@@ -237,6 +239,14 @@ def score(argv: Sequence[str]) -> int:
     from dreamtune.pipeline.score_command import command
 
     say(command(argv, COMMANDS["score"]))
+    return 0
+
+
+def serve(argv: Sequence[str]) -> int:
+    quieten()
+    from dreamtune.serving.command import command
+
+    command(argv, COMMANDS["serve"])
     return 0
 
 

@@ -180,7 +180,7 @@ def sentence(found: Mapping[str, Any]) -> str:
         return f"{start} finite, got {float(value)}."
     if kind in KINDS:
         return f"{start} {KINDS[kind]}, {got}"
-    if bounds:
+    if bounds and not kind.endswith(("too_short", "too_long")):  # lengths: of texts and lists
         number = number_of(value, bounds[0]) if isinstance(value, str) else value
         return (
             f"{start} {limit(kind, bounds[0])}, got {shown(number)}{near(kind, bounds[0], number)}."

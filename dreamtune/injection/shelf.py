@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +28,17 @@ class Source(Protocol):
 
 
 class Entry(NamedTuple):
-    """An adapter on the shelf. paths: of the layers that it changes; nbytes: of its factors."""
+    """An adapter on the shelf. paths: of the layers that it changes; nbytes: of its factors;
+    options, metadata: as its file has them.
+    """
 
     name: str
     method: str
     paths: tuple[str, ...]
     nbytes: int
     source: Source
+    options: Mapping[str, Any]
+    metadata: Mapping[str, Any]
 
 
 class Stored:

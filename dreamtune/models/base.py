@@ -143,6 +143,10 @@ class Base(ABC):
         """A row a prompt, on the device, float32."""
 
     @abstractmethod
+    def unseen(self, prompt: str) -> str:
+        """A sentence on what of a prompt is cut off; "" where all of it is encoded."""
+
+    @abstractmethod
     def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's prediction for x (n, ...) and t (n,), computed in `dtype`."""
 

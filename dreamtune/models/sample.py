@@ -39,6 +39,7 @@ def sample_tensor(
     size: int | tuple[int, int] | None = None,
     batch_size: int = 8,
     arguments: Mapping[str, torch.Tensor] | None = None,
+    negative_prompts: Sequence[str] | None = None,
 ) -> torch.Tensor:
     """Images of `sample` as one CPU tensor (N, 3, height, width), float32 in [0, 1].
 
@@ -49,6 +50,7 @@ def sample_tensor(
         batch_size: images a batch; guidance doubles the rows the UNet sees.
         arguments: of the pipeline's call, a row an image, used instead of encoding `prompts` (see
             `Base.sampling_arguments`).
+        negative_prompts: one an image, where `prompts` are encoded; by default the empty one.
 
     Raises:
         ValueError: lengths differ, `batch_size` < 1, or an image has pixels that are not finite.
@@ -60,7 +62,10 @@ def sample_tensor(
         )
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}")
-    for name, x in (arguments or {}).items():
+    given: dict[str, Sequence[str] | torch.Tensor] = dict(arguments or {})
+    if negative_prompts is not None:
+        given["negative_prompts"] = negative_prompts
+    for name, x in given.items():
         if len(x) != len(prompts):
             raise ValueError(f"`{name}` has {len(x)} rows for {len(prompts)} prompts")
     height, width = (size, size) if isinstance(size, int) or size is None else size
@@ -69,6 +74,8 @@ def sample_tensor(
         for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)
             text: dict[str, Any] = {"prompt": list(prompts[rows])}
+            if negative_prompts is not None:
+                text["negative_prompt"] = list(negative_prompts[rows])
             if arguments is not None:
                 text = {name: x[rows] for name, x in arguments.items()}
             output = pipe(

@@ -184,14 +184,8 @@ class StableDiffusion(Base):
         """prompt_embeds (n, tokens, dim). A prompt that is too long is cut, with a warning."""
         length = self.tokenizer.model_max_length
         for prompt in prompts:
-            tokens = self.tokenizer(prompt, truncation=False, verbose=False).input_ids
-            if len(tokens) > length:
-                logging.getLogger("dreamtune").warning(
-                    "The prompt has %d tokens, the text encoder takes %d; its end is not seen: %s",
-                    len(tokens),
-                    length,
-                    prompt,
-                )
+            if told := self.unseen(prompt):
+                logging.getLogger("dreamtune").warning("%s: %s", told, prompt)
         tokens = self.tokenizer(
             list(prompts),
             padding="max_length",
@@ -202,6 +196,15 @@ class StableDiffusion(Base):
         with self.on_device(torch.float32, self.text_encoder):
             parts = [self.text_encoder(part.to(self.device))[0] for part in tokens.split(32)]
         return {"prompt_embeds": torch.cat(parts).float()}
+
+    def unseen(self, prompt: str) -> str:
+        count = len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        length = self.tokenizer.model_max_length
+        if count <= length:
+            return ""
+        return (
+            f"The prompt has {count} tokens, the text encoder takes {length}; its end is not seen"
+        )
 
     def call_arguments(self, conditioning: Conditioning, nothing: Conditioning) -> Conditioning:
         prompts = conditioning["prompt_embeds"].to(self.dtype)

@@ -131,7 +131,10 @@ def _made(
     if warning:
         warnings.warn(warning, stacklevel=4)
     source = _File(found, digest, model)
-    return Entry(name, file.method, tuple(places), factors.nbytes, source), factors, places
+    entry = Entry(
+        name, file.method, tuple(places), factors.nbytes, source, file.options, file.metadata
+    )
+    return entry, factors, places
 
 
 def _prints(shelf: Shelf, file: AdapterFile, places: Mapping[str, Place]) -> Fingerprint:

@@ -1,0 +1,111 @@
+"""`dreamtune serve` on the command line: its flags, and the server's life."""
+
+from __future__ import annotations
+
+import importlib
+import socket
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING
+from typing import Any
+
+from dreamtune.fields import choices, parts
+from dreamtune.flags import HelpFormatter, Parser
+from dreamtune.serving.settings import FIELDS, HINTS, Settings
+
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")  # of the extra `serve`
+BACKLOG = 2048  # connections that wait to be accepted
+
+
+def command(argv: Sequence[str], description: str) -> None:
+    """The command line; returns when the server was shut down."""
+    given = vars(parser(description).parse_args(argv))
+    settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    check_packages()
+    serve(settings)
+
+
+def parser(description: str) -> Parser:
+    found = Parser(
+        prog="dreamtune serve",
+        description=f"{description[0].upper()}{description[1:]}.",
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
+    )
+    for name, field in FIELDS.items():
+        hint, facts = HINTS[name], field.metadata
+        default = field.default if field.default is not MISSING else None
+        text = str(facts["help"]).replace("%", "%%")
+        if name == "adapters":
+            found.add_argument(f"--{name}", required=True, metavar="DIR", help=text)
+            continue
+        stated = facts["shown"] or default
+        words = choices(hint)
+        more: dict[str, Any] = {"metavar": "{" + ",".join(words) + "}" if words else "X"}
+        if any(typing.get_origin(part) is list for part in parts(hint)):
+            more["nargs"] = "+"
+        found.add_argument(f"--{name}", help=f"{text} [default: {stated}]", **more)
+    return found
+
+
+def check_packages() -> None:
+    """Raises ValueError where the extra is not installed."""
+    for name in PACKAGES:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"the server needs `{error.name}`, which is not installed: "
+                "pip install 'dreamtune[serve]'"
+            ) from None
+
+
+def serve(settings: Settings) -> None:
+    """Until a signal ends it, and the requests that were accepted are answered. Raises ValueError,
+    before anything is loaded, for an address that cannot be had and for a key that is none.
+    """
+    import uvicorn
+
+    from dreamtune.serving.app import make_app
+    from dreamtune.serving.engine import Engine
+    from dreamtune.training.output import say
+
+    key = settings.api_key()
+    with bound(settings) as listener, Engine.opened(settings) as engine:
+        app = make_app(settings, engine)
+        guidance = settings.guidance_scale
+        engine.warm_up(engine.guidance_scale if guidance is None else guidance)
+        host, port = listener.getsockname()[:2]
+        count = len(engine.adapters)
+        say(f"{count} adapter{'s' * (count != 1)} of {engine.base.id} on {engine.device}")
+        if not settings.at_home and key is None:
+            say("Warning: whoever reaches this address may ask: there is no API key")
+        listener.listen(BACKLOG)  # whoever reads the next line may connect
+        say(f"Serving on http://{f'[{host}]' if ':' in host else host}:{port}")
+        # no websockets: the guard looks at HTTP alone
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, lifespan="on", ws="none"
+        )
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def bound(settings: Settings) -> socket.socket:
+    """A socket on the address, which does not listen yet. Raises ValueError where there is none."""
+    place = f"{settings.host}, port {settings.port}"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        found = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ValueError(f"`host`: there is no address {place}: {error.strerror}") from None
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        found.close()
+        raise ValueError(
+            f"the address {place} cannot be had: {error.strerror}. Give another --port (0: a free "
+            "one), or end what has it"
+        ) from None
+    return found
