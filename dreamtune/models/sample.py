@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from PIL import Image
+
+from dreamtune.models.conditioning import Arguments, take
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ def sample_tensor(
     guidance_rescale: float = 0.0,
     size: int | tuple[int, int] | None = None,
     batch_size: int = 8,
-    arguments: Mapping[str, torch.Tensor] | None = None,
+    arguments: Arguments | None = None,
 ) -> torch.Tensor:
     """Images of `sample` as one CPU tensor (N, 3, height, width), float32 in [0, 1].
 
@@ -68,9 +71,9 @@ def sample_tensor(
     with _quiet(pipe):
         for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)
-            text: dict[str, Any] = {"prompt": list(prompts[rows])}
+            text: Mapping[str, Any] = {"prompt": list(prompts[rows])}
             if arguments is not None:
-                text = {name: x[rows] for name, x in arguments.items()}
+                text = take(arguments, range(len(prompts))[rows])
             output = pipe(
                 **text,
                 height=height,
@@ -121,6 +124,9 @@ def _quiet(pipe: Any) -> Iterator[None]:
     before = dict(getattr(pipe, "_progress_bar_config", None) or {})
     pipe.set_progress_bar_config(**{**before, "disable": True})
     try:
-        yield
+        with warnings.catch_warnings():
+            # of the pipeline to itself, where it brings XL's autoencoder from fp16 to float32
+            warnings.filterwarnings("ignore", "`upcast_vae` is deprecated")
+            yield
     finally:
         pipe.set_progress_bar_config(**before)

@@ -148,14 +148,14 @@ def test_captions_and_kohya_folders(tmp_path: Path) -> None:
 
 def test_square_crops() -> None:
     left, right = halves(), halves().transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    middle = square(left, 16)
+    middle = square(left, 16)[0]
     assert middle.size == (16, 16)
     assert near(middle.getpixel((1, 8)), RED)
     assert near(middle.getpixel((14, 8)), BLUE)
-    assert near(square(right, 16).getpixel((1, 8)), BLUE)
-    corners = {np.asarray(square(left, 16, crop=i)).tobytes() for i in range(8)}
+    assert near(square(right, 16)[0].getpixel((1, 8)), BLUE)
+    corners = {np.asarray(square(left, 16, crop=i)[0]).tobytes() for i in range(8)}
     assert len(corners) > 2  # random, and each the same again
-    assert np.array_equal(np.asarray(square(left, 16, 3)), np.asarray(square(left, 16, 3)))
+    assert np.array_equal(np.asarray(square(left, 16, 3)[0]), np.asarray(square(left, 16, 3)[0]))
 
 
 def test_views_of_crops_and_flips(tmp_path: Path) -> None:
