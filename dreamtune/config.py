@@ -325,7 +325,6 @@ class Settings(Config):
     checkpointing_steps: int
     train_batch_size: int
     learning_rate: float
-    prediction_type: Prediction
     mixed_precision: Precision
     device: str
     dino: str

@@ -179,8 +179,8 @@ class Base(ABC):
 
     @property
     @abstractmethod
-    def prediction_type(self) -> str:
-        """What the network predicts, as the config names it."""
+    def prediction_type(self) -> str | None:
+        """What the network predicts, as the config names it; None where the family has one way."""
 
     @abstractmethod
     def sampling_defaults(self, size: int) -> SamplingDefaults:

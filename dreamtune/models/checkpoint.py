@@ -125,6 +125,14 @@ def check_parts(path: Path, names: Collection[str], kind: Kind) -> None:
             )
 
 
+def check_told(path: Path, names: Collection[str]) -> None:
+    """Of XL: the layers that take pooled text and sizes, which diffusers reads unasked."""
+    ends = [f"{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")]
+    told = [f"{NETWORK}label_emb.0.{end}" for end in ends]
+    if missing := sorted(set(told) - set(names)):
+        raise ValueError(f"`{path}` lacks weights of the {PARTS['unet']}: {listed(missing)}.")
+
+
 def check_pairs(path: Path, names: Collection[str]) -> None:
     """Of these convolutions diffusers reads the bias wherever it finds the weight."""
     for start, words in ((NETWORK, PARTS["unet"]), ("first_stage_model.", PARTS["vae"])):

@@ -94,7 +94,7 @@ def load_base(
         if path is not None and not path.is_dir():
             family, name = family_class(family_of_file(path)), path.stem
             check_room(name, partial(weights_of_file, path), dtype, device)
-            parts = load_file(path, prediction_type, notes)
+            parts = load_file(path, dtype, prediction_type, notes)
             read_encoders = partial(load_encoders, path)
         else:
             folder = open_folder(str(path or name_or_path), revision, variant)
@@ -123,7 +123,7 @@ def open_folder(
     """A folder here, or a hub id with the parts of every family."""
     families = [family_class(family) for family in FAMILIES]
     parts = [p for f in families for p in ((f.network_name,) if network_alone else f.folders)]
-    return ModelFolder.open(source, revision, variant, parts)
+    return ModelFolder.open(source, revision, variant, list(dict.fromkeys(parts)))
 
 
 def family_of(folder: ModelFolder) -> Family:
@@ -218,7 +218,8 @@ def load_network(
     with quiet_diffusers():
         if path is not None and not path.is_dir():
             family = family_class(family_of_file(path))
-            network = load_file(path, None, [], network_alone=True)[family.network_name]
+            network = load_file(path, torch.float32, None, [], network_alone=True)
+            network = network[family.network_name]
         else:
             folder = open_folder(str(path or source), revision, variant, True)
             whole = path is None or (path / "model_index.json").exists()

@@ -22,6 +22,7 @@ from dreamtune.models.checkpoint import (
     KINDS,
     check_pairs,
     check_parts,
+    check_told,
     header,
     kind_of,
     opened,
@@ -35,10 +36,14 @@ LATENT_SCALE = 8  # pixels a latent, in all kinds
 
 
 def load_file(
-    path: Path, prediction_type: str | None, notes: list[str], network_alone: bool = False
+    path: Path,
+    dtype: torch.dtype,
+    prediction_type: str | None,
+    notes: list[str],
+    network_alone: bool = False,
 ) -> dict[str, Any]:
     """The parts of a single-file checkpoint (original layout), with the configs and tokenizers of
-    its kind; the network alone if that is asked for.
+    its kind; the network alone if that is asked for. dtype: of the network.
 
     What the file states is obeyed, but for the user's `prediction_type`; where it does not, 2.x is
     read as v-prediction, all others as epsilon. Adds to `notes` what was assumed.
@@ -49,11 +54,14 @@ def load_file(
     check_pairs(path, names)
     if not network_alone:
         check_parts(path, names, KINDS[kind])
+    if kind == "xl":
+        check_told(path, names)
     stated = read_stated(path, names, metadata, KINDS[kind].layer)
     predicted = prediction(path, kind, stated, prediction_type, notes)
     if predicted == "epsilon" and kind == "v2":
         kind = "v2-base"
-    parts = read_parts(path, kind, ("unet",) if network_alone else tuple(KINDS[kind].parts))
+    wanted = ("unet",) if network_alone else tuple(KINDS[kind].parts)
+    parts = read_parts(path, kind, wanted, dtype)
     if stated.resolution is not None:
         parts["unet"].register_to_config(sample_size=stated.resolution // LATENT_SCALE)
     if stated.scaling_factor is not None and "vae" in parts:
@@ -70,9 +78,11 @@ def load_encoders(path: Path) -> dict[str, Any]:
     return {name: parts[name] for name in encoders}
 
 
-def read_parts(path: Path, folder: str, wanted: tuple[str, ...]) -> dict[str, Any]:
-    """Modules by diffusers, with tokenizers and scheduler. folder: of configs. Raises
-    UnreadableFile that names part and weights.
+def read_parts(
+    path: Path, folder: str, wanted: tuple[str, ...], dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Modules by diffusers, with tokenizers and scheduler. folder: of configs; dtype: of the UNet,
+    the others are float32. Raises UnreadableFile that names part and weights.
     """
     import diffusers
 
@@ -83,6 +93,14 @@ def read_parts(path: Path, folder: str, wanted: tuple[str, ...]) -> dict[str, An
         given |= {"safety_checker": None, "feature_extractor": None}
     with read_by_library(str(path)), right_suffix(path) as file:
         try:
+            if "unet" in wanted:  # apart from the rest: XL's alone has 10 GB in float32
+                given["unet"] = diffusers.UNet2DConditionModel.from_single_file(
+                    str(file),
+                    config=str(configs),
+                    subfolder="unet",
+                    local_files_only=True,
+                    torch_dtype=dtype,
+                )
             pipe: Any = getattr(diffusers, kind.pipeline).from_single_file(
                 str(file),
                 config=str(configs),

@@ -272,11 +272,13 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize(
+    ("method", "xl"), [*((method, False) for method in METHODS), ("delora", True)]
+)
 @pytest.mark.parametrize("slots", [[0], [0, 1, 2]])
-def test_a_step_asks_nothing_of_the_device(method: str, slots: list[int]) -> None:
+def test_a_step_asks_nothing_of_the_device(method: str, xl: bool, slots: list[int]) -> None:
     """Checked on the CPU, where the step is the same function."""
-    _, step = make(method, slots, gradient_accumulation_steps=2, loss_scale=1024.0)
+    _, step = make(method, slots, xl=xl, gradient_accumulation_steps=2, loss_scale=1024.0)
     step(0, 1.0)
     step.prepare(1, 1.0)
     # a tensor made without naming the device would be on `meta`, and fail where it is used

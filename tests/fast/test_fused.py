@@ -97,6 +97,21 @@ def test_a_trainable_or_unknown_unet_is_left_alone() -> None:
     assert "forward" not in resnets[0].__dict__ and "forward" in resnets[1].__dict__
 
 
+def test_a_network_without_a_known_block(capsys: pytest.CaptureFixture[str]) -> None:
+    """Said, not passed over: none of its forwards is patched, and nothing is compiled."""
+    from types import SimpleNamespace
+
+    from dreamtune.training.speed import Speed, speed_up
+
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2)).requires_grad_(False)
+    base: Any = SimpleNamespace(network=network, fused=False, compiled=False)
+    speed_up(base, Speed(captured=False, fused=True, compiled=False, refusals={}))
+    said = "runs unfused: the kernels know no block of a Sequential"
+    assert said in capsys.readouterr().out
+    with pytest.raises(ValueError, match="`compile` knows no block of a Sequential: leave it out"):
+        speed_up(base, Speed(captured=False, fused=False, compiled=True, refusals={}))
+
+
 def test_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`fused` is on, but the kernels need a CUDA device"):
         Run(Config(device="cpu", fused="on", output_dir=str(tmp_path / "run")))

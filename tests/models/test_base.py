@@ -240,6 +240,9 @@ def test_single_file_loads_offline_as_the_same_models(
     assert {name: tuple(x.shape) for name, x in first.items()} == told
     base.let_encoders_go()
     assert all(torch.equal(x, first[n]) for n, x in base.encode_prompts(["a sks dog"]).items())
+    half = load_base(str(file), dtype=torch.bfloat16)
+    assert torch.equal(half.unet.conv_in.weight, base.unet.conv_in.weight.bfloat16())
+    assert half.vae.dtype == half.text_encoder.dtype == torch.float32
 
 
 def test_what_has_xls_names_and_is_trained_otherwise(tmp_path: Path) -> None:
