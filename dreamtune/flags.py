@@ -39,6 +39,11 @@ OTHERS = {
     "push_to_hub": "upload the run's folder with `hf upload`",
     "hub_token": "upload the run's folder with `hf upload`",
     "hub_model_id": "upload the run's folder with `hf upload`",
+    "pretrained_vae_model_name_or_path": "the autoencoder is the base's own, in float32 "
+    "where fp16 overflows; drop the flag",
+    "text_encoder_lr": "the text encoder stays frozen; drop the flag",
+    "do_edm_style_training": "a base is trained with its own noise; drop the flag",
+    "output_kohya_format": "use `dreamtune export --format kohya` afterwards",
     "tokenizer_name": "the tokenizer comes with --pretrained_model_name_or_path",
     "tokenizer_max_length": "the length is the text encoder's own; drop the flag",
     "text_encoder_use_attention_mask": "Stable Diffusion uses none; drop the flag",
