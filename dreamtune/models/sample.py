@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -120,13 +121,18 @@ def grid(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[
 
 @contextmanager
 def _quiet(pipe: Any) -> Iterator[None]:
-    """The pipeline's own progress bars off, and back to what they were."""
+    """The pipeline's own progress bars off, and back to what they were; without what it says of
+    itself where it brings XL's autoencoder from fp16 to float32 and back.
+    """
+    casts = logging.getLogger("diffusers.models.modeling_utils")
+    level = casts.level
     before = dict(getattr(pipe, "_progress_bar_config", None) or {})
     pipe.set_progress_bar_config(**{**before, "disable": True})
+    casts.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            # of the pipeline to itself, where it brings XL's autoencoder from fp16 to float32
             warnings.filterwarnings("ignore", "`upcast_vae` is deprecated")
             yield
     finally:
+        casts.setLevel(level)
         pipe.set_progress_bar_config(**before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import warnings
 from dataclasses import replace
@@ -192,9 +193,13 @@ def test_every_method_trains_xl(
 
 
 def test_xls_autoencoder_decodes_in_float32_where_fp16_overflows(
-    folders: dict[tuple[str, str], Path], tmp_path: Path
+    folders: dict[tuple[str, str], Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The pictures of a base in fp16, whose autoencoder has numbers beyond 65504 on the way."""
+    monkeypatch.setattr(logging.getLogger("diffusers"), "handlers", [caplog.handler])
     folder = Path(shutil.copytree(folders["xl", "epsilon"], tmp_path / "base"))
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
@@ -207,6 +212,7 @@ def test_xls_autoencoder_decodes_in_float32_where_fp16_overflows(
         arguments = base.sampling_arguments(["a dog"])
         found = sample_tensor(pipe, ["a dog"], [0], arguments=arguments, **how)
         assert found.isfinite().all() and pipe.vae.dtype == torch.float16
+        assert not [r for r in caplog.records if r.name.startswith("diffusers")]
         codes = torch.randn(1, 4, 8, 8).half()
         assert not pipe.vae.decode(codes).sample.isfinite().all()
 
