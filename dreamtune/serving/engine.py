@@ -50,11 +50,14 @@ class Row(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What the pictures of a batch have in common. size: pixels a side."""
+    """What the pictures of a batch have in common. size: pixels a side; negated: whether they have
+    negative prompts, for to XL an empty one is not the same as none.
+    """
 
     size: int
     steps: int
     guidance_scale: float
+    negated: bool = False
 
 
 class Most(NamedTuple):
@@ -243,7 +246,7 @@ class Engine:
                     self.pipe,
                     [row.prompt for row in rows],
                     [row.seed for row in rows],
-                    negative_prompts=[row.negative_prompt for row in rows],
+                    negative_prompts=[r.negative_prompt for r in rows] if shape.negated else None,
                     steps=shape.steps,
                     size=shape.size,
                     guidance_scale=shape.guidance_scale,
