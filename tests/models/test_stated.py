@@ -106,7 +106,6 @@ def test_statements_that_cannot_be_obeyed(metadata: dict[str, str], message: str
     ],
 )
 def test_yaml_beside_that_is_not_understood(tmp_path: Path, text: str, message: str) -> None:
-
     (tmp_path / "m.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_stated(tmp_path / "m.safetensors", [], {})
