@@ -72,6 +72,8 @@ def sample_tensor(
     for name, x in given.items():
         if len(x) != len(prompts):
             raise ValueError(f"`{name}` has {len(x)} rows for {len(prompts)} prompts")
+    # only where it does something: pipelines of flow matching have no such argument
+    rescale = {"guidance_rescale": guidance_rescale} if guidance_rescale else {}
     height, width = (size, size) if isinstance(size, int) or size is None else size
     images = []
     with _quiet(pipe):
@@ -88,7 +90,7 @@ def sample_tensor(
                 width=width,
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
-                guidance_rescale=guidance_rescale,
+                **rescale,
                 # One CPU generator a row: the noise depends on the seed alone, on any device.
                 generator=[torch.Generator("cpu").manual_seed(int(s)) for s in seeds[rows]],
                 output_type="pt",

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from planted import edit
 from safetensors.torch import save_file
 
 from dreamtune.models import folder as model_folder
@@ -297,6 +298,29 @@ def test_parts_of_xl_that_do_not_belong_together(tiny_xl_pipeline_dir: Path) -> 
     ):
         with pytest.raises(ValueError, match=message):
             StableDiffusionXL({**base.parts, "unet": unet}, **about)
+
+
+def test_the_second_text_encoder_and_its_tokenizer(
+    tiny_xl_pipeline_dir: Path, tmp_path: Path
+) -> None:
+    """Read as carefully as the first: messages name the second."""
+    base = Path(shutil.copytree(tiny_xl_pipeline_dir, tmp_path / "base"))
+    edit(base / "tokenizer_2" / "tokenizer_config.json", model_max_length=99)
+    said = " ".join(load_base(str(base)).notes)
+    assert "tokenizer_2` says a length of 99: the text encoder's 16 tokens are used" in said
+    edit(base / "text_encoder_2" / "config.json", projection_dim=12)
+    with pytest.raises(ValueError, match="text_encoder_2` (lacks weights|could not be loaded)"):
+        load_base(str(base))
+    edit(base / "text_encoder_2" / "config.json", projection_dim=10, model_type="t5")
+    with pytest.raises(ValueError, match="text_encoder_2/config.json.*`model_type` .*; got 't5'"):
+        load_base(str(base))
+    edit(base / "text_encoder_2" / "config.json", model_type="clip_text_model")
+    edit(base / "model_index.json", text_encoder_2=["transformers", "CLIPTextModel"])
+    with pytest.raises(ValueError, match="as text_encoder_2; it must be .*WithProjection"):
+        load_base(str(base))
+    edit(base / "model_index.json", text_encoder_2=[None, None])
+    with pytest.raises(ValueError, match="model_index.json.*`text_encoder_2"):
+        load_base(str(base))
 
 
 @pytest.mark.parametrize("layout", ["shards", "fp16", ".bin"])
