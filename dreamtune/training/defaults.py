@@ -95,13 +95,8 @@ def resolve(config: Config, base: Base, subject: SubjectWords, run_dir: Path) ->
     chosen = EMBEDDED.get(method.name) if base.embedded else None
     steps = config.max_train_steps or (chosen.steps if chosen else 240 if small else 1000)
     scorers = (Dino.default, Clip.default)
-    templates: Sequence[str] = PROMPTS
     if base.embedded:
-        from dreamtune import embedded
-
         scorers = ("embedded", "embedded")
-        # every third, so that all sorts of prompts are among them
-        templates = embedded.prompts()[::3][:8] if not config.validation_prompt else ()
     every = config.validation_steps
     if every is None:
         every = max(1, steps // (SCORINGS if base.embedded else 4))
@@ -129,11 +124,20 @@ def resolve(config: Config, base: Base, subject: SubjectWords, run_dir: Path) ->
     filled = {k: v for k, v in defaults.items() if given[k] is None}
     settled = {
         "identifier": subject.identifier,
-        "validation_prompt": config.validation_prompt or list(templates),
+        "validation_prompt": templates_of(config, base.embedded),
         "output_dir": str(run_dir),
         "options": resolve_options(method, config.options),
     }
     return Settings(**given | filled | settled)
+
+
+def templates_of(config: Config, ours: bool) -> list[str]:
+    """Prompts of the scored images, with {} for the subject. ours: on the embedded base."""
+    if config.validation_prompt or not ours:
+        return config.validation_prompt or list(PROMPTS)
+    from dreamtune import embedded
+
+    return embedded.prompts()[::3][:8]  # every third, so that all sorts are among them
 
 
 PRECISIONS = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
