@@ -198,6 +198,11 @@ class Base(ABC):
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """A row a prompt, on the device, float32."""
 
+    @property
+    def empty_is_none(self) -> bool:
+        """Whether an empty negative prompt and none make the same picture."""
+        return True
+
     @abstractmethod
     def unseen(self, prompt: str) -> str:
         """A sentence on what of a prompt is cut off; "" where all of it is encoded."""

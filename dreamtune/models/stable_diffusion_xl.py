@@ -56,6 +56,10 @@ class StableDiffusionXL(UNetBase):
             guidance_rescale=0.3 if self.zero_snr else 0.0,
         )
 
+    @property
+    def empty_is_none(self) -> bool:
+        return not self.parts[FORCED]
+
     def latent_shift_and_scale(self) -> tuple[Any, Any]:
         config = self.vae.config
         mean, std = (getattr(config, f"latents_{n}", None) for n in ("mean", "std"))

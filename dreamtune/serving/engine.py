@@ -50,14 +50,14 @@ class Row(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What the pictures of a batch have in common. size: pixels a side; negated: whether they have
-    negative prompts, for to XL an empty one is not the same as none.
+    """What the pictures of a batch have in common. size: pixels a side; negated: whether they are
+    given negative prompts, where an empty one and none differ.
     """
 
     size: int
     steps: int
     guidance_scale: float
-    negated: bool = False
+    negated: bool = True
 
 
 class Most(NamedTuple):
@@ -86,6 +86,7 @@ class Engine:
     """Attributes:
     pipe: a pipeline of the base, with everything on its device.
     sizes: of pictures that can be asked for, the usual one first.
+    empty_is_none: whether an empty negative prompt and none make the same picture.
     max_batch: the most rows of a batch.
     adapters: name -> what is served; left_out: file or folder -> why it is not.
     broken: why nothing can be drawn any more; None.
@@ -106,6 +107,7 @@ class Engine:
         self.sizes = tuple(sizes) or (base.resolution,)
         if odd := [size for size in self.sizes if size % base.multiple]:
             raise ValueError(f"`resolution` must be a multiple of {base.multiple}, got {odd[0]}")
+        self.empty_is_none = base.empty_is_none
         self.on_gpu = base.device.type == "cuda"
         self.max_batch = max_batch or (GPU_BATCH if self.on_gpu else CPU_BATCH)
         self.rescale = base.sampling_defaults(self.sizes[0]).guidance_rescale

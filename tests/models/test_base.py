@@ -152,13 +152,15 @@ def test_prompts_are_encoded_as_the_pipeline_does(
 
 def test_xl_whose_empty_prompt_is_encoded(tiny_xl_pipeline_dir: Path, tmp_path: Path) -> None:
     """As its model_index.json says: by default the negative prompt is zeros."""
-    zeros = load_base(str(tiny_xl_pipeline_dir)).sampling_arguments(["a dog"] * 2)
+    usual = load_base(str(tiny_xl_pipeline_dir))
+    zeros = usual.sampling_arguments(["a dog"] * 2)
     assert all(not x.any() for name, x in zeros.items() if name.startswith("negative"))
     base = Path(shutil.copytree(tiny_xl_pipeline_dir, tmp_path / "base"))
     index = json.loads((base / "model_index.json").read_text())
     changed = {**index, "force_zeros_for_empty_prompt": False}
     (base / "model_index.json").write_text(json.dumps(changed))
     found = load_base(str(base))
+    assert (usual.empty_is_none, found.empty_is_none) == (False, True)
     told = found.sampling_arguments(["a dog"] * 2)
     empty = found.encode_prompts([""])
     for name, x in empty.items():

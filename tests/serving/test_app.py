@@ -40,6 +40,7 @@ class Blank:
         self.adapters = {one.name: one for one in known}
         self.left_out, self.broken, self.device = {"torn.safetensors": "why"}, None, "cpu"
         self.sizes, self.max_batch, self.guidance_scale = (16, 32), 4, 4.0
+        self.empty_is_none = True
         self.base = SimpleNamespace(id="blank")
         self.batches, self.begun, self.let = [], threading.Event(), threading.Event()
         if not held:

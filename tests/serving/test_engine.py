@@ -16,7 +16,7 @@ from dreamtune.serving import engine as module
 from dreamtune.serving.engine import Engine, Row, Shape
 from dreamtune.serving.folder import look
 
-SHAPE = Shape(16, 2, 4.0, negated=True)
+SHAPE = Shape(16, 2, 4.0)
 HUGE = {"dog": 1e38}  # its pictures are not finite
 ROWS = [
     Row("a dog", "", "dog", 1),
