@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from dreamtune.config import EMBEDDED, Config
+from dreamtune.data.photos import listed
 from dreamtune.files.find import adapter_file
 from dreamtune.models.base import Base
 from dreamtune.models.load import load_base
@@ -32,6 +34,7 @@ from dreamtune.training.output import say
 # of which 12 are kept; at most a third of the rows is drawn for nothing.
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 GPU_BATCH, CPU_BATCH = 16, 4
+REMEMBERED = 600.0  # seconds: what lacks the memory may be another process, which ends
 WARNING = "warning"  # in a picture's `info`: what of the request it does not show
 
 Adapter = str | None | Mapping[str, float]
@@ -47,11 +50,21 @@ class Row(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What the pictures of a batch have in common. size: pixels a side."""
+    """What the pictures of a batch have in common. size: pixels a side; negated: whether they are
+    given negative prompts, where an empty one and none differ.
+    """
 
     size: int
     steps: int
     guidance_scale: float
+    negated: bool = True
+
+
+class Most(NamedTuple):
+    """Rows that the memory was seen to hold; until: by the monotonic clock, in seconds."""
+
+    rows: int
+    until: float
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,7 @@ class Engine:
     """Attributes:
     pipe: a pipeline of the base, with everything on its device.
     sizes: of pictures that can be asked for, the usual one first.
+    empty_is_none: whether an empty negative prompt and none make the same picture.
     max_batch: the most rows of a batch.
     adapters: name -> what is served; left_out: file or folder -> why it is not.
     broken: why nothing can be drawn any more; None.
@@ -93,6 +107,7 @@ class Engine:
         self.sizes = tuple(sizes) or (base.resolution,)
         if odd := [size for size in self.sizes if size % base.multiple]:
             raise ValueError(f"`resolution` must be a multiple of {base.multiple}, got {odd[0]}")
+        self.empty_is_none = base.empty_is_none
         self.on_gpu = base.device.type == "cuda"
         self.max_batch = max_batch or (GPU_BATCH if self.on_gpu else CPU_BATCH)
         self.rescale = base.sampling_defaults(self.sizes[0]).guidance_rescale
@@ -100,7 +115,7 @@ class Engine:
         self.left_out: dict[str, str] = {}
         self.broken: str | None = None
         self.lock, self.coming = threading.RLock(), threading.Lock()
-        self.most: dict[int, int] = {}  # size -> rows that the memory was seen to hold
+        self.most: dict[int, Most] = {}  # by size of the pictures
 
     @classmethod
     @contextmanager
@@ -150,6 +165,8 @@ class Engine:
                 except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
                     left_out[path.name] = str(error) or type(error).__name__
             self.left_out = left_out
+        if folder.others:
+            self.tell(f"Passed over, for no adapter has such a name: {listed(folder.others)}")
         for name, why in left_out.items():
             self.tell(f"Left out of the adapters: {name}: {why}")
         return added
@@ -191,7 +208,11 @@ class Engine:
 
         A batch that fails is drawn in halves, and so on: an error is of the rows that cause it.
         """
-        most = self.most.get(shape.size, self.max_batch)
+        held = self.most.get(shape.size)
+        if held is not None and time.monotonic() > held.until:
+            del self.most[shape.size]
+            held = None
+        most = self.max_batch if held is None else held.rows
         if len(rows) > most:
             return self._in_parts(rows, shape, most)
         try:
@@ -203,7 +224,7 @@ class Engine:
             half = (len(rows) + 1) // 2
             short = lacks_memory(error)
         if short:
-            self.most[shape.size] = half
+            self.most[shape.size] = Most(half, time.monotonic() + REMEMBERED)
             self.tell(f"Too little memory for {len(rows)} pictures at once: at most {half} now")
             self._release()
         return self._in_parts(rows, shape, half)
@@ -227,7 +248,7 @@ class Engine:
                     self.pipe,
                     [row.prompt for row in rows],
                     [row.seed for row in rows],
-                    negative_prompts=[row.negative_prompt for row in rows],
+                    negative_prompts=[r.negative_prompt for r in rows] if shape.negated else None,
                     steps=shape.steps,
                     size=shape.size,
                     guidance_scale=shape.guidance_scale,

@@ -108,7 +108,8 @@ def settled(request: Request, settings: Settings, engine: Engine) -> tuple[Row, 
             raise unknown(name, engine)
     seed = secrets.randbelow(DRAWN_SEEDS) if request.seed is None else request.seed
     row = Row(request.prompt, request.negative_prompt, request.adapter, seed)
-    return row, Shape(size, steps, float(scale))
+    negated = bool(row.negative_prompt) or engine.empty_is_none
+    return row, Shape(size, steps, float(scale), negated)
 
 
 def usual_guidance(settings: Settings, engine: Engine) -> float:
