@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import socket
+import threading
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING
 from types import FrameType
 from typing import Any
@@ -81,6 +84,7 @@ def serve(settings: Settings) -> None:
 
     key = settings.api_key()
     with (
+        unwinding(),
         bound(settings) as listener,
         Engine.opened(settings) as engine,
         trained(settings, engine) as jobs,
@@ -99,6 +103,23 @@ def serve(settings: Settings) -> None:
             app, log_level="warning", access_log=False, lifespan="on", ws="none"
         )
         Server(config).run(sockets=[listener])
+
+
+@contextmanager
+def unwinding() -> Iterator[None]:
+    """SIGTERM, which uvicorn raises again once it has shut down, ends what is open in its order."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def bound(settings: Settings) -> socket.socket:

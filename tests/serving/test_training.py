@@ -119,12 +119,13 @@ def test_a_signal_ends_open_streams(engine: Engine, monkeypatch: pytest.MonkeyPa
         if not told:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.signal(signal.SIGTERM, lambda *_: None)  # to whom uvicorn hands it on
+    before = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=follow)
     thread.start()
-    try:
+    with pytest.raises(SystemExit) as ended:
         command.serve(replace(engine.settings, port=0))
-    finally:
-        signal.signal(signal.SIGTERM, before)
     thread.join(PATIENCE)
     assert told == ["event: queued", "ended"]
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+    Store(folder).close()  # nobody has it any more
