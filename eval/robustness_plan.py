@@ -93,7 +93,11 @@ PARTS = {
     ),
     "confirm": Part(
         "what was chosen", MAIN + RELATIVES + ("delora_1", "delora_15"), (1.0,), "report",
-        REPORTED, at=(1 / 4, 5 / 16, 1 / 2, 3 / 4, 1.0),
+        REPORTED, at=(1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8, 1 / 2, 3 / 4, 1.0),
+    ),
+    "choice": Part(
+        "steps and rates to choose from", MAIN + RELATIVES, (1 / 4, 1.0, 4.0), "dev", FEW,
+        (0, 1, 2), at=tuple(n / 48 for n in (3, 6, 9, 12, 15, 18, 24, 30, 36, 48)),
     ),
 }  # fmt: skip
 
