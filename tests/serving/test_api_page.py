@@ -89,6 +89,7 @@ def test_the_examples_run(
             url = f"http://{host}:{port}"
             exec(compile(examples("python").replace(URL, url), "API.md", "exec"), {})
             shell = run_shell(examples("sh").replace(URL, url))
+            told = [event for job in jobs.list() for event in jobs.events(job.id)]
     said = capsys.readouterr().out
     assert "no adapter of that name" in said
     assert "1 1\n1\n" in said  # seed and batch, and the seed in a header
@@ -99,6 +100,9 @@ def test_the_examples_run(
     assert pictures[0] == pictures[1]
     with Image.open("samples.png") as sheet:
         assert sheet.width >= 128
+    assert "done" in {event["kind"] for event in told}
+    for event in told:
+        assert event.keys() - {"n", "time", "kind"} <= event_fields()[event["kind"]], event
     if shell is None:
         pytest.skip("without curl its examples are not run")
     assert Path("again.png").read_bytes() == pictures[0]
@@ -119,6 +123,14 @@ def run_shell(text: str) -> str | None:
 
 
 # What it says
+
+
+def event_fields() -> dict[str, set[str]]:
+    """Kind of an event -> what it says beside `n`, `time` and `kind`."""
+    rows = re.findall(r"^\| (`.+`) \| (.*) \|$", section("`GET /jobs/{id}/events`"), re.MULTILINE)
+    found = {kind: named(more) for kinds, more in rows for kind in named(kinds)}
+    del found["kind"]  # the head
+    return found
 
 
 def test_every_route_has_its_heading_and_no_other_is_named(app: Any) -> None:
@@ -172,9 +184,7 @@ def test_every_event_is_named(app: Any) -> None:
     text = "\n".join(path.read_text() for path in folder.glob("jobs/*.py"))
     told = set(re.findall(r'\btell\([\w.]+, "(\w+)"', text))
     told |= set(re.findall(r'yield "(\w+)", ', text)) | set(ENDED)
-    lines = section("`GET /jobs/{id}/events`").splitlines()
-    first = [line.split("|")[1] for line in lines if line.startswith("| `")]
-    assert named(" ".join(first)) - {"kind"} == told
+    assert set(event_fields()) == told
     assert f"{ALIVE:g} seconds" in section("`GET /jobs/{id}/events`")
 
 
