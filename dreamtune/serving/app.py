@@ -20,6 +20,7 @@ from dreamtune.serving.errors import Refused
 from dreamtune.serving.generate import router as generate
 from dreamtune.serving.guard import Guard, answer
 from dreamtune.serving.jobs.jobs import Jobs
+from dreamtune.serving.jobs.store import STATES
 from dreamtune.serving.metrics import Metrics
 from dreamtune.serving.overview import router as overview
 from dreamtune.serving.page_routes import PATHS
@@ -51,6 +52,9 @@ def make_app(settings: Settings, engine: Engine, jobs: Jobs | None = None) -> Fa
         timeout=settings.timeout_s,
     )
     metrics.watch_adapters(lambda: len(engine.adapters), lambda: len(engine.left_out))
+    if jobs:
+        store = jobs.store
+        metrics.watch_jobs(STATES, lambda state: len(store.all(state)))
     app = FastAPI(
         title="dreamtune",
         version=__version__,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Collection
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -58,6 +59,12 @@ class Metrics:
     def watch_adapters(self, served: Callable[[], int], left_out: Callable[[], int]) -> None:
         self.adapters.set_function(served)
         self.left_out.set_function(left_out)
+
+    def watch_jobs(self, states: Collection[str], count: Callable[[str], int]) -> None:
+        """count: how many jobs of training are in a state."""
+        jobs = Gauge("dreamtune_jobs", "Training jobs by state", ["state"], registry=self.registry)
+        for state in states:
+            jobs.labels(state).set_function(functools.partial(count, state))
 
     def _watch_memory(self) -> None:
         """Asked of torch's allocator, which knows it without the GPU."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parent))
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 from common import build_unet, make_step, now  # noqa: E402

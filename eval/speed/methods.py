@@ -16,7 +16,7 @@ from statistics import median
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parent))
 
 from common import now  # noqa: E402
 from step import OURS, make_call, make_unet  # noqa: E402

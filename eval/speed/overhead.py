@@ -16,7 +16,7 @@ from statistics import median
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parent))
 
 from step import make_call, make_unet  # noqa: E402
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parent))
 
 from common import ROOT  # noqa: E402
 from random_models import build_clip, build_dino, build_pipeline, write_photos  # noqa: E402

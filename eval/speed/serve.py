@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parent))
 
 from common import build_unet, frozen, now  # noqa: E402
 from random_models import CONFIGS, VAES, random_weights  # noqa: E402

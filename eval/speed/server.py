@@ -3,6 +3,7 @@ loopback, to a server that draws routed batches and to one that draws one adapte
 
     python eval/speed/server.py                # the embedded base, adapters that it trains before
     python eval/speed/server.py --model full   # on a GPU: SD 1.5's shapes, random weights and LoRAs
+    python eval/speed/server.py --kill         # the process of a training job is killed meanwhile
 
 Each server is the command, in a process of its own. Of the embedded base every picture is scored
 against the photos of each subject, and compared with the same request's picture of the other
@@ -12,10 +13,6 @@ server; of random weights it is compared alone, for there is no subject.
 from __future__ import annotations
 
 import argparse
-import base64
-import http.client
-import io
-import json
 import os
 import shutil
 import signal
@@ -23,23 +20,22 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import quantiles
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parent))
 
 from common import build_unet  # noqa: E402
+from load_client import HEAD, RULE, Answer, ask, burst, differences, report  # noqa: E402
 from random_models import build_pipeline  # noqa: E402
 from serve import write_loras  # noqa: E402
+from server_kill import SAME, measure_kill  # noqa: E402
 
 from dreamtune import embedded  # noqa: E402
 from dreamtune.config import EMBEDDED  # noqa: E402
@@ -48,22 +44,7 @@ from dreamtune.metrics import Dino  # noqa: E402
 SUBJECTS = ("fox-3d", "teapot-3d", "robot-cartoon", "rocket-3d")
 VARIANTS = (("delora", 0), ("lora", 0), ("ether", 0), ("delora", 1))  # method, seed
 SCENES = ("a {}", "a {} in the snow", "a {} on a red background", "a {} under a night sky")
-SAME = 1.0  # mean difference in 8 bits, up to which two pictures are of one request
-HEAD = "| | requests | errors | lost | mixed up | p50 s | p99 s | all s | a second | batch |"
 STARTING = 600.0  # seconds for a server to be ready
-
-
-class Answer(NamedTuple):
-    """status: of HTTP, 0 where there was none; seconds: until it was there."""
-
-    status: int
-    seconds: float
-    body: dict[str, Any]
-
-    @property
-    def pixels(self) -> np.ndarray:
-        data = base64.b64decode(self.body["image"])
-        return np.asarray(Image.open(io.BytesIO(data)), dtype=np.int16)
 
 
 def train_adapters(folder: Path, work: Path, steps: int) -> None:
@@ -121,40 +102,6 @@ def server(base: str, adapters: Path, steps: int, more: Sequence[str]) -> Iterat
             raise
 
 
-def ask(place: tuple[str, int], method: str, path: str, body: Any, limit: float) -> Answer:
-    began = time.perf_counter()
-    connection = http.client.HTTPConnection(*place, timeout=limit)
-    try:
-        text = None if body is None else json.dumps(body)
-        connection.request(method, path, text, {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        data = answer.read()
-        told = json.loads(data) if path != "/metrics" else {"text": data.decode()}
-        return Answer(answer.status, time.perf_counter() - began, told)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        return Answer(0, time.perf_counter() - began, {"error": repr(error)})
-    finally:
-        connection.close()
-
-
-def burst(
-    place: tuple[str, int], bodies: Sequence[Any], limit: float
-) -> tuple[list[Answer], float]:
-    """All at once, and the seconds until the last is answered."""
-    ready = threading.Barrier(len(bodies) + 1)
-
-    def one(body: Any) -> Answer:
-        ready.wait()
-        return ask(place, "POST", "/generate", body, limit)
-
-    with ThreadPoolExecutor(len(bodies)) as pool:
-        answers = [pool.submit(one, body) for body in bodies]
-        ready.wait()
-        began = time.perf_counter()
-        found = [answer.result() for answer in answers]
-    return found, time.perf_counter() - began
-
-
 def requests(count: int, names: Sequence[str]) -> list[dict[str, Any]]:
     """By turns over the adapters, with prompts of their subjects and a seed of their own."""
     found = []
@@ -165,32 +112,6 @@ def requests(count: int, names: Sequence[str]) -> list[dict[str, Any]]:
         scene = SCENES[number // len(names) % len(SCENES)]
         found.append({"prompt": scene.format(subject), "adapter": name, "seed": number})
     return found
-
-
-def report(name: str, bodies: Sequence[Any], answers: Sequence[Answer], seconds: float) -> float:
-    """A row of the table; pictures a second."""
-    done = [a for a in answers if a.status == 200]
-    taken = sorted(a.seconds for a in done)
-    cuts = quantiles(taken, n=100, method="inclusive") if len(taken) > 1 else taken * 99
-    mixed = sum(
-        (a.body["adapter"], a.body["seed"]) != (b["adapter"], b["seed"])
-        for a, b in zip(answers, bodies)
-        if a.status == 200
-    )
-    lost = sum(a.status == 0 for a in answers)
-    batch = sum(a.body["batch"] for a in done) / max(1, len(done))
-    print(
-        f"| {name} | {len(answers)} | {len(answers) - len(done) - lost} | {lost} | {mixed} |"
-        f" {cuts[49]:.2f} | {cuts[98]:.2f} | {seconds:.1f} | {len(done) / seconds:.2f} |"
-        f" {batch:.1f} |",
-        flush=True,
-    )
-    return len(done) / seconds
-
-
-def differences(a: Sequence[Answer], b: Sequence[Answer]) -> np.ndarray:
-    """(n,) mean absolute difference of two servers' pictures of each request, in 8 bits."""
-    return np.array([np.abs(x.pixels - y.pixels).mean() for x, y in zip(a, b, strict=True)])
 
 
 def strangers(answers: Sequence[Answer], bodies: Sequence[Any]) -> tuple[int, int]:
@@ -220,8 +141,7 @@ def measure(args: argparse.Namespace, base: str, adapters: Path) -> None:
             health = ask(place, "GET", "/health", None, 60).body
             burst(place, bodies[: 2 * len(names)], args.limit)  # not timed: all have been used once
             found[mode], seconds = burst(place, bodies, args.limit)
-            print(HEAD)
-            print("|---|---|---|---|---|---|---|---|---|---|")
+            print(f"{HEAD}\n{RULE}")
             rates[mode] = report(mode, bodies, found[mode], seconds)
             if mode == "routed batches":  # what the check below can tell: the next one's adapter
                 few = range(0, len(bodies), max(1, len(bodies) // 16))
@@ -249,6 +169,15 @@ def measure(args: argparse.Namespace, base: str, adapters: Path) -> None:
             print(f"{mode}: {wrong} of {count} pictures nearest to another subject, by DINO")
 
 
+def measure_killed(args: argparse.Namespace, adapters: Path, work: Path) -> None:
+    names = sorted(path.stem for path in adapters.iterdir())
+    bodies = requests(args.requests, names)
+    photos, jobs = embedded.subject(SUBJECTS[0]).photos, work / "jobs"
+    with server(EMBEDDED, adapters, args.steps, ["--jobs", str(jobs)]) as place:
+        burst(place, bodies[: 2 * len(names)], args.limit)
+        measure_kill(place, jobs, photos, bodies, args.job_steps, args.limit)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=EMBEDDED, choices=(EMBEDDED, "full", "small", "tiny"))
@@ -259,8 +188,14 @@ def main() -> int:
     )
     parser.add_argument("--train_steps", type=int, default=60)
     parser.add_argument("--steps", type=int, default=8, help="sampling steps")
+    parser.add_argument(
+        "--kill", action="store_true", help="kill the process of a training job, and nothing else"
+    )
+    parser.add_argument("--job_steps", type=int, default=240, help="of that job")
     parser.add_argument("--limit", type=float, default=900, help="seconds for a burst")
     args = parser.parse_args()
+    if args.kill and args.model != EMBEDDED:
+        parser.error(f"--kill trains on the embedded base: leave out --model {args.model}")
     with tempfile.TemporaryDirectory() as place:
         work, adapters = Path(place), Path(place) / "adapters"
         adapters.mkdir()
@@ -275,7 +210,10 @@ def main() -> int:
             adapters = args.trained
         else:
             train_adapters(adapters, work, args.train_steps)
-        measure(args, base, adapters)
+        if args.kill:
+            measure_killed(args, adapters, work)
+        else:
+            measure(args, base, adapters)
     return 0
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parent))
 
 from common import build_unet, make_step, median_ms  # noqa: E402
 from others import add_peft, plain_step  # noqa: E402

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parent))
 
 from common import build_unet, count_kernels, frozen, make_step, median_ms  # noqa: E402
 from others import (  # noqa: E402

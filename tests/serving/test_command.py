@@ -95,10 +95,11 @@ def test_a_port_that_is_taken():
 
 
 @contextmanager
-def served(engine, **more):
+def served(engine, jobs=None, **more):
     """(server, address, application) of a real one, as the command runs it."""
-    settings = Settings(adapters="a", port=0, wait_ms=0.0, timeout_s=PATIENCE, **more)
-    app = make_app(settings, engine)
+    usual = {"adapters": "a", "port": 0, "wait_ms": 0.0, "timeout_s": PATIENCE}
+    settings = Settings(**{**usual, **more})
+    app = make_app(settings, engine, jobs)
     with bound(settings) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -84,6 +84,9 @@ def test_what_was_trained_is_served_again(
             assert answer.status_code == 422 and "photo 1" in answer.json()["error"]
             body = {"prompt": "a sks dog", "adapter": "rex"}
             assert client.post("/generate", json=body).status_code == 200
+            told = client.get("/metrics").text.splitlines()
+            counts = {"done": 2, "waiting": 0, "running": 0, "failed": 0, "cancelled": 0}
+            assert {f'dreamtune_jobs{{state="{s}"}} {n}.0' for s, n in counts.items()} <= {*told}
     with trained(replace(engine.settings, jobs="none"), engine) as none:
         assert none is None
     with TestClient(make_app(engine.settings, engine), base_url=HOME) as client:

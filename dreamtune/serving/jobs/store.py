@@ -22,7 +22,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import FiniteFloat, NonNegativeInt
 
@@ -40,6 +40,7 @@ HALF_MADE = re.compile(rf"\.{ID.pattern}\.(part|old)")
 MAX_EVENTS = 1 << 26  # bytes of a job's file that are read
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
+STATES: tuple[State, ...] = get_args(State)
 ENDED = ("done", "failed", "cancelled")
 
 _JOB = checker(
