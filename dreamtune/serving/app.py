@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from dreamtune.fields import sentence, shown
 from dreamtune.serving import schema
-from dreamtune.serving.engine import Engine
+from dreamtune.serving.backend import Backend
 from dreamtune.serving.errors import Refused
 from dreamtune.serving.generate import router as generate
 from dreamtune.serving.guard import Guard, answer
@@ -34,7 +34,9 @@ FORM = schema.Request.model_fields
 log = logging.getLogger("dreamtune")
 
 
-def make_app(settings: Settings, engine: Engine, routers: Sequence[APIRouter] = ROUTERS) -> FastAPI:
+def make_app(
+    settings: Settings, engine: Backend, routers: Sequence[APIRouter] = ROUTERS
+) -> FastAPI:
     """The application. Its `state` holds `settings`, `engine`, `queue` and `metrics`, from where
     routes take them. The queue starts and ends with it. Raises ValueError for a key that is none.
     """
@@ -46,7 +48,10 @@ def make_app(settings: Settings, engine: Engine, routers: Sequence[APIRouter] = 
         max_batch=engine.max_batch,
         max_queue=settings.max_queue,
         timeout=settings.timeout_s,
+        workers=engine.workers,
     )
+    engine.on_resend = metrics.resends.inc
+    metrics.watch_processes(engine.running, engine.memory)
     metrics.watch_adapters(lambda: len(engine.adapters), lambda: len(engine.left_out))
     app = FastAPI(
         title="dreamtune",

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import socket
+import threading
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import MISSING
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from dreamtune.fields import choices, parts
 from dreamtune.flags import HelpFormatter, Parser
 from dreamtune.serving.settings import FIELDS, HINTS, Settings
+
+if TYPE_CHECKING:
+    from dreamtune.serving.backend import Backend
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")  # of the extra `serve`
 BACKLOG = 2048  # connections that wait to be accepted
@@ -22,6 +29,8 @@ def command(argv: Sequence[str], description: str) -> None:
     given = vars(parser(description).parse_args(argv))
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
     check_packages()
+    if settings.replicas:
+        check_packages(("ray", "ray.serve"), "serve,ray")
     serve(settings)
 
 
@@ -48,15 +57,15 @@ def parser(description: str) -> Parser:
     return found
 
 
-def check_packages() -> None:
+def check_packages(names: Sequence[str] = PACKAGES, extra: str = "serve") -> None:
     """Raises ValueError where the extra is not installed."""
-    for name in PACKAGES:
+    for name in names:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             raise ValueError(
                 f"the server needs `{error.name}`, which is not installed: "
-                "pip install 'dreamtune[serve]'"
+                f"pip install 'dreamtune[{extra}]'"
             ) from None
 
 
@@ -67,14 +76,11 @@ def serve(settings: Settings) -> None:
     import uvicorn
 
     from dreamtune.serving.app import make_app
-    from dreamtune.serving.engine import Engine
     from dreamtune.training.output import say
 
     key = settings.api_key()
-    with bound(settings) as listener, Engine.opened(settings) as engine:
+    with unwinding(), bound(settings) as listener, opened(settings) as engine:
         app = make_app(settings, engine)
-        guidance = settings.guidance_scale
-        engine.warm_up(engine.guidance_scale if guidance is None else guidance)
         host, port = listener.getsockname()[:2]
         say(f"{len(engine.adapters)} adapters of {engine.base.id} on {engine.device}")
         if not settings.at_home and key is None:
@@ -83,6 +89,34 @@ def serve(settings: Settings) -> None:
         say(f"Serving on http://{f'[{host}]' if ':' in host else host}:{port}")
         config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on")
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def opened(settings: Settings) -> AbstractContextManager[Backend]:
+    """What draws, until the block ends."""
+    if settings.replicas:
+        from dreamtune.serving.replicas import Replicas
+
+        return Replicas.opened(settings)
+    from dreamtune.serving.engine import Engine
+
+    return Engine.opened(settings)
+
+
+@contextmanager
+def unwinding() -> Iterator[None]:
+    """SIGTERM, which uvicorn raises again once it has shut down, ends what is open in its order."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def bound(settings: Settings) -> socket.socket:

@@ -20,7 +20,7 @@ from serving import engine_of, near, settings_of, write_adapters
 
 from dreamtune.serving import guard
 from dreamtune.serving.app import make_app
-from dreamtune.serving.engine import Known
+from dreamtune.serving.backend import Backend, Known
 from dreamtune.serving.settings import Settings
 
 HOME = "http://127.0.0.1"
@@ -28,18 +28,24 @@ PATIENCE = 20.0
 KEY = "a-key-of-the-tests"
 
 
-class Blank:
+class Blank(Backend):
     """An engine that draws a pixel when it is let."""
 
+    guidance_scale, device = 4.0, "cpu"
+
     def __init__(self, held=False):
+        super().__init__(print)
         known = [Known(name, "lora", 4, None, None, None) for name in ("dog", "cat")]
         self.adapters = {one.name: one for one in known}
-        self.left_out, self.broken, self.device = {"torn.safetensors": "why"}, None, "cpu"
-        self.sizes, self.max_batch, self.guidance_scale = (16, 32), 4, 4.0
+        self.left_out = {"torn.safetensors": "why"}
+        self.sizes, self.max_batch = (16, 32), 4
         self.base = SimpleNamespace(id="blank")
         self.batches, self.begun, self.let = [], threading.Event(), threading.Event()
         if not held:
             self.let.set()
+
+    def add(self, name, path):
+        raise ValueError("none is added")
 
     def draw(self, rows, shape):
         self.batches.append(rows)
@@ -449,6 +455,7 @@ def test_health_and_the_list_of_adapters():
         assert told.pop("version")
         assert told == {
             "live": True, "ready": True, "queue": 0, "device": "cpu", "adapters": 2, "left_out": 1,
+            "replicas": 1,
         }  # fmt: skip
         listed = client.get("/adapters").json()
         assert [one["name"] for one in listed["adapters"]] == ["dog", "cat"]
