@@ -209,7 +209,7 @@ def generate(argv: Sequence[str]) -> int:
         "--num_inference_steps", type=int, help="sampling steps [default: the run's, else 25]"
     )
     parser.add_argument(
-        "--guidance_scale", type=float, help="[default: the run's, else 4 up to 256 px, else 7.5]"
+        "--guidance_scale", type=float, help="[default: the run's, else that of `train`]"
     )
     parser.add_argument(
         "--output_dir", default="generated", help="folder of the images; never overwritten"

@@ -53,7 +53,8 @@ class Config:
 
     pretrained_model_name_or_path: str = opt(
         EMBEDDED,
-        "base: a Stable Diffusion 1.x/2.x folder, single .safetensors file, hub id, or 'embedded'",
+        "base: a Stable Diffusion 1.x, 2.x or XL folder, single .safetensors file, hub id, or "
+        "'embedded'",
         "base",
     )
     revision: str | None = opt(None, "revision of a hub id", "base", "the main branch")
@@ -62,7 +63,7 @@ class Config:
         None,
         "what the base predicts, where its files do not say",
         "base",
-        "the base's own; single file: epsilon for 1.x, v_prediction for 2.x",
+        "the base's own; single file: v_prediction for 2.x, else epsilon",
     )
 
     instance_data_dir: str | None = opt(
@@ -132,10 +133,19 @@ class Config:
     )
     gradient_accumulation_steps: Count = opt(1, "batches a step", "training")
     max_train_steps: Count | None = opt(
-        None, "optimizer steps", "training", "240 up to 256 px, else 1000", resume=constant_rate
+        None,
+        "optimizer steps",
+        "training",
+        "60 to 180 by method with the package's base, else 240 up to 256 px and 1000 above",
+        resume=constant_rate,
     )
     learning_rate: Above0 | None = opt(
-        None, "peak learning rate", "training", "the method's own", own=True, swept=True
+        None,
+        "peak learning rate",
+        "training",
+        "the method's own, of OFT and HRA another with the package's base",
+        own=True,
+        swept=True,
     )
     lr_scheduler: Literal["constant", "constant_with_warmup", "cosine", "linear"] = opt(
         "constant", "shape of the learning rate", "training"
@@ -200,7 +210,7 @@ class Config:
         None,
         "steps between scorings; 0: only the start and the end",
         "scoring",
-        "a quarter of --max_train_steps",
+        "a quarter of --max_train_steps, a third with the package's base",
     )
     validation_seed: Seed = opt(1234, "seed of the scored images", "scoring")
     dino: str | None = opt(
@@ -226,11 +236,13 @@ class Config:
         None,
         "sampler of the images",
         "scoring",
-        "the base's own if its terminal SNR is zero, else dpm++",
+        "the base's own for XL and if its terminal SNR is zero, else dpm++",
     )
-    num_inference_steps: Count = opt(25, "sampling steps", "scoring")
+    num_inference_steps: Count | None = opt(
+        None, "sampling steps", "scoring", "15 with the package's base, else 25"
+    )
     guidance_scale: Above0 | None = opt(
-        None, "classifier-free guidance", "scoring", "4 up to 256 px, else 7.5"
+        None, "classifier-free guidance", "scoring", "5 for XL, else 4 up to 256 px and 7.5 above"
     )
     guidance_rescale: AtLeast0 | None = opt(
         None, "guidance rescale", "scoring", "0.3 if the terminal SNR is zero, else 0"
@@ -324,12 +336,12 @@ class Settings(Config):
     checkpointing_steps: int
     train_batch_size: int
     learning_rate: float
-    prediction_type: Prediction
     mixed_precision: Precision
     device: str
     dino: str
     clip: str
     sampler: Sampler
+    num_inference_steps: int
     guidance_scale: float
     guidance_rescale: float
     output_dir: str

@@ -1,6 +1,8 @@
-"""The trainer at full size: SD 1.5, CLIP ViT-B/32, DINO ViT-S/16, random weights, real files.
+"""The trainer at full size: SD 1.5 or SDXL, CLIP ViT-B/32, DINO ViT-S/16, random weights, real
+files.
 
     python eval/full_size.py --work FOLDER --photos PHOTOS            # on a GPU, about 2 minutes
+    python eval/full_size.py --work FOLDER --family sdxl             # the same of SDXL
     python eval/full_size.py --work FOLDER --tiny                     # on the CPU, a check of this
 
 Builds the models from their configs, writes them as folders, trains with scores, reloads the
@@ -21,7 +23,13 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from random_models import build_clip, build_dino, build_pipeline, write_photos  # noqa: E402
+from random_models import (  # noqa: E402
+    FAMILIES,
+    build_clip,
+    build_dino,
+    build_pipeline,
+    write_photos,
+)
 
 from dreamtune.config import Config  # noqa: E402
 from dreamtune.metrics.table import scores_of  # noqa: E402
@@ -100,26 +108,27 @@ def config_of(args: argparse.Namespace, work: Path, device: str) -> Config:
 def compare(work: Path, run_dir: Path, device: str, steps: int) -> dict[str, float]:
     """Largest difference of a pixel in [0, 1]: native file against stock LoRA, and what the adapter
     changes."""
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+    from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 
     import dreamtune
 
     # as exact as float32 gets: differences of kernels are not what is asked here
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     base = load_base(str(work / "base"), device=device)
+    sampler = base.sampling_defaults(base.resolution).sampler
 
     def image(pipe: Any) -> torch.Tensor:
         return sample_tensor(pipe, ["a sks dog on the beach"], [7], steps=steps)
 
-    with base.sampling("dpm++") as pipe:
+    with base.sampling(sampler) as pipe:
         plain = image(pipe)
         adapter = dreamtune.load(pipe, run_dir / "adapter.safetensors")
         native = image(pipe)
         adapter.eject()
-    stock = StableDiffusionPipeline.from_pretrained(
-        work / "base", torch_dtype=torch.float32, safety_checker=None
-    ).to(device)
-    stock.scheduler = DPMSolverMultistepScheduler.from_config(stock.scheduler.config)
+    stock: Any = DiffusionPipeline.from_pretrained(work / "base", torch_dtype=torch.float32)
+    stock.to(device)
+    if sampler == "dpm++":
+        stock.scheduler = DPMSolverMultistepScheduler.from_config(stock.scheduler.config)
     before = image(stock)
     stock.load_lora_weights(str(run_dir), weight_name=LORA)
     lora = image(stock)
@@ -139,6 +148,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--size", default="full", choices=("tiny", "small", "full"))
+    parser.add_argument("--family", default="sd", choices=tuple(FAMILIES))
     parser.add_argument("--tiny", dest="size", action="store_const", const="tiny")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--capture", nargs="?", const="on", default="auto")
@@ -146,7 +156,8 @@ def main() -> int:
     args = parser.parse_args()
     work, cuda = args.work, args.device.startswith("cuda")
     watch = Watch(cuda)
-    side = {"tiny": 16, "small": 128, "full": 512}[args.size]
+    large = 1024 if args.family == "sdxl" else 512
+    side = {"tiny": 16, "small": 128, "full": large}[args.size]
     dtype = torch.bfloat16 if cuda else torch.float32
     began = watch.now()
     sizes = {}
@@ -155,7 +166,9 @@ def main() -> int:
     else:
         sizes = watch.part(
             "build and write the base",
-            lambda: build_pipeline(work / "base", args.size, device=args.device, dtype=dtype),
+            lambda: build_pipeline(
+                work / "base", args.size, device=args.device, dtype=dtype, family=args.family
+            ),
         )
         sizes["CLIP"] = watch.part("write CLIP", lambda: build_clip(work / "clip", args.size))
         sizes["DINO"] = watch.part("write DINO", lambda: build_dino(work / "dino", args.size))
@@ -184,7 +197,8 @@ def report(
     total: float,
 ) -> int:
     device = torch.cuda.get_device_name() if watch.cuda else "CPU"
-    print(f"\n{args.method}, {args.size} size, batch {args.batch}, {args.steps} steps, {device}, ")
+    print(f"\n{args.family}, {args.method}, {args.size} size, batch {args.batch}, ", end="")
+    print(f"{args.steps} steps, {device},")
     print(f"torch {torch.__version__}, capture {args.capture}\n\n| part | |\n|---|---|")
     for name, seconds in watch.parts.items():
         print(f"| {name} | {seconds:.2f} s |")

@@ -1,7 +1,8 @@
 """Stable Diffusion, CLIP and DINO folders of seeded random weights, at three sizes.
 
-full: the shapes of SD 1.5, CLIP ViT-B/32 and DINO ViT-S/16, so that time, memory and file formats
-are real; small: about the size of the embedded base; tiny: for a check on the CPU in seconds.
+full: the shapes of SD 1.5 or SDXL, CLIP ViT-B/32 and DINO ViT-S/16, so that time, memory and file
+formats are real; small: about the size of the embedded base; tiny: for a check on the CPU in
+seconds.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dreamtune.models.quiet import quiet_diffusers
 from dreamtune.models.single_file import CONFIGS, clip_tokenizer
 
 SIZES = ("tiny", "small", "full")
+FAMILIES = {"sd": "v1", "sdxl": "xl"}  # by the folders of their configs
 ATTENTION = {
     "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
@@ -34,6 +36,20 @@ UNETS: dict[str, dict[str, Any]] = {
     },
     "full": {},
 }  # fmt: skip
+# What makes a small UNet one of SDXL's: no attention in its first block, and all that it is told.
+XL: dict[str, dict[str, Any]] = {
+    "tiny": {"cross_attention_dim": 24 + 32, "projection_class_embeddings_input_dim": 6 * 8 + 32},
+    "small": {
+        "cross_attention_dim": 192 + 256, "projection_class_embeddings_input_dim": 6 * 8 + 256,
+    },
+    "full": {},
+}  # fmt: skip
+XL_UNET: dict[str, Any] = {
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2], "use_linear_projection": True,
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+}  # fmt: skip
 VAES: dict[str, dict[str, Any]] = {
     "tiny": {"block_out_channels": [8, 8], "norm_num_groups": 4, "layers_per_block": 1},
     "small": {"block_out_channels": [16, 16, 16, 16], "norm_num_groups": 8, "layers_per_block": 1},
@@ -44,6 +60,19 @@ TEXTS: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4, "heads": 4},
     "full": {},
 }
+
+
+SECOND_TEXTS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "heads": 2,
+        "projection_dim": 32,
+    },
+    "small": {
+        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "heads": 4,
+        "projection_dim": 256,
+    },
+    "full": {},
+}  # fmt: skip
 
 
 @contextmanager
@@ -60,14 +89,19 @@ def random_weights(seed: int, device: str, dtype: torch.dtype) -> Iterator[None]
 
 
 def build_unet(
-    size: str, seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float32
+    size: str,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    family: str = "sd",
 ) -> Any:
-    """A UNet2DConditionModel; full is SD 1.5's, 859.5M."""
+    """A UNet2DConditionModel; full is SD 1.5's, 859.5M, or SDXL's, 2567M."""
     from diffusers import UNet2DConditionModel
 
-    config = dict(UNet2DConditionModel.load_config(CONFIGS / "v1" / "unet"))
+    config = dict(UNet2DConditionModel.load_config(CONFIGS / FAMILIES[family] / "unet"))
     if size != "full":
         config = {"in_channels": 4, "out_channels": 4, **UNETS[size]}
+        config |= {**XL_UNET, **XL[size]} if family == "sdxl" else {}
     with random_weights(seed, device, dtype):
         return UNet2DConditionModel.from_config(config).eval()
 
@@ -78,32 +112,52 @@ def build_pipeline(
     seed: int = 0,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    family: str = "sd",
 ) -> dict[str, float]:
-    """Writes a StableDiffusionPipeline folder; returns millions of weights by part."""
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
-    from transformers import CLIPTextConfig, CLIPTextModel
+    """Writes a pipeline's folder; returns millions of weights by part."""
+    import diffusers
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    unet = build_unet(size, seed, device, dtype)
-    vae_config = {**AutoencoderKL.load_config(CONFIGS / "v1" / "vae"), **VAES[size]}
+    configs = CONFIGS / FAMILIES[family]
+    unet = build_unet(size, seed, device, dtype, family)
+    vae_config = {**AutoencoderKL.load_config(configs / "vae"), **VAES[size]}
     blocks = len(vae_config["block_out_channels"])
     vae_config |= {
         "down_block_types": ["DownEncoderBlock2D"] * blocks,
         "up_block_types": ["UpDecoderBlock2D"] * blocks,
     }
-    text_config = CLIPTextConfig.from_pretrained(CONFIGS / "v1" / "text_encoder")
-    for key, value in TEXTS[size].items():
-        setattr(text_config, {"heads": "num_attention_heads"}.get(key, key), value)
     with random_weights(seed + 1, device, dtype):
         vae = AutoencoderKL.from_config(vae_config)
-        text = CLIPTextModel(text_config)
+        text = CLIPTextModel(text_config(configs / "text_encoder", TEXTS[size]))
+    parts: dict[str, Any] = {"unet": unet, "vae": vae, "text_encoder": text}
+    tokenizers: dict[str, Any] = {"tokenizer": clip_tokenizer()}
+    if family == "sdxl":
+        second = text_config(configs / "text_encoder_2", SECOND_TEXTS[size])
+        with random_weights(seed + 2, device, dtype):
+            parts["text_encoder_2"] = CLIPTextModelWithProjection(second)
+        tokenizers["tokenizer_2"] = clip_tokenizer("!")
+        own: dict[str, Any] = {"add_watermarker": False}
+    else:
+        own = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    index = json.loads((configs / "model_index.json").read_text())
+    kind, schedule = getattr(diffusers, index["_class_name"]), index["scheduler"][1]
+    scheduler = getattr(diffusers, schedule).from_pretrained(configs / "scheduler")
     with quiet_diffusers():
-        StableDiffusionPipeline(
-            vae=vae, text_encoder=text, tokenizer=clip_tokenizer(), unet=unet,
-            scheduler=PNDMScheduler.from_pretrained(CONFIGS / "v1" / "scheduler"),
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-        ).save_pretrained(folder)  # fmt: skip
-    parts = {"UNet": unet, "autoencoder": vae, "text encoder": text}
-    return {k: sum(p.numel() for p in m.parameters()) / 1e6 for k, m in parts.items()}
+        pipe = kind(**parts, **tokenizers, **own, scheduler=scheduler)
+        pipe.save_pretrained(folder)
+    words = {"unet": "UNet", "vae": "autoencoder", "text_encoder": "text encoder"}
+    words["text_encoder_2"] = "second text encoder"
+    return {words[k]: sum(p.numel() for p in m.parameters()) / 1e6 for k, m in parts.items()}
+
+
+def text_config(folder: Path, changes: dict[str, Any]) -> Any:
+    from transformers import CLIPTextConfig
+
+    config = CLIPTextConfig.from_pretrained(folder)
+    for key, value in changes.items():
+        setattr(config, {"heads": "num_attention_heads"}.get(key, key), value)
+    return config
 
 
 def build_clip(folder: Path, size: str, seed: int = 0) -> float:

@@ -31,6 +31,7 @@ from dreamtune.training.wave import release
 
 KEYS = ("dino", "clip_i", "clip_t", "dino_held_out", "dino_nearest", "dino_drift")
 KEPT = (*KEYS, "clip_t_shuffled")  # of a record
+SAMPLING_STEPS = 25  # whatever the default is: pictures of all parts are sampled alike
 SAMPLED_AT_ONCE = {"cuda": 256, "cpu": 8}
 
 
@@ -74,7 +75,8 @@ class Bench:
         return self.materials[subject]
 
     def made(self, subject: str) -> Material:
-        config, place = with_subject(Config(instance_data_dir=f"embedded:{subject}"))
+        config = Config(instance_data_dir=f"embedded:{subject}", num_inference_steps=SAMPLING_STEPS)
+        config, place = with_subject(config)
         folder = hold_out(read_folder(place), config.holdout)
         words = subject_of(config, folder.photos)
         c = resolve(config, self.base, words, Path("run"))

@@ -93,7 +93,7 @@ PARTS = {
     ),
     "confirm": Part(
         "what was chosen", MAIN + RELATIVES + ("delora_1", "delora_15"), (1.0,), "report",
-        REPORTED, at=(1 / 8, 1 / 4, 3 / 8, 1 / 2, 1.0),
+        REPORTED, at=(1 / 4, 5 / 16, 1 / 2, 3 / 4, 1.0),
     ),
 }  # fmt: skip
 

@@ -83,6 +83,52 @@ def write_pipeline(folder: Path, vae: str = "kl", prediction: str = "epsilon") -
     return folder
 
 
+def write_xl_pipeline(folder: Path, prediction: str = "epsilon") -> Path:
+    """A StableDiffusionXLPipeline folder of random weights: 16 px, 2 pixels a latent."""
+    import torch
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from scorer_folders import write_tokenizer
+    from tiny import tiny_xl_unet
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+    )
+
+    words = write_tokenizer(folder / "words", 16)
+    common = {
+        "vocab_size": words, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 16, "bos_token_id": words - 2,
+        "eos_token_id": words - 1, "pad_token_id": words - 1,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    first = CLIPTextModel(CLIPTextConfig(hidden_size=24, **common))
+    second = CLIPTextModelWithProjection(
+        CLIPTextConfig(hidden_size=16, projection_dim=10, **common)
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=0.5,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    scheduler = EulerDiscreteScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1,
+        prediction_type=prediction, timestep_spacing="leading",
+    )  # fmt: skip
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "words")
+    StableDiffusionXLPipeline(
+        vae=vae, text_encoder=first, text_encoder_2=second, tokenizer=tokenizer,
+        tokenizer_2=tokenizer, unet=tiny_xl_unet(), scheduler=scheduler, add_watermarker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_xl_pipeline_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base of Stable Diffusion XL that predicts noise."""
+    return write_xl_pipeline(tmp_path_factory.mktemp("xlbase"))
+
+
 @pytest.fixture(scope="session")
 def tiny_pipeline_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base with an AutoencoderKL that predicts noise."""

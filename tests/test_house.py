@@ -84,7 +84,7 @@ def test_no_floor_above_the_models_knows_a_family(floor: str) -> None:
     """Its parts and its networks' arguments are the family's own."""
     words = (
         "text_encoder", "encoder_hidden_states", "vae", "latent_channels", "in_channels",
-        "prompt_embeds", "StableDiffusion",
+        "prompt_embeds", "StableDiffusion", "text_encoder_2", "pooled_prompt_embeds", "time_ids",
     )  # fmt: skip
     for path in (ROOT / floor).glob("*.py"):
         names = {

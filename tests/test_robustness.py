@@ -24,6 +24,7 @@ sys.path.append(str(Path(__file__).parents[1] / "eval"))
 
 import robustness  # noqa: E402
 import robustness_bench  # noqa: E402
+import robustness_choice  # noqa: E402
 import robustness_report  # noqa: E402
 import robustness_wave  # noqa: E402
 from robustness_costs import MARGIN, UNSEEN, Costs, Wave, fitted, plan_text, waves_of  # noqa: E402
@@ -60,6 +61,7 @@ from robustness_times import common_best, own_best, time_to_quality  # noqa: E40
 
 from dreamtune import embedded  # noqa: E402
 from dreamtune.adapters import find_method  # noqa: E402
+from dreamtune.training.chosen import EMBEDDED  # noqa: E402
 
 SETTINGS = Settings()
 MEASURED = {
@@ -475,3 +477,22 @@ def test_files_that_are_no_results(folder: Path, tmp_path: Path) -> None:
     wrong.write_text(json.dumps(found))
     with pytest.raises(ValueError, match="cannot be read"):
         robustness_report.main([str(wrong), "--out", str(tmp_path / "out")])
+
+
+def test_the_chosen_settings_are_those_of_the_recorded_runs() -> None:
+    recorded = Path(__file__).parents[1] / "eval/results/2026-11-29-robustness/results.json"
+    results, found = json.loads(recorded.read_text()), {}
+    for name in robustness_choice.METHODS:
+        grid = robustness_choice.grid_of(results, name)
+        steps, rate = robustness_choice.chosen(grid, VARIANTS[name].rate)
+        found[VARIANTS[name].method] = (steps, pytest.approx(rate))
+    assert found == EMBEDDED
+
+
+def test_what_is_chosen_of_a_grid() -> None:
+    """The own rate while it is near the best, then the fewest steps that are near and keep the
+    prompt."""
+    grid = {1.0: {10: (0.5, 1.0), 20: (0.79, 0.9), 30: (0.795, 1.0), 40: (0.80, 1.0)}}
+    assert robustness_choice.chosen(grid, 1.0) == (30, 1.0)
+    assert robustness_choice.chosen(grid | {2.0: {10: (0.805, 1.0)}}, 1.0) == (30, 1.0)
+    assert robustness_choice.chosen(grid | {2.0: {10: (0.82, 1.0)}}, 1.0) == (10, 2.0)

@@ -13,12 +13,16 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dreamtune.data.photos import Photo
+from dreamtune.models.base import Frame
 
 
-def square(image: Image.Image, size: int, crop: int | None = None, seed: int = 0) -> Image.Image:
-    """The image with its short side at `size`, and a square of it: the middle, or the crop-th
-    random one.
+def square(
+    image: Image.Image, size: int, crop: int | None = None, seed: int = 0
+) -> tuple[Image.Image, Frame]:
+    """A square of the image with its short side at `size`, the middle or the crop-th random one;
+    and where that lies.
     """
+    shape = (image.height, image.width)
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.LANCZOS)
@@ -26,7 +30,14 @@ def square(image: Image.Image, size: int, crop: int | None = None, seed: int = 0
     if crop is not None:
         rng = np.random.default_rng([seed, crop])
         left, top = int(rng.integers(width - size + 1)), int(rng.integers(height - size + 1))
-    return image.crop((left, top, left + size, top + size))
+    return image.crop((left, top, left + size, top + size)), Frame(shape, (top, left), (size, size))
+
+
+def mirrored(image: Image.Image, frame: Frame) -> tuple[Image.Image, Frame]:
+    """Both from right to left."""
+    (height, width), (top, left), (size, _) = frame
+    whole = max(size, round(width * size / min(height, width)))
+    return ImageOps.mirror(image), frame._replace(corner=(top, whole - size - left))
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -52,6 +63,9 @@ class Views:
     captions: list[str]
     weights: list[int]  # how often each entry stands in an epoch
     paths: list[Path]  # of the photo of each entry
+    # Where each entry lies in the photo as it is kept: a phone's is shrunk when it is read, to a
+    # size nearer to that of the pictures that are asked for.
+    frames: list[Frame]
 
 
 def views(
@@ -72,6 +86,7 @@ def views(
     captions: list[str] = []
     weights: list[int] = []
     paths: list[Path] = []
+    frames: list[Frame] = []
     common = gcd(*(p.repeats for p in photos))
     for number, photo in enumerate(photos):
         caption = photo.caption or default_caption or photo.folder_caption
@@ -85,10 +100,11 @@ def views(
         shown = [square(photo.image, size, c, seed * 1_000_003 + number) for c in chosen]
         # a square photo has one crop: it counts as often as the others' crops together
         weight = photo.repeats // common * (crops if crops and is_square else 1)
-        for image in shown:
-            for mirrored in (False, True)[: 1 + flip]:
-                pixels.append(to_tensor(ImageOps.mirror(image) if mirrored else image))
+        for own in shown:
+            for image, frame in (own, mirrored(*own))[: 1 + flip]:
+                pixels.append(to_tensor(image))
                 captions.append(caption)
                 weights.append(weight)
                 paths.append(photo.path)
-    return Views(torch.stack(pixels), captions, weights, paths)
+                frames.append(frame)
+    return Views(torch.stack(pixels), captions, weights, paths, frames)

@@ -106,13 +106,13 @@ def snippet(run_dir: Path, base: str, prompt: str, sample_settings: Mapping[str,
     shown = Path(os.path.relpath(folder))
     # A run outside the working folder is named from its own name on: no path of ours in a page.
     where = f"{run_dir.resolve().name}/best" if shown.parts[:1] == ("..",) else shown.as_posix()
-    imports = "from diffusers import StableDiffusionPipeline\n"
+    imports = "from diffusers import DiffusionPipeline\n"  # of whatever family the base is
     source = json.dumps(base)
     if base == "embedded":
         imports, source = f"{imports}from dreamtune import embedded\n", "embedded.MODEL"
     options = "".join(f", {key}={value!r}" for key, value in sample_settings.items())
     return (
-        f"{imports}\npipe = StableDiffusionPipeline.from_pretrained({source})\n"
+        f"{imports}\npipe = DiffusionPipeline.from_pretrained({source})\n"
         f"pipe.load_lora_weights({json.dumps(where)})\n"
         f"pipe({json.dumps(prompt)}{options}).images[0]"
     )

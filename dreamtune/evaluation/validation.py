@@ -17,6 +17,7 @@ from torch import Tensor
 from dreamtune.evaluation.selection import NEEDED
 from dreamtune.files.whole import whole
 from dreamtune.models.base import Base
+from dreamtune.models.conditioning import Arguments, take, together
 from dreamtune.models.sample import Sampling, sample
 
 COLUMNS = 4
@@ -62,9 +63,13 @@ class Evaluator:
         return images, self.judge(step, images)
 
     @cached_property
-    def arguments(self) -> dict[str, Tensor]:
+    def arguments(self) -> Arguments:
         """What the pipeline is told, a row an image; encoded once."""
         return self.base.sampling_arguments(self.prompts)
+
+    def encode(self) -> None:
+        """Encodes the prompts now: after this no text encoder is asked."""
+        assert self.arguments
 
     def sample(self) -> list[Image.Image]:
         arguments = self.arguments
@@ -112,9 +117,7 @@ def sample_slots(
     if adapter.slots == 1:
         return [e.sample() for e in evaluators]
     sampling = evaluators[0].sampling
-    arguments = {
-        name: torch.cat([e.arguments[name] for e in evaluators]) for name in evaluators[0].arguments
-    }
+    arguments = together([e.arguments for e in evaluators])
     prompts = [p for e in evaluators for p in e.prompts]
     seeds = [s for e in evaluators for s in e.seeds]
     counts = torch.tensor([len(e.prompts) for e in evaluators])
@@ -129,7 +132,7 @@ def routed(
     sampling: Sampling,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    arguments: Mapping[str, Tensor],
+    arguments: Arguments,
     routes: Tensor,
 ) -> list[Image.Image]:
     """Images, each by its slot of an adapter of several: routes (N,) on the base's device."""
@@ -141,7 +144,7 @@ def routed(
                 rows = slice(start, start + sampling.batch_size)
                 if adapter.slots > 1:
                     adapter.route(routes[rows].repeat(repeats))
-                part = {name: x[rows] for name, x in arguments.items()}
+                part = take(arguments, range(len(prompts))[rows])
                 options = sampling.options()
                 made += sample(pipe, prompts[rows], seeds[rows], arguments=part, **options)
     finally:
@@ -172,10 +175,7 @@ class BasePictures:
             if key not in self.images
         }
         if new:
-            names = evaluators[0].arguments
-            arguments = {
-                n: torch.stack([e.arguments[n][row] for e, row in new.values()]) for n in names
-            }
+            arguments = together([take(e.arguments, [row]) for e, row in new.values()])
             prompts, seeds = zip(*new)
             routes = torch.zeros(len(new), dtype=torch.long, device=base.device)
             sampling = evaluators[0].sampling

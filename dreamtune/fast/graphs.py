@@ -8,10 +8,11 @@ import gc
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 if TYPE_CHECKING:
     from dreamtune.injection.inject import InjectedAdapter
@@ -135,19 +136,48 @@ def drive(
     return CapturedStep(step, forward.pool), forward.installed
 
 
+class Recorded(NamedTuple):
+    """A forward. places: of the tensors that it is called with; out: what it gives, flat."""
+
+    replay: Callable[[], None]
+    places: Sequence[Tensor]
+    out: Sequence[Any]
+    spec: Any
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Any:
+        for place, x in zip(self.places, tensors, strict=True):
+            place.copy_(x)
+        self.replay()
+        # some samplers keep what they are given
+        out = [x.clone() if isinstance(x, Tensor) else x for x in self.out]
+        return pytree.tree_unflatten(out, self.spec)
+
+
+def kind_of(x: Any) -> object:
+    """What calls share that one graph stands for: of a tensor its shape and dtype, else the value.
+    Raises TypeError for what is neither.
+    """
+    if isinstance(x, Tensor):
+        return x.shape, x.dtype
+    if x is None or isinstance(x, bool | int | float | str):
+        return type(x), x
+    raise TypeError(f"{type(x)} cannot be told from another")
+
+
 class CapturedForward:
     """Inside `with forward.installed():` the adapted model's calls are replays of CUDA graphs, one
     for each shape of its inputs: the first call of a shape runs eagerly, the second is recorded.
 
-    For calls without gradients as a Stable Diffusion pipeline makes them; others run eagerly. The
-    adapter's factors are computed before a replay as before any call, where strength, slots or
-    parameters have changed.
+    For calls without gradients as pipelines make them, of tensors by position, by name, in lists
+    and dictionaries; one with a number runs eagerly, each value would be a graph. The adapter's
+    factors are computed before a replay as before any call, where strength, slots or parameters
+    have changed.
     """
 
     def __init__(self, adapter: InjectedAdapter) -> None:
         self.adapter, self.model = adapter, adapter.model
         self.pool = torch.cuda.graph_pool_handle()
-        self.graphs: dict[tuple[Any, ...], tuple[Any, list[Tensor], Tensor] | None] = {}
+        self.graphs: dict[object, Recorded | None] = {}
         self._addresses: list[int] = []
 
     @contextmanager
@@ -167,38 +197,49 @@ class CapturedForward:
             if own is not None:
                 model.forward = own
 
-    def _forward(
-        self,
-        sample: Tensor,
-        timestep: Any,
-        encoder_hidden_states: Any,
-        *rest: Any,
-        return_dict: bool = True,
-        **options: Any,
-    ) -> Any:
-        inputs = [sample, timestep, encoder_hidden_states]
-        usual = not rest and not return_dict and all(v is None for v in options.values())
-        tensors = sample.is_cuda and all(isinstance(x, Tensor) for x in inputs)
-        if not usual or not tensors or torch.is_grad_enabled():
-            return self.eager(*inputs, *rest, return_dict=return_dict, **options)
-        routed = self.adapter.routed
-        key = (routed, torch.is_inference_mode_enabled(), *((x.shape, x.dtype) for x in inputs))
-        if key not in self.graphs:
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        numbers = any(type(x) in (int, float) for x in leaves)
+        if kwargs.get("return_dict", True) or numbers or torch.is_grad_enabled():
+            return self.eager(*args, **kwargs)
+        try:
+            state = self.adapter.routed, torch.is_inference_mode_enabled()
+            key = (*state, spec, *map(kind_of, leaves))
+            known = key in self.graphs
+        except TypeError:  # an argument that is no tensor and no value
+            return self.eager(*args, **kwargs)
+        if not known:
             self.graphs[key] = None
-            return self.eager(*inputs, return_dict=False)
-        graph, places, output = self.graphs[key] = self.graphs[key] or self._record(inputs)
-        for place, x in zip(places, inputs, strict=True):
-            place.copy_(x)
-        graph.replay()
-        return (output.clone(),)  # some samplers keep what they are given
+            return self.eager(*args, **kwargs)
+        found = self.graphs[key] = self.graphs[key] or self._record(leaves, spec)
+        return found([x for x in leaves if isinstance(x, Tensor)])
 
-    def _record(self, inputs: list[Any]) -> tuple[Any, list[Tensor], Tensor]:
-        device = inputs[0].device
-        places = [x.to(device, copy=True) for x in inputs]
+    def _record(self, leaves: Sequence[Any], spec: Any) -> Recorded:
+        device = next(self.model.parameters()).device
+        filled, places = placed(leaves, device)
+        args, kwargs = pytree.tree_unflatten(filled, spec)
+
+        def run() -> tuple[Sequence[Any], Any]:
+            return pytree.tree_flatten(self.eager(*args, **kwargs))  # type: ignore[no-any-return]
+
+        replay, (out, of) = self._capture(run, device)
+        return Recorded(replay, places, out, of)
+
+    def _capture(
+        self, run: Callable[[], tuple[Sequence[Any], Any]], device: torch.device
+    ) -> tuple[Callable[[], None], tuple[Sequence[Any], Any]]:
+        """(what does its work again, what it gave)."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device), recording(graph, "forward of sampling", self.pool):
-            output = self.eager(*places, return_dict=False)[0]
-        return graph, places, output
+            found = run()
+        return graph.replay, found
+
+
+def placed(leaves: Sequence[Any], device: torch.device) -> tuple[list[Any], list[Tensor]]:
+    """The leaves with each tensor copied to the device, and these copies: where a graph reads."""
+    places = [x.to(device, copy=True) for x in leaves if isinstance(x, Tensor)]
+    given = iter(places)
+    return [next(given) if isinstance(x, Tensor) else x for x in leaves], places
 
 
 @contextmanager

@@ -10,13 +10,13 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dreamtune.fast.graphs import recording
+from dreamtune.fast.graphs import Recorded, kind_of, placed, recording
 from dreamtune.fast.ops import why_not_fused
 from dreamtune.fast.unet import patched
 from dreamtune.fast.watch import Watch
@@ -26,15 +26,6 @@ from dreamtune.injection.rows import Tables
 
 WAY_OUT = "Call `dreamtune.slow_down` on the pipeline"
 GRAPHS = 12  # kept at once: each holds what it computes in, shared with the others
-
-
-class Recorded(NamedTuple):
-    """A forward. places: of the tensors that it is called with; out: what it gives, flat."""
-
-    replay: Callable[[], None]
-    places: Sequence[Tensor]
-    out: Sequence[Any]
-    spec: Any
 
 
 class Served:
@@ -104,7 +95,7 @@ class Served:
         leaves, spec = pytree.tree_flatten(self._called_with(args, kwargs, device))
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         try:
-            key = (tables, spec, torch.is_inference_mode_enabled(), *map(_kind, leaves))
+            key = (tables, spec, torch.is_inference_mode_enabled(), *map(kind_of, leaves))
             known = key in self.graphs
         except TypeError:  # an argument that is no tensor and no value
             return self.eager(*args, **kwargs)
@@ -117,13 +108,8 @@ class Served:
         if found is None:
             found = self._record(leaves, spec, tables)
             self._remember(key, found)
-        for place, x in zip(found.places, tensors, strict=True):
-            place.copy_(x)
-        found.replay()
         self.replays += 1
-        # some samplers keep what they are given
-        out = [x.clone() if isinstance(x, Tensor) else x for x in found.out]
-        return pytree.tree_unflatten(out, found.spec)
+        return found(tensors)
 
     def _called_with(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device
@@ -143,11 +129,8 @@ class Served:
 
     def _record(self, leaves: Sequence[Any], spec: Any, tables: Tables) -> Recorded:
         device = next(self.model.parameters()).device
-        places = [x.to(device, copy=True) for x in leaves if isinstance(x, Tensor)]
-        given = iter(places)
-        args, kwargs = pytree.tree_unflatten(
-            [next(given) if isinstance(x, Tensor) else x for x in leaves], spec
-        )
+        filled, places = placed(leaves, device)
+        args, kwargs = pytree.tree_unflatten(filled, spec)
 
         def run() -> tuple[Sequence[Any], Any]:
             with self._placed(tables):  # what patching computes is recorded too
@@ -177,14 +160,6 @@ class Served:
     def _placed(self, tables: Tables) -> Iterator[None]:
         with tables.placed(), patched(self.model) if self.unet else nullcontext():
             yield
-
-
-def _kind(x: Any) -> object:
-    if isinstance(x, Tensor):
-        return x.shape, x.dtype
-    if x is None or isinstance(x, bool | int | float | str):
-        return type(x), x
-    raise TypeError(f"{type(x)} cannot be told from another")
 
 
 def _autocast() -> bool:

@@ -91,22 +91,26 @@ def _patch(unet: nn.Module) -> Fused:
     return done
 
 
-def compile_blocks(unet: nn.Module) -> None:
+def compile_blocks(unet: nn.Module) -> int:
     """torch.compile for each transformer block: blocks of one shape share what was compiled.
+    Returns how many there are.
 
     A block's kernels are kept on disk, for the next process.
     """
     from diffusers.models.attention import BasicTransformerBlock
 
+    blocks = [m for m in unet.modules() if isinstance(m, BasicTransformerBlock)]
+    if not blocks:
+        return 0
     folder = Path(torch.hub.get_dir()).parent / "inductor"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     from torch._dynamo import config
 
     config.recompile_limit = max(64, config.recompile_limit)  # one for each width and picture size
-    for module in unet.modules():
-        if isinstance(module, BasicTransformerBlock):
-            module.__dict__.pop("forward", None)
-            module.compile(dynamic=False)
+    for module in blocks:
+        module.__dict__.pop("forward", None)
+        module.compile(dynamic=False)
+    return len(blocks)
 
 
 def knows_norm(norm: Any) -> bool:

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dreamtune.models.conditioning import Arguments, Conditioning, take
 from dreamtune.models.folder import ModelFolder
 from dreamtune.models.prefixes import Prefixes
-from dreamtune.models.quiet import move
+from dreamtune.models.quiet import move, quiet_diffusers
 
-Conditioning = dict[str, Tensor]  # what the network is told beside x and t, a row a prompt
+Parts = dict[str, Any]  # by the names that the pipeline's `__init__` has for them
+
+
+class Frame(NamedTuple):
+    """Where the square that is trained on lies: in a picture of `shape` whose short side was
+    brought to the square's, from `corner` on. Each is (down, across), in pixels.
+    """
+
+    shape: tuple[int, int]  # before it was resized
+    corner: tuple[int, int]
+    size: tuple[int, int]
 
 
 class Latents(NamedTuple):
@@ -65,11 +76,15 @@ class Base(ABC):
     line in `load.FAMILIES`.
 
     Attributes:
+        pipeline_name: of the pipeline's class in diffusers.
         network_name: of the trained network in a pipeline.
         network_class: the name of its class in diffusers.
-        parts: the folders of a model that are read.
+        encoder_names: of the text encoders in a pipeline.
+        folders: those of a model that are read.
         prefixes: of the keys of LoRA files.
         multiple: of the sides of images, in pixels.
+        parts: the pipeline's modules, tokenizers and scheduler, and what else it is made with; each
+            is an attribute of its name too. Text encoders that were let go are None there.
         id: names the base in files: a hub id, or the last part of a path.
         embedded: whether it is the one in this package.
         device, dtype: where the network computes; the other parts wait on the CPU in float32.
@@ -77,34 +92,61 @@ class Base(ABC):
         fused, compiled: what was done to make the network faster.
     """
 
+    pipeline_name: ClassVar[str]
     network_name: ClassVar[str]
     network_class: ClassVar[str]
-    parts: ClassVar[tuple[str, ...]]
+    encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    folders: ClassVar[tuple[str, ...]]
     prefixes: ClassVar[Prefixes]
     multiple: ClassVar[int] = 8
 
     def __init__(
         self,
+        parts: Parts,
+        *,
         id: str,
         embedded: bool,
         device: torch.device,
         dtype: torch.dtype,
         notes: Sequence[str] = (),
+        read_encoders: Callable[[], Parts] | None = None,
     ) -> None:
+        """read_encoders: the text encoders once more; without it they are never let go."""
+        self.parts = dict(parts)
         self.id, self.embedded, self.device, self.dtype = id, embedded, device, dtype
         self.notes = tuple(notes)
         self.fused = self.compiled = False
+        self._read_encoders = read_encoders
+        for name, module in self._modules(self.parts):
+            module.requires_grad_(False).eval()
+            if name == self.network_name:
+                move(module, device, dtype)
+            else:
+                move(module, torch.device("cpu"), torch.float32)
+
+    def __getattr__(self, name: str) -> Any:
+        """A part."""
+        if name not in self.__dict__.get("parts", ()):
+            raise AttributeError(f"a {type(self).__name__} has no `{name}`")
+        return self.encoders()[name] if name in self.encoder_names else self.parts[name]
+
+    @staticmethod
+    def _modules(parts: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        return [(name, part) for name, part in parts.items() if isinstance(part, nn.Module)]
 
     @classmethod
     @abstractmethod
     def load_folder(
         cls, folder: ModelFolder, dtype: torch.dtype, prediction_type: str | None
-    ) -> tuple[Any, ...]:
-        """The parts, as `__init__` takes them first.
-
-        prediction_type: what the user says that the network predicts. Raises ValueError that says
-        what to do.
+    ) -> Parts:
+        """All parts. prediction_type: what the user says that the network predicts. Raises
+        ValueError that says what to do.
         """
+
+    @classmethod
+    @abstractmethod
+    def load_encoders(cls, folder: ModelFolder) -> Parts:
+        """The text encoders alone."""
 
     @classmethod
     @abstractmethod
@@ -112,9 +154,23 @@ class Base(ABC):
         """The trained network alone."""
 
     @property
-    @abstractmethod
     def network(self) -> Any:
         """The module that is trained: a diffusers model."""
+        return self.parts[self.network_name]
+
+    def encoders(self) -> Parts:
+        """The text encoders, read again where they were let go."""
+        if self._read_encoders is not None and self.parts[self.encoder_names[0]] is None:
+            with quiet_diffusers():
+                self.parts.update(self._read_encoders())
+            for name in self.encoder_names:
+                self.parts[name].requires_grad_(False).eval()
+        return {name: self.parts[name] for name in self.encoder_names}
+
+    def let_encoders_go(self) -> None:
+        """Frees the memory of the text encoders, until a prompt is encoded that was not before."""
+        if self._read_encoders is not None:
+            self.parts.update(dict.fromkeys(self.encoder_names))
 
     @property
     @abstractmethod
@@ -123,8 +179,8 @@ class Base(ABC):
 
     @property
     @abstractmethod
-    def prediction_type(self) -> str:
-        """What the network predicts, as the config names it."""
+    def prediction_type(self) -> str | None:
+        """What the network predicts, as the config names it; None where the family has one way."""
 
     @abstractmethod
     def sampling_defaults(self, size: int) -> SamplingDefaults:
@@ -142,6 +198,11 @@ class Base(ABC):
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """A row a prompt, on the device, float32."""
 
+    @property
+    def empty_is_none(self) -> bool:
+        """Whether an empty negative prompt and none make the same picture."""
+        return True
+
     @abstractmethod
     def unseen(self, prompt: str) -> str:
         """A sentence on what of a prompt is cut off; "" where all of it is encoded."""
@@ -150,22 +211,42 @@ class Base(ABC):
     def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's prediction for x (n, ...) and t (n,), computed in `dtype`."""
 
+    def encode_frames(self, frames: Sequence[Frame]) -> Conditioning:
+        """What the network is told of each picture beside its prompt, on the device; {} where that
+        is nothing.
+        """
+        return {}
+
     @abstractmethod
+    def scheduler_for(self, sampler: str) -> Any:
+        """A scheduler of its own: "base", the one in the model's files, or "dpm++"."""
+
     def pipeline(self, sampler: str = "base", prompts: bool = True) -> Any:
         """A diffusers pipeline of these very modules; without `prompts` it has no text encoder.
 
-        sampler: "base", the one in the model's files, or "dpm++".
+        sampler: see `scheduler_for`.
         """
+        import diffusers
+
+        encoders = self.encoders() if prompts else dict.fromkeys(self.encoder_names)
+        arguments = {**self.parts, **encoders, "scheduler": self.scheduler_for(sampler)}
+        with quiet_diffusers():
+            pipe = getattr(diffusers, self.pipeline_name)(**arguments)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
     @abstractmethod
-    def call_arguments(self, conditioning: Conditioning, nothing: Conditioning) -> Conditioning:
-        """Arguments of the pipeline's call, a row an image, in `dtype`: `conditioning` with as many
-        rows, and the one row of `nothing`, the empty prompt, as the negative ones.
+    def call_arguments(self, prompts: Sequence[str]) -> Arguments:
+        """Of the pipeline's call, a row a prompt, in `dtype`: what the pipeline itself makes of
+        them, and of no negative prompt.
         """
 
-    @abstractmethod
     def waiting_parts(self, prompts: bool) -> Sequence[nn.Module]:
         """The modules beside the network that sampling needs."""
+        left_out = () if prompts else self.encoder_names
+        parts = {**self.parts, **self.encoders()} if prompts else self.parts
+        found = [m for name, m in self._modules(parts) if name not in left_out]
+        return [m for m in found if m is not self.network]
 
     def rows_per_image(self, guidance_scale: float) -> int:
         """Rows of the network's batch for an image of the pipeline's: all rows without the prompt
@@ -173,14 +254,10 @@ class Base(ABC):
         """
         return 2 if guidance_scale > 1 else 1
 
-    def sampling_arguments(self, prompts: Sequence[str]) -> Conditioning:
+    def sampling_arguments(self, prompts: Sequence[str]) -> Arguments:
         """`call_arguments` of prompts, each distinct one encoded once."""
-        distinct = ["", *dict.fromkeys(prompts)]
-        encoded = self.encode_prompts(distinct)
-        rows = torch.tensor([distinct.index(p, 1) for p in prompts], device=self.device)
-        return self.call_arguments(
-            {k: v[rows] for k, v in encoded.items()}, {k: v[:1] for k, v in encoded.items()}
-        )
+        distinct = list(dict.fromkeys(prompts))
+        return take(self.call_arguments(distinct), [distinct.index(p) for p in prompts])
 
     @contextlib.contextmanager
     def on_device(self, dtype: torch.dtype, *modules: Any) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,39 +16,56 @@ from dreamtune.models.weights import read_by_library
 WRAPPED = {r"^(embeddings|encoder|final_layer_norm)\.": r"text_model.\1."}
 
 
-def load_text_encoder(folder: ModelFolder, dtype: torch.dtype) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
+def load_text_encoder(
+    folder: ModelFolder,
+    dtype: torch.dtype,
+    part: str = "text_encoder",
+    kind_name: str = "CLIPTextModel",
+) -> Any:
+    """kind_name: of the class in transformers, one with CLIP's text config."""
+    import transformers
 
-    stated = folder.config("text_encoder", TEXT_ENCODER)
-    with read_by_library(folder.place("text_encoder")), torch.device("meta"):
-        config: Any = CLIPTextConfig.from_pretrained(str(folder.path / "text_encoder"))
-        wrapped = hasattr(CLIPTextModel(config), "text_model")
+    kind: Any = getattr(transformers, kind_name)
+    stated = folder.config(part, TEXT_ENCODER)
+    with read_by_library(folder.place(part)), torch.device("meta"):
+        config: Any = transformers.CLIPTextConfig.from_pretrained(str(folder.path / part))
+        wrapped = hasattr(kind(config), "text_model")
     options = {"key_mapping": WRAPPED} if wrapped else {}  # the other way is transformers' own
-    encoder = folder.load("text_encoder", CLIPTextModel, dtype, **options)
+    encoder = folder.load(part, kind, dtype, **options)
     if unsaid := assumed("text_encoder", stated, encoder.config):
-        place = folder.place("text_encoder", "config.json")
+        place = folder.place(part, "config.json")
         folder.notes.append(f"`{place}` does not say, and it is assumed: {', '.join(unsaid)}.")
     return encoder
 
 
-def load_tokenizer(folder: ModelFolder) -> Any:
+def load_tokenizer(folder: ModelFolder, part: str = "tokenizer") -> Any:
     from transformers import CLIPTokenizer
 
-    if "tokenizer_config.json" in folder.names("tokenizer"):
-        folder.config("tokenizer", TOKENIZER, "tokenizer_config.json")
-    with read_by_library(folder.place("tokenizer")):
+    if "tokenizer_config.json" in folder.names(part):
+        folder.config(part, TOKENIZER, "tokenizer_config.json")
+    with read_by_library(folder.place(part)):
         return CLIPTokenizer.from_pretrained(
-            str(folder.path / "tokenizer"), local_files_only=True, trust_remote_code=False
+            str(folder.path / part), local_files_only=True, trust_remote_code=False
         )
 
 
-def fit(tokenizer: Any, encoder: Any, folder: ModelFolder) -> None:
+def unseen(tokenizers: Sequence[Any], prompt: str) -> str:
+    """A sentence on what of a prompt the shortest of the lengths cuts off; "" for nothing."""
+    tokenizer = min(tokenizers, key=lambda t: t.model_max_length)
+    length = tokenizer.model_max_length
+    count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+    if count <= length:
+        return ""
+    return f"The prompt has {count} tokens, the text encoder takes {length}; its end is not seen"
+
+
+def fit(tokenizer: Any, encoder: Any, folder: ModelFolder, part: str = "tokenizer") -> None:
     """The tokenizer's length is that of the encoder's positions where it has none or a longer one.
 
     Raises UnreadableFile for a tokenizer whose ids are not the encoder's.
     """
     positions, length = encoder.config.max_position_embeddings, tokenizer.model_max_length
-    place = folder.place("tokenizer")
+    place = folder.place(part)
     if len(tokenizer) > encoder.config.vocab_size:
         raise UnreadableFile(
             f"`{place}` has {len(tokenizer)} tokens, the text encoder knows "

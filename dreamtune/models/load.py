@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,28 +13,41 @@ import torch
 from dreamtune import embedded
 from dreamtune.config import EMBEDDED
 from dreamtune.injection.targets import unwrapped
-from dreamtune.models.base import Base
+from dreamtune.models.base import Base, Parts
+from dreamtune.models.checkpoint import kind_of
 from dreamtune.models.folder import ModelFolder, looks_like_a_path
 from dreamtune.models.prefixes import TRANSFORMER, Prefixes
 from dreamtune.models.quiet import quiet_diffusers
-from dreamtune.models.single_file import load_file
+from dreamtune.models.room import check_room, weights_of_file, weights_of_folder
+from dreamtune.models.rules import NAMED
+from dreamtune.models.single_file import load_encoders, load_file
 
 PACKAGED_MODEL = embedded.MODEL
 
 
 class Family(NamedTuple):
-    """Where a family is: its module and class in this folder, and its pipelines' names in a
-    model_index.json, those of the same parts.
+    """Where a family is.
+
+    Attributes:
+        title: as users know it.
+        module, name: its module in this folder, and its class there.
+        pipelines: their names in a model_index.json, those of the same parts.
+        since: the diffusers that has the first of these.
+        kinds: of single files, as `checkpoint.KINDS` names them.
     """
 
+    title: str
     module: str
     name: str
     pipelines: tuple[str, ...]
+    since: str
+    kinds: tuple[str, ...] = ()
 
 
 # Plain, so that a family is imported when a base of it is loaded.
 FAMILIES = (
     Family(
+        "Stable Diffusion 1.x, 2.x",
         "stable_diffusion",
         "StableDiffusion",
         (
@@ -41,9 +56,18 @@ FAMILIES = (
             "StableDiffusionImg2ImgPipeline",
             "StableDiffusionInpaintPipelineLegacy",
         ),
+        "0.1.0",
+        ("v1", "v2"),
+    ),
+    Family(
+        "Stable Diffusion XL",
+        "stable_diffusion_xl",
+        "StableDiffusionXL",
+        ("StableDiffusionXLPipeline",),
+        "0.19.0",
+        ("xl",),
     ),
 )
-SINGLE_FILE = FAMILIES[0]  # the family of single files
 
 
 def load_base(
@@ -57,31 +81,40 @@ def load_base(
 ) -> Base:
     """The base from a folder, a single .safetensors file, a hub id, or "embedded".
 
-    The UNet comes in `dtype` on `device`; autoencoder and text encoder wait on the CPU in float32.
-    Raises ValueError for what is not a Stable Diffusion 1.x/2.x text-to-image model, and for a hub
-    id that cannot be had.
+    The network comes in `dtype` on `device`; all other parts wait on the CPU in float32.
+    Raises ValueError for what is no text-to-image model of the `FAMILIES`, for a hub id that cannot
+    be had, and for a network that is larger than the memory of `device`.
     """
     path = locate(name_or_path)
     ours = path is not None and path.resolve() == PACKAGED_MODEL.resolve()
+    device = torch.device(device)
     notes: list[str] = []
+    read_encoders: Callable[[], Parts]
     with quiet_diffusers():
         if path is not None and not path.is_dir():
-            family, name = family_class(SINGLE_FILE), path.stem
-            parts = load_file(path, prediction_type, notes)
+            family, name = family_class(family_of_file(path)), path.stem
+            check_room(name, partial(weights_of_file, path), dtype, device)
+            parts = load_file(path, dtype, prediction_type, notes)
+            read_encoders = partial(load_encoders, path)
         else:
             folder = open_folder(str(path or name_or_path), revision, variant)
             family = family_class(family_of(folder))
-            parts = family.load_folder(folder, dtype, prediction_type)
             name = EMBEDDED if ours else path.resolve().name if path else name_or_path
+            count = partial(weights_of_folder, folder, family.network_name)
+            check_room(name, count, dtype, device)
+            parts = family.load_folder(folder, dtype, prediction_type)
             notes = folder.notes
-    return family(
-        *parts,
+            read_encoders = partial(family.load_encoders, folder)
+    base: Base = family(
+        parts,
         id=name,
         embedded=ours,
-        device=torch.device(device),
+        device=device,
         dtype=dtype,
         notes=notes,
+        read_encoders=read_encoders,
     )
+    return base
 
 
 def open_folder(
@@ -89,8 +122,8 @@ def open_folder(
 ) -> ModelFolder:
     """A folder here, or a hub id with the parts of every family."""
     families = [family_class(family) for family in FAMILIES]
-    parts = [p for f in families for p in ((f.network_name,) if network_alone else f.parts)]
-    return ModelFolder.open(source, revision, variant, parts)
+    parts = [p for f in families for p in ((f.network_name,) if network_alone else f.folders)]
+    return ModelFolder.open(source, revision, variant, list(dict.fromkeys(parts)))
 
 
 def family_of(folder: ModelFolder) -> Family:
@@ -98,12 +131,44 @@ def family_of(folder: ModelFolder) -> Family:
     kind = folder.index()["_class_name"]
     for family in FAMILIES:
         if kind in family.pipelines:
-            return family
-    known = ", ".join(family.pipelines[0] for family in FAMILIES)
+            return installed(family)
+    known = "; ".join(f"{family.title} ({family.pipelines[0]})" for family in FAMILIES)
     raise ValueError(
-        f"`{folder.name}` is a {kind[:100]}; a Stable Diffusion 1.x/2.x text-to-image model is "
-        f"needed ({known})."
+        f"`{folder.name}` is a {kind[:100]}, which is none of the families that can be tuned here: "
+        f"{known}."
     )
+
+
+def family_of_file(path: Path) -> Family:
+    """By the file's header."""
+    kind = kind_of(path)
+    return installed(next(family for family in FAMILIES if kind in family.kinds))
+
+
+def family_of_network(folder: ModelFolder) -> Family:
+    """Of a network's folder alone: by the class in its config.json, the first family's for one
+    without, whose `load_network` says what is missing.
+    """
+    for family in FAMILIES:
+        own = family_class(family)
+        part = own.network_name if "config.json" in folder.names(own.network_name) else ""
+        there = "config.json" in folder.names(part)
+        if there and folder.config(part, NAMED).get("_class_name") == own.network_class:
+            return installed(family)
+    return FAMILIES[0]
+
+
+def installed(family: Family) -> Family:
+    """Raises ValueError where the diffusers that is installed has no such pipeline."""
+    import diffusers
+
+    if not hasattr(diffusers, family.pipelines[0]):
+        raise ValueError(
+            f"{family.title} needs diffusers {family.since} or newer, which has "
+            f"{family.pipelines[0]}; installed is {diffusers.__version__}: pip install --upgrade "
+            "diffusers."
+        )
+    return family
 
 
 def family_class(family: Family) -> type[Any]:
@@ -152,13 +217,16 @@ def load_network(
     path = locate(source)
     with quiet_diffusers():
         if path is not None and not path.is_dir():
-            network = load_file(path, None, [], network_alone=True)[0]
+            family = family_class(family_of_file(path))
+            network = load_file(path, torch.float32, None, [], network_alone=True)
+            network = network[family.network_name]
         else:
-            folder, family = open_folder(str(path or source), revision, variant, True), FAMILIES[0]
-            if path is None or (path / "model_index.json").exists():
-                family = family_of(folder)
-            network = family_class(family).load_network(folder, torch.float32)
-    return network.requires_grad_(False).eval()
+            folder = open_folder(str(path or source), revision, variant, True)
+            whole = path is None or (path / "model_index.json").exists()
+            own = family_of(folder) if whole else family_of_network(folder)
+            network = family_class(own).load_network(folder, torch.float32)
+    network.requires_grad_(False).eval()
+    return network  # type: ignore[no-any-return]
 
 
 def locate(name_or_path: str | Path) -> Path | None:

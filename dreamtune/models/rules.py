@@ -37,7 +37,6 @@ Pair = Annotated[list[Pixels], AfterValidator(exactly_two)]
 Class = Annotated[list[Text], AfterValidator(exactly_two)]
 Activation = Literal["silu", "swish", "mish", "gelu", "relu"]
 
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 Rules = TypeAdapter[dict[str, Any]]
 
 
@@ -45,9 +44,13 @@ def rules(needed: tuple[str, ...] = (), **hints: Any) -> Rules:
     return checker(hints, needed, others=True)
 
 
+def components(parts: tuple[str, ...]) -> Rules:
+    """Of a model_index.json: library and class of each part."""
+    return rules(parts, **dict.fromkeys(parts, Class))
+
+
 INDEX = rules(("_class_name",), _class_name=Text)
 NAMED = rules(_class_name=Text)
-COMPONENTS = rules(PARTS, **dict.fromkeys(PARTS, Class))
 NETWORK = rules(
     ("block_out_channels", "in_channels"),
     in_channels=Whole, out_channels=Whole, block_out_channels=Wholes,
@@ -63,6 +66,8 @@ NETWORK = rules(
     resnet_time_scale_shift=Literal["default", "scale_shift"], resnet_skip_time_act=Flag,
     dual_cross_attention=Flag, only_cross_attention=Flag | list[Flag],
     conv_in_kernel=Depth, conv_out_kernel=Depth,
+    addition_embed_type=Text | None, addition_time_embed_dim=Whole | None,
+    projection_class_embeddings_input_dim=Whole | None,
 )  # fmt: skip
 AUTOENCODER = rules(
     ("latent_channels",),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from PIL import Image
+
+from dreamtune.models.conditioning import Arguments, take
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ def sample_tensor(
     guidance_rescale: float = 0.0,
     size: int | tuple[int, int] | None = None,
     batch_size: int = 8,
-    arguments: Mapping[str, torch.Tensor] | None = None,
+    arguments: Arguments | None = None,
     negative_prompts: Sequence[str] | None = None,
 ) -> torch.Tensor:
     """Images of `sample` as one CPU tensor (N, 3, height, width), float32 in [0, 1].
@@ -62,12 +66,14 @@ def sample_tensor(
         )
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}")
-    given: dict[str, Sequence[str] | torch.Tensor] = dict(arguments or {})
+    given: dict[str, Any] = dict(arguments or {})
     if negative_prompts is not None:
         given["negative_prompts"] = negative_prompts
     for name, x in given.items():
         if len(x) != len(prompts):
             raise ValueError(f"`{name}` has {len(x)} rows for {len(prompts)} prompts")
+    # only where it does something: pipelines of flow matching have no such argument
+    rescale = {"guidance_rescale": guidance_rescale} if guidance_rescale else {}
     height, width = (size, size) if isinstance(size, int) or size is None else size
     images = []
     with _quiet(pipe):
@@ -77,14 +83,14 @@ def sample_tensor(
             if negative_prompts is not None:
                 text["negative_prompt"] = list(negative_prompts[rows])
             if arguments is not None:
-                text = {name: x[rows] for name, x in arguments.items()}
+                text = take(arguments, range(len(prompts))[rows])
             output = pipe(
                 **text,
                 height=height,
                 width=width,
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
-                guidance_rescale=guidance_rescale,
+                **rescale,
                 # One CPU generator a row: the noise depends on the seed alone, on any device.
                 generator=[torch.Generator("cpu").manual_seed(int(s)) for s in seeds[rows]],
                 output_type="pt",
@@ -124,10 +130,18 @@ def grid(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[
 
 @contextmanager
 def _quiet(pipe: Any) -> Iterator[None]:
-    """The pipeline's own progress bars off, and back to what they were."""
+    """The pipeline's own progress bars off, and back to what they were; without what it says of
+    itself where it brings XL's autoencoder from fp16 to float32 and back.
+    """
+    casts = logging.getLogger("diffusers.models.modeling_utils")
+    level = casts.level
     before = dict(getattr(pipe, "_progress_bar_config", None) or {})
     pipe.set_progress_bar_config(**{**before, "disable": True})
+    casts.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`upcast_vae` is deprecated")
+            yield
     finally:
+        casts.setLevel(level)
         pipe.set_progress_bar_config(**before)

@@ -64,18 +64,24 @@ class Stated:
         return next(iter(self.prediction_types.values()), None)
 
 
-def read_stated(file: Path, names: Collection[str], metadata: Mapping[str, str] | None) -> Stated:
-    """names: of its tensors. Raises UnreadableFile for a statement that is not understood."""
+def read_stated(
+    file: Path, names: Collection[str], metadata: Mapping[str, str] | None, layer: str = "1"
+) -> Stated:
+    """names: of its tensors; layer: of the text encoder that is used, counted from its end. Raises
+    UnreadableFile for a statement that is not understood.
+    """
     found = Stated(zero_snr="ztsnr" in names)
     if "v_pred" in names:
         found.prediction_types["its key `v_pred`"] = "v_prediction"
-    read_modelspec(file, metadata or {}, found)
+    read_modelspec(file, metadata or {}, found, layer)
     if file.with_suffix(".yaml").exists():
         read_beside(file.with_suffix(".yaml"), found)
     return found
 
 
-def read_modelspec(file: Path, metadata: Mapping[str, str], found: Stated) -> None:
+def read_modelspec(
+    file: Path, metadata: Mapping[str, str], found: Stated, layer: str = "1"
+) -> None:
     spec = {k.removeprefix("modelspec."): v for k, v in metadata.items()}
     spec = {k: spec[k] for k in spec if f"modelspec.{k}" in metadata}
     architecture = spec.get("architecture", "")
@@ -99,10 +105,11 @@ def read_modelspec(file: Path, metadata: Mapping[str, str], found: Stated) -> No
                 f"`{file.name}` says a resolution of {sides[0]}, which is no square: give "
                 "--resolution for another than the usual one."
             )
-    if spec.get("encoder_layer", "1") not in ("", "1"):
+    if spec.get("encoder_layer", layer) not in ("", layer):
+        used = "last layer" if layer == "1" else "last layer but one"
         found.notes.append(
             f"`{file.name}` says that it was trained with clip skip {spec['encoder_layer'][:20]}: "
-            "here the last layer of the text encoder is used."
+            f"here the {used} of the text encoder is used."
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from PIL import Image
 
+from dreamtune.data.photos import listed
 from dreamtune.serving.folder import Folder
 
 Adapter = str | None | Mapping[str, float]
@@ -34,11 +35,14 @@ class Row(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What the pictures of a batch have in common. size: pixels a side."""
+    """What the pictures of a batch have in common. size: pixels a side; negated: whether they are
+    given negative prompts, where an empty one and none differ.
+    """
 
     size: int
     steps: int
     guidance_scale: float
+    negated: bool = True
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Backend(ABC):
     """Attributes:
     base: whose `id` is told.
     sizes: of pictures that can be asked for, the usual one first.
+    empty_is_none: whether an empty negative prompt and none make the same picture.
     max_batch: the most rows of a batch; workers: batches that are drawn at once.
     adapters: name -> what is served; left_out: file or folder -> why it is not.
     broken: why nothing can be drawn any more; None.
@@ -76,6 +81,7 @@ class Backend(ABC):
 
     base: Based
     sizes: tuple[int, ...]
+    empty_is_none: bool
     max_batch: int
     workers = 1
 
@@ -131,6 +137,8 @@ class Backend(ABC):
                 except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
                     left_out[path.name] = str(error) or type(error).__name__
             self.left_out = left_out
+        if folder.others:
+            self.tell(f"Passed over, for no adapter has such a name: {listed(folder.others)}")
         for name, why in left_out.items():
             self.tell(f"Left out of the adapters: {name}: {why}")
         return added

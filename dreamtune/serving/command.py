@@ -82,12 +82,16 @@ def serve(settings: Settings) -> None:
     with unwinding(), bound(settings) as listener, opened(settings) as engine:
         app = make_app(settings, engine)
         host, port = listener.getsockname()[:2]
-        say(f"{len(engine.adapters)} adapters of {engine.base.id} on {engine.device}")
+        count = len(engine.adapters)
+        say(f"{count} adapter{'s' * (count != 1)} of {engine.base.id} on {engine.device}")
         if not settings.at_home and key is None:
             say("Warning: whoever reaches this address may ask: there is no API key")
         listener.listen(BACKLOG)  # whoever reads the next line may connect
         say(f"Serving on http://{f'[{host}]' if ':' in host else host}:{port}")
-        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="on")
+        # no websockets: the guard looks at HTTP alone
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, lifespan="on", ws="none"
+        )
         uvicorn.Server(config).run(sockets=[listener])
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -32,7 +33,15 @@ from dreamtune.training.output import say
 # of which 12 are kept; at most a third of the rows is drawn for nothing.
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 GPU_BATCH, CPU_BATCH = 16, 4
+REMEMBERED = 600.0  # seconds: what lacks the memory may be another process, which ends
 WARNING = "warning"  # in a picture's `info`: what of the request it does not show
+
+
+class Most(NamedTuple):
+    """Rows that the memory was seen to hold; until: by the monotonic clock, in seconds."""
+
+    rows: int
+    until: float
 
 
 class Engine(Backend):
@@ -57,11 +66,12 @@ class Engine(Backend):
         self.sizes = tuple(sizes) or (base.resolution,)
         if odd := [size for size in self.sizes if size % base.multiple]:
             raise ValueError(f"`resolution` must be a multiple of {base.multiple}, got {odd[0]}")
+        self.empty_is_none = base.empty_is_none
         self.on_gpu = base.device.type == "cuda"
         self.max_batch = max_batch or (GPU_BATCH if self.on_gpu else CPU_BATCH)
         self.rescale = base.sampling_defaults(self.sizes[0]).guidance_rescale
         self.lock = threading.RLock()
-        self.most: dict[int, int] = {}  # size -> rows that the memory was seen to hold
+        self.most: dict[int, Most] = {}  # by size of the pictures
 
     @classmethod
     @contextmanager
@@ -129,7 +139,11 @@ class Engine(Backend):
         """A batch that fails is drawn in halves, and so on: an error is of the rows that cause
         it.
         """
-        most = self.most.get(shape.size, self.max_batch)
+        held = self.most.get(shape.size)
+        if held is not None and time.monotonic() > held.until:
+            del self.most[shape.size]
+            held = None
+        most = self.max_batch if held is None else held.rows
         if len(rows) > most:
             return self._in_parts(rows, shape, most)
         try:
@@ -141,7 +155,7 @@ class Engine(Backend):
             half = (len(rows) + 1) // 2
             short = lacks_memory(error)
         if short:
-            self.most[shape.size] = half
+            self.most[shape.size] = Most(half, time.monotonic() + REMEMBERED)
             self.tell(f"Too little memory for {len(rows)} pictures at once: at most {half} now")
             self._release()
         return self._in_parts(rows, shape, half)
@@ -165,7 +179,7 @@ class Engine(Backend):
                     self.pipe,
                     [row.prompt for row in rows],
                     [row.seed for row in rows],
-                    negative_prompts=[row.negative_prompt for row in rows],
+                    negative_prompts=[r.negative_prompt for r in rows] if shape.negated else None,
                     steps=shape.steps,
                     size=shape.size,
                     guidance_scale=shape.guidance_scale,

@@ -34,7 +34,7 @@ def full(waiting: int, seconds: float) -> Refused:
     """seconds: until there may be room."""
     return Refused(
         503,
-        f"{waiting} requests are waiting, and no more are taken.",
+        f"The queue is full: requests that wait: {waiting}.",
         got=waiting + 1,
         allowed=waiting,
         way_out=f"Ask again in {max(1, round(seconds))} seconds.",

@@ -22,10 +22,10 @@ class Guard:
     """An ASGI application around another.
 
     Args:
-        key: that requests must bring; None: all may ask.
+        key: that requests must bring; None: all may ask, but no page of another site, whose
+            browser says so (`Origin`).
         hosts: names that requests may be sent to; empty: any. A page of a browser cannot reach
             a server of this machine by a name of its own (DNS rebinding).
-            With them, a page of another site cannot send anything either (its `Origin`).
         free: paths that need no key.
         most: bytes of a body; larger: path -> bytes where more are taken.
         seconds: that a body may take to come.
@@ -55,7 +55,8 @@ class Guard:
         headers = Headers(scope=scope)
         most = self.larger.get(scope["path"], self.most)
         try:
-            self._check_host(headers.get("host", ""), headers.get("origin"))
+            self._check_host(headers.get("host", ""))
+            self._check_origin(headers.get("origin"), headers.get("host", ""))
             self._check_key(headers, scope["path"])
             self._check_length(headers.get("content-length", "0"), most)
         except Refused as refused:
@@ -63,8 +64,8 @@ class Guard:
             return
         await self.app(scope, self._counted(receive, most), send)
 
-    def _check_host(self, host: str, origin: str | None) -> None:
-        if self.hosts and origin is not None and origin.partition("://")[2] != host:
+    def _check_origin(self, origin: str | None, host: str) -> None:
+        if self.key is None and origin is not None and origin.partition("://")[2] != host:
             raise Refused(
                 403,
                 "A page of another site asks.",
@@ -72,6 +73,8 @@ class Guard:
                 allowed="pages of this server, and programs",
                 way_out="Start the server with an API key, and send it.",
             )
+
+    def _check_host(self, host: str) -> None:
         name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
         if self.hosts and name.strip("[]").lower() not in self.hosts:
             raise Refused(

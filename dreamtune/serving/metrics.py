@@ -20,7 +20,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
-            "dreamtune_requests", "Requests for a picture", ["outcome"], registry=registry
+            "dreamtune_requests", "Requests by what became of them", ["outcome"], registry=registry
         )
         for outcome in OUTCOMES:
             self.requests.labels(outcome)

@@ -128,7 +128,8 @@ class Queue:
             began = time.monotonic()
             try:
                 found = self.draw([t.row for t in batch], batch[0].shape)
-                assert len(found) == len(batch)
+                if len(found) != len(batch):
+                    raise RuntimeError(f"{len(found)} pictures of {len(batch)} rows")
             except BaseException as error:  # else everybody would wait for ever
                 one = error if isinstance(error, Exception) else RuntimeError(repr(error))
                 found = [one] * len(batch)
@@ -160,9 +161,9 @@ class Queue:
                     break
                 self.changed.wait(left)
             self.waiting = [t for t in self.waiting if t not in batch]
-            for ticket in batch:  # from here on it cannot be taken back: `cancel` holds the lock
-                ticket.answer.set_running_or_notify_cancel()
-            return batch
+            # from here on it cannot be taken back: `cancel` holds the lock
+            found = [t for t in batch if t.answer.set_running_or_notify_cancel()]
+            return found or self._next()
 
     def _drop_late(self, now: float) -> None:
         for ticket in [t for t in self.waiting if t.deadline <= now]:

@@ -27,6 +27,7 @@ class Facts(NamedTuple):
     refused: str | None
     base_id: str = ""
     sizes: tuple[int, ...] = ()
+    empty_is_none: bool = True
     max_batch: int = 1
     guidance_scale: float = 0.0
     device: str = ""
@@ -69,6 +70,7 @@ class Replica:
             None,
             engine.base.id,
             engine.sizes,
+            engine.empty_is_none,
             engine.max_batch,
             engine.guidance_scale,
             engine.device,

@@ -110,7 +110,8 @@ def settled(request: Request, settings: Settings, engine: Backend) -> tuple[Row,
             raise unknown(name, engine)
     seed = secrets.randbelow(DRAWN_SEEDS) if request.seed is None else request.seed
     row = Row(request.prompt, request.negative_prompt, request.adapter, seed)
-    return row, Shape(size, steps, float(scale))
+    negated = bool(row.negative_prompt) or engine.empty_is_none
+    return row, Shape(size, steps, float(scale), negated)
 
 
 def unknown(name: str, engine: Backend) -> Refused:

@@ -78,6 +78,8 @@ class Settings:
         found = validated(_RULES, {f.name: getattr(self, f.name) for f in fields(self)})
         for name, value in found.items():
             object.__setattr__(self, name, value)
+        if not self.adapters:
+            raise ValueError("`adapters` is missing: name the folder of the adapters.")
         if self.num_inference_steps > self.max_steps:
             raise ValueError(
                 f"`num_inference_steps` is {self.num_inference_steps}, more than `max_steps`, "

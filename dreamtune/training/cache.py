@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 from dreamtune.config import Settings
 from dreamtune.data.photos import Photo, listed
 from dreamtune.data.views import views
-from dreamtune.models.base import Base, Conditioning
+from dreamtune.models.base import Base
+from dreamtune.models.conditioning import Conditioning, rows_together
 
 
 @dataclass
@@ -20,23 +21,26 @@ class Cache:
     """Everything that does not change while training, on the device.
 
     mean (N, ...): latents; std: of the encoder's distribution, None where it has none; caption
-    (N,): row of the prompts; prompts: (P, ...) each, what the network is told of each prompt.
+    (N,): row of the prompts; prompts: (P, ...) each, what the network is told of each prompt;
+    pictures: (N, ...) each, and of each picture.
     """
 
     mean: Tensor
     std: Tensor | None
     caption: Tensor
     prompts: Conditioning
+    pictures: Conditioning = field(default_factory=dict)
 
     def conditioning(self, entry: Tensor) -> Conditioning:
         """What the network is told of entries (n,)."""
         rows = self.caption[entry]
-        return {name: x[rows] for name, x in self.prompts.items()}
+        told = {name: x[rows] for name, x in self.prompts.items()}
+        return told | {name: x[entry] for name, x in self.pictures.items()}
 
     def tensors(self) -> list[Tensor]:
         """All that a step reads."""
         spread = [] if self.std is None else [self.std]
-        return [self.mean, *spread, self.caption, *self.prompts.values()]
+        return [self.mean, *spread, self.caption, *self.prompts.values(), *self.pictures.values()]
 
 
 # For each slot the entries of the cache it draws from, (M_s,): an entry that stands twice is
@@ -83,6 +87,7 @@ def build_cache(
         std,
         torch.tensor([distinct.index(c) for c in captions], device=base.device),
         base.encode_prompts(distinct),
+        base.encode_frames([f for p in parts for f in p.frames]),
     )
     pools, start = [], 0
     for part in parts:
@@ -134,6 +139,7 @@ def join(caches: Sequence[Cache], pools: Sequence[Pools]) -> tuple[Cache, Pools]
         torch.cat([c.mean for c in caches]),
         torch.cat(stds) if stds else None,
         torch.cat(captions),
-        {name: torch.cat([c.prompts[name] for c in caches]) for name in caches[0].prompts},
+        rows_together([c.prompts for c in caches]),
+        rows_together([c.pictures for c in caches]),
     )
     return joined, tickets

@@ -11,6 +11,7 @@ from dreamtune.config import Config, Settings
 from dreamtune.data.photos import KEPT_SIDE, Photo, photo_folders, read_folder
 from dreamtune.files.whole import whole
 from dreamtune.models.base import Base
+from dreamtune.models.conditioning import take
 from dreamtune.models.sample import sample
 from dreamtune.textfile import read_json
 from dreamtune.training.defaults import sampling_of
@@ -98,7 +99,7 @@ def make(config: Settings, base: Base, folder: Path, missing: Sequence[int]) -> 
                 pipe,
                 [config.class_prompt] * len(part),
                 [mix(config.seed, i) for i in part],
-                arguments={name: x[: len(part)] for name, x in arguments.items()},
+                arguments=take(arguments, range(len(part))),
                 **sampling.options(),
             )
             for i, image in zip(part, images, strict=True):

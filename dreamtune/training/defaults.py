@@ -14,6 +14,7 @@ from dreamtune.data.photos import Photo, listed
 from dreamtune.data.words import SubjectWords, fill, in_all, read_words
 from dreamtune.models.base import Base
 from dreamtune.models.sample import Sampling
+from dreamtune.training.chosen import EMBEDDED, SAMPLING_STEPS, SCORINGS
 
 # Of the 15 prompts that DreamBooth's evaluation asks of animals and of objects alike.
 PROMPTS = (
@@ -91,17 +92,21 @@ def resolve(config: Config, base: Base, subject: SubjectWords, run_dir: Path) ->
     method = find_method(config.method)
     resolution = config.resolution or base.resolution
     small = resolution <= SMALL_RUN
-    steps = config.max_train_steps or (240 if small else 1000)
+    chosen = EMBEDDED.get(method.name) if base.embedded else None
+    steps = config.max_train_steps or (chosen.steps if chosen else 240 if small else 1000)
     scorers = (Dino.default, Clip.default)
     if base.embedded:
         scorers = ("embedded", "embedded")
-    every = config.validation_steps if config.validation_steps is not None else max(1, steps // 4)
+    every = config.validation_steps
+    if every is None:
+        every = max(1, steps // (SCORINGS if base.embedded else 4))
     defaults = {
         "resolution": resolution,
         "max_train_steps": steps,
         "validation_steps": every,
         "train_batch_size": 4 if small else 1,
-        "learning_rate": method.learning_rate,
+        "learning_rate": chosen.learning_rate if chosen else method.learning_rate,
+        "num_inference_steps": SAMPLING_STEPS if base.embedded else 25,
         "prediction_type": base.prediction_type,
         "dino": scorers[0],
         "clip": scorers[1],

@@ -156,6 +156,7 @@ class Run:
         c = self.config
         classes = class_images(c, self.base) if c.with_prior_preservation else []
         self.cache, self.pools = build_cache(c, self.base, self.photos, classes)
+        self.evaluator.encode()
 
     def begin(self) -> None:
         """From here on its seconds count."""

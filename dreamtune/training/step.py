@@ -13,7 +13,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from dreamtune.models.base import Conditioning, Process
+from dreamtune.models.base import Process
+from dreamtune.models.conditioning import Conditioning
 from dreamtune.training.cache import Cache, Pool
 from dreamtune.training.loss import slot_losses
 from dreamtune.training.optim import SlotAdamW, clip_factors, slot_norms

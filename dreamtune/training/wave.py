@@ -48,6 +48,7 @@ class Wave:
         self.adapter: Any = None
         for run in runs.values():
             run.fill_cache()
+        base.let_encoders_go()
         self.pack(list(runs))
         adapter, took = next(iter(self.slots.values())).adapter, time.perf_counter() - began
         say(wave_text(self.config, adapter, base.device, took))

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 from common import build_unet, make_step, now  # noqa: E402
-from random_models import build_pipeline, write_photos  # noqa: E402
+from random_models import FAMILIES, build_pipeline, write_photos  # noqa: E402
 
 from dreamtune.config import Config  # noqa: E402
 from dreamtune.fast.graphs import CapturedStep  # noqa: E402
@@ -45,7 +45,7 @@ def steps_of(
     method: str, slots: int, dtype: torch.dtype, args: argparse.Namespace, captured: bool
 ) -> tuple[Parameters, Parameters, torch.Tensor, float]:
     """(start, end, losses (k, S), ms a step)."""
-    unet = build_unet(args.size, device=args.device, dtype=dtype)
+    unet = build_unet(args.size, device=args.device, dtype=dtype, family=args.family)
     cache_dtype = torch.promote_types(dtype, torch.float32)
     adapter, step = make_step(unet, method, slots, batch=2, cache_dtype=cache_dtype)
     cuda = args.device.startswith("cuda")
@@ -113,7 +113,7 @@ def compare_runs(args: argparse.Namespace) -> bool:
     from safetensors.torch import load_file
 
     work = args.work / time.strftime("%Y%m%d-%H%M%S")
-    build_pipeline(work / "base", args.size, device=args.device)
+    build_pipeline(work / "base", args.size, device=args.device, family=args.family)
     write_photos(work / "photos", side=128 if args.size == "small" else 16)
     ends: dict[str, Parameters] = {}
     modes = ["auto", "off"] if args.device.startswith("cuda") else ["off"]
@@ -147,6 +147,7 @@ def main() -> int:
     parser.add_argument("--methods", default="lora,delora,ether,ether+")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--size", default="small", choices=("tiny", "small", "full"))
+    parser.add_argument("--family", default="sd", choices=tuple(FAMILIES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = False

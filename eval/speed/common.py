@@ -20,14 +20,28 @@ from random_models import build_unet  # noqa: E402, F401
 
 from dreamtune.fast import unet as fast_unet  # noqa: E402
 from dreamtune.injection.inject import inject  # noqa: E402
+from dreamtune.models import stable_diffusion, stable_diffusion_xl  # noqa: E402
 from dreamtune.models.diffusion import Diffusion  # noqa: E402
 from dreamtune.models.quiet import quiet_diffusers  # noqa: E402
-from dreamtune.models.stable_diffusion import predict  # noqa: E402
 from dreamtune.training.cache import Cache  # noqa: E402
 from dreamtune.training.optim import SlotAdamW  # noqa: E402
 from dreamtune.training.step import Step, StepSettings  # noqa: E402
 
 TOKENS = 77
+
+
+def pooled_width(unet: Any) -> int:
+    """Numbers of pooled text that SDXL's UNet is told beside six sizes; 0 for other UNets."""
+    config = unet.config
+    if config.addition_embed_type != "text_time":
+        return 0
+    return int(config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
+
+
+def sizes(unet: Any, rows: int) -> torch.Tensor:
+    """(rows, 6) of square pictures that were not cropped."""
+    side = unet.config.sample_size * 8.0
+    return torch.tensor([[side, side, 0, 0, side, side]] * rows)
 
 
 def make_cache(
@@ -40,9 +54,13 @@ def make_cache(
     mean = torch.randn(shape, generator=g)
     prompts = torch.randn(entries, TOKENS, width, generator=g)
     caption = torch.arange(entries)
+    told, pictures = {"prompt_embeds": prompts}, {}
+    if pooled := pooled_width(unet):
+        told["pooled_prompt_embeds"] = torch.randn(entries, pooled, generator=g)
+        pictures["time_ids"] = sizes(unet, entries).to(device)
     return Cache(
-        mean.to(device, dtype), torch.full_like(mean, 0.1).to(device, dtype),
-        caption.to(device), {"prompt_embeds": prompts.to(device, dtype)},
+        mean.to(device, dtype), torch.full_like(mean, 0.1).to(device, dtype), caption.to(device),
+        {name: x.to(device, dtype) for name, x in told.items()}, pictures,
     )  # fmt: skip
 
 
@@ -76,9 +94,9 @@ def make_step(
     settings = StepSettings(train_batch_size=batch)
     seeds = list(range(slots))
     optimizer, process = SlotAdamW(groups), Diffusion(alpha_bar)
-    return adapter, Step(
-        partial(predict, unet, dtype), optimizer, cache, pools, process, seeds, settings
-    )
+    family = stable_diffusion_xl if pooled_width(unet) else stable_diffusion
+    predict = partial(family.predict, unet, dtype)
+    return adapter, Step(predict, optimizer, cache, pools, process, seeds, settings)
 
 
 def now(cuda: bool) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import pooled_width, sizes
 from torch import Tensor, nn
 
 from dreamtune.fast import unet as fast_unet
@@ -174,6 +175,58 @@ def add_dense(unet: nn.Module, name: str, rank: int) -> list[nn.Parameter]:
     return parameters
 
 
+def told(unet: Any, batch: int, **kind: Any) -> dict[str, Any]:
+    """Random text of 77 tokens and, of SDXL, pooled text and sizes: arguments of the UNet."""
+    text = torch.randn(batch, 77, unet.config.cross_attention_dim, **kind)
+    found: dict[str, Any] = {"encoder_hidden_states": text}
+    if pooled := pooled_width(unet):
+        found["added_cond_kwargs"] = {
+            "text_embeds": torch.randn(batch, pooled, **kind),
+            "time_ids": sizes(unet, batch).to(**kind),
+        }
+    return found
+
+
+def diffusers_step(unet: Any, rank: int, batch: int) -> Callable[[], None]:
+    """A step of diffusers' train_dreambooth_lora_sdxl.py (train_dreambooth_lora.py for other UNets)
+    as of 0.42 with --mixed_precision bf16, the latents cached: PEFT's LoRA on the same layers,
+    draws and noise, autocast, clipping to 1, torch's AdamW, the schedule's step.
+    """
+    from diffusers import DDPMScheduler
+    from peft import LoraConfig
+
+    weight = next(unet.parameters())
+    device, dtype = weight.device, weight.dtype
+    unet.requires_grad_(False)
+    layers = list(TARGET_MODULES)
+    unet.add_adapter(
+        LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=layers)
+    )
+    unet.train()
+    own = [p for p in unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(own, lr=1e-4, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1.0)
+    noise_of = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    side, channels = unet.config.sample_size, unet.config.in_channels
+    latents = torch.randn(batch, channels, side, side, device=device, dtype=dtype)
+    arguments = told(unet, batch, device=device, dtype=dtype)
+    half = device.type != "cpu" and dtype != torch.float32
+
+    def step() -> None:
+        noise = torch.randn_like(latents)
+        t = torch.randint(0, 1000, (batch,), device=device)
+        noisy = noise_of.add_noise(latents, noise, t)
+        with torch.autocast(device.type, dtype, enabled=half):
+            said = unet(noisy, t, **arguments, return_dict=False)[0]
+        F.mse_loss(said.float(), noise.float()).backward()
+        nn.utils.clip_grad_norm_(own, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def plain_step(
     unet: Any, parameters: list[nn.Parameter], batch: int, keep: bool = False
 ) -> Callable[[], None]:
@@ -186,7 +239,7 @@ def plain_step(
     unet.train()
     kind: dict[str, Any] = {"device": device, "dtype": dtype}
     x = torch.randn(batch, channels, side, side, **kind).requires_grad_(not parameters)
-    text = torch.randn(batch, 77, unet.config.cross_attention_dim, **kind)
+    arguments = told(unet, batch, **kind)
     t = torch.randint(0, 1000, (batch,), device=device)
     goal = torch.randn(batch, channels, side, side, **kind)
     optimizer = None
@@ -194,7 +247,7 @@ def plain_step(
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda" or None)
 
     def step() -> None:
-        said = unet(x, t, text, return_dict=False)[0]
+        said = unet(x, t, **arguments, return_dict=False)[0]
         F.mse_loss(said.float(), goal.float()).backward()
         if optimizer is None:
             x.grad = x.grad if keep else None

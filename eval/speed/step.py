@@ -2,6 +2,7 @@
 dense forms.
 
     python eval/speed/step.py --unet sd15 --batches 1,4,8,16        # on a GPU
+    python eval/speed/step.py --unet sdxl --batches 1,4 --methods ours-lora,diffusers-lora
     python eval/speed/step.py --unet embedded --batches 1,4         # on the CPU
 
 One process, the same UNet (seeded random weights, bf16 on a GPU) built anew for each row, adapters
@@ -31,6 +32,7 @@ from others import (  # noqa: E402
     add_lycoris,
     add_peft,
     captured_frozen,
+    diffusers_step,
     plain_step,
 )
 
@@ -56,8 +58,9 @@ EVERY = [
     *(f"ours-{m}" for m in OURS), *(f"equal-{m}" for m in OURS), *(f"compiled-{m}" for m in OURS),
     *(f"unfused-{m}" for m in OURS), *(f"eager-{m}" for m in OURS), "frozen",
     "frozen-captured", *(f"peft-{m}" for m in PEFT), *(f"lycoris-{m}" for m in LYCORIS),
-    *(f"dense-{m}" for m in DENSE),
+    *(f"dense-{m}" for m in DENSE), "diffusers-lora",
 ]  # fmt: skip
+UNETS = ("sd15", "sdxl", "embedded", "small", "tiny", "sdxl-small", "sdxl-tiny")
 QUICK = [
     "ours-lora", "ours-delora", "ours-ether+", "unfused-delora", "eager-delora", "peft-lora",
     "peft-delora",
@@ -83,6 +86,8 @@ def make_call(case: str, unet: Any, batch: int, args: argparse.Namespace) -> Cal
         if method:
             return captured_frozen(unet, batch)
         return plain_step(unet, [], batch)
+    if kind == "diffusers":
+        return diffusers_step(unet, args.rank, batch)
     if kind == "peft":
         return plain_step(unet, add_peft(unet, method, args.rank, args.block), batch)
     if kind == "lycoris":
@@ -94,8 +99,10 @@ def make_unet(args: argparse.Namespace) -> Any:
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     if args.unet == "embedded":
         return load_base("embedded", dtype=dtype, device=args.device).unet
-    size = {"sd15": "full"}.get(args.unet, args.unet)
-    return build_unet(size, device=args.device, dtype=dtype)
+    family = "sdxl" if args.unet.startswith("sdxl") else "sd"
+    size = args.unet.removeprefix("sdxl-") if "-" in args.unet else args.unet
+    size = "full" if size in ("sd15", "sdxl") else size
+    return build_unet(size, device=args.device, dtype=dtype, family=family)
 
 
 def measure(case: str, batch: int, args: argparse.Namespace) -> tuple[float, float, int]:
@@ -115,7 +122,7 @@ def measure(case: str, batch: int, args: argparse.Namespace) -> tuple[float, flo
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--unet", default="sd15", choices=("sd15", "embedded", "small", "tiny"))
+    parser.add_argument("--unet", default="sd15", choices=UNETS)
     parser.add_argument("--batches", default="1,4,8,16")
     parser.add_argument("--methods", help=f"of {','.join(EVERY)} [default: all]")
     parser.add_argument("--rank", type=int, default=16)
@@ -125,7 +132,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     cuda = args.device.startswith("cuda")
-    args.block = 8 if args.unet == "tiny" else 32
+    args.block = 8 if args.unet.endswith("tiny") else 32
     if args.quick:
         args.batches, args.repeats = "1,8", 6
     cases = args.methods.split(",") if args.methods else QUICK if args.quick else EVERY
@@ -133,7 +140,14 @@ def main() -> int:
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(EVERY)}")
     if not cuda:
-        kinds = ("eager", "frozen", "peft", "lycoris", "dense")  # nothing is captured, or fused
+        kinds = (
+            "eager",
+            "frozen",
+            "peft",
+            "lycoris",
+            "dense",
+            "diffusers",
+        )  # nothing is captured, or fused
         cases = [c for c in cases if c.split("-")[0] in kinds and c != "frozen-captured"]
     print(torch.cuda.get_device_name() if cuda else "CPU", "torch", torch.__version__)
     print(
@@ -163,7 +177,7 @@ def print_ratios(times: dict[tuple[str, int], float]) -> None:
     """
     for (case, batch), ms in times.items():
         kind, _, method = case.partition("-")
-        if kind not in ("peft", "lycoris", "dense"):
+        if kind not in ("peft", "lycoris", "dense", "diffusers"):
             continue
         theirs = times.get(("frozen", batch))
         for ours, floor in (("ours", "frozen-captured"), ("eager", "frozen"), ("compiled", "")):

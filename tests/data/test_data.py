@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from dreamtune.data.photos import changed, read_folder, statement
 from dreamtune.data.picture import decode
-from dreamtune.data.views import from_tensor, square, to_tensor, views
+from dreamtune.data.views import from_tensor, mirrored, square, to_tensor, views
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -148,14 +150,33 @@ def test_captions_and_kohya_folders(tmp_path: Path) -> None:
 
 def test_square_crops() -> None:
     left, right = halves(), halves().transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    middle = square(left, 16)
+    middle = square(left, 16)[0]
     assert middle.size == (16, 16)
     assert near(middle.getpixel((1, 8)), RED)
     assert near(middle.getpixel((14, 8)), BLUE)
-    assert near(square(right, 16).getpixel((1, 8)), BLUE)
-    corners = {np.asarray(square(left, 16, crop=i)).tobytes() for i in range(8)}
+    assert near(square(right, 16)[0].getpixel((1, 8)), BLUE)
+    corners = {np.asarray(square(left, 16, crop=i)[0]).tobytes() for i in range(8)}
     assert len(corners) > 2  # random, and each the same again
-    assert np.array_equal(np.asarray(square(left, 16, 3)), np.asarray(square(left, 16, 3)))
+    assert np.array_equal(np.asarray(square(left, 16, 3)[0]), np.asarray(square(left, 16, 3)[0]))
+
+
+@given(st.integers(16, 60), st.integers(16, 60), st.sampled_from([None, 0, 3]))
+def test_a_frame_says_where_the_square_lies(width: int, height: int, crop: int | None) -> None:
+    """Of the picture brought to the square's size, and of its mirror image."""
+    pixels = np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    scale = 16 / min(width, height)
+    whole = image.resize(
+        (max(16, round(width * scale)), max(16, round(height * scale))), Image.Resampling.LANCZOS
+    )
+    for mirror in (False, True):
+        found, frame = square(image, 16, crop)
+        if mirror:
+            found, frame = mirrored(found, frame)
+            whole = whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        assert (frame.shape, frame.size) == ((height, width), (16, 16))
+        top, left = frame.corner
+        assert found.tobytes() == whole.crop((left, top, left + 16, top + 16)).tobytes()
 
 
 def test_views_of_crops_and_flips(tmp_path: Path) -> None:
@@ -165,6 +186,9 @@ def test_views_of_crops_and_flips(tmp_path: Path) -> None:
     # the square photo has one crop, drawn as often as the other's three
     assert seen.weights == [1] * 6 + [3] * 2
     assert torch.equal(seen.pixels[1], seen.pixels[0].flip(-1))
+    corners = [frame.corner for frame in seen.frames]
+    assert all(a[1] + b[1] == 32 - 16 for a, b in zip(corners[:6:2], corners[1:6:2]))
+    assert {frame.shape for frame in seen.frames} == {(20, 40), (20, 20)}
     with pytest.raises(ValueError, match="wide.png` has no caption file"):
         views(read_folder(tmp_path).photos, 16, None)
 

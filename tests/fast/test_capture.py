@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from steps import make
-from tiny import unet_inputs
+from tiny import unet_inputs, xl_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreamtune import METHODS
@@ -35,12 +35,15 @@ def gap(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", ["lora", "delora", "ether", "ether+", "oft"])
+@pytest.mark.parametrize(
+    ("method", "xl"),
+    [*((m, False) for m in ("lora", "delora", "ether", "ether+", "oft")), ("delora", True)],
+)
 @pytest.mark.parametrize("slots", [[0], [0, 1, 2]])
-def test_captured_equals_eager(method: str, slots: list[int]) -> None:
+def test_captured_equals_eager(method: str, xl: bool, slots: list[int]) -> None:
     """Parameters, losses, skipped steps; with prior, clipping, accumulation and a schedule."""
-    eager_adapter, eager = on_cuda(method, slots, gradient_accumulation_steps=2)
-    adapter, step = on_cuda(method, slots, gradient_accumulation_steps=2)
+    eager_adapter, eager = on_cuda(method, slots, xl=xl, gradient_accumulation_steps=2)
+    adapter, step = on_cuda(method, slots, xl=xl, gradient_accumulation_steps=2)
     captured = CapturedStep(step)
     for k in range(STEPS):
         eager(k, 1 - k / STEPS)
@@ -91,6 +94,49 @@ def test_a_step_is_captured_after_eager_ones() -> None:
         eager(k, 1.0)
         (step if k < 3 else captured)(k, 1.0)
     assert gap(adapter.state_dict(), eager_adapter.state_dict()) < TOLERANCE
+
+
+class Repeated(CapturedForward):
+    """Where there is no GPU: a replay runs the forward that was recorded, into the same places."""
+
+    recorded = 0
+
+    def _capture(self, run: Any, device: torch.device) -> Any:
+        leaves, spec = run()
+        self.recorded += 1
+
+        def replay() -> None:
+            for place, x in zip(leaves, run()[0], strict=True):
+                place.copy_(x)
+
+        return replay, (leaves, spec)
+
+
+@pytest.mark.parametrize("kind", [Repeated, pytest.param(CapturedForward, marks=pytest.mark.gpu)])
+def test_a_forward_that_is_told_more_is_replayed(kind: type[CapturedForward]) -> None:
+    """XL's, with a dictionary of tensors: one graph a shape, whatever is in them."""
+    device = "cpu" if kind is Repeated else "cuda"
+    adapter, step = make("delora", [0], device=device, xl=True)
+    step(0, 1.0)
+    forward, seen = kind(adapter), []
+    for seed in range(5):
+        (x, t, text), more = xl_inputs(2 + seed % 2, torch.float64)
+        added = {n: (v + seed).to(device) for n, v in more["added_cond_kwargs"].items()}  # type: ignore[attr-defined]
+        given = [z.to(device) for z in (x, t[0] + seed, text)]
+        with torch.no_grad():
+            wanted = adapter.model(*given, added_cond_kwargs=added, return_dict=False)[0]
+            with forward.installed():
+                found = adapter.model(*given, added_cond_kwargs=added, return_dict=False)[0]
+        assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-12)
+        seen.append(found)
+    assert not torch.equal(seen[0], seen[2])
+    assert [g is not None for g in forward.graphs.values()] == [True, True]
+    if isinstance(forward, Repeated):
+        assert forward.recorded == 2
+    with torch.no_grad(), forward.installed():  # a number, and an object: as they are
+        adapter.model(given[0], 3, given[2], added_cond_kwargs=added, return_dict=False)
+        adapter.model(*given, added_cond_kwargs=added, return_dict=True)
+    assert len(forward.graphs) == 2
 
 
 def said_by(adapter: Any, batch: int, route: list[int] | None) -> torch.Tensor:
@@ -272,11 +318,13 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize(
+    ("method", "xl"), [*((method, False) for method in METHODS), ("delora", True)]
+)
 @pytest.mark.parametrize("slots", [[0], [0, 1, 2]])
-def test_a_step_asks_nothing_of_the_device(method: str, slots: list[int]) -> None:
+def test_a_step_asks_nothing_of_the_device(method: str, xl: bool, slots: list[int]) -> None:
     """Checked on the CPU, where the step is the same function."""
-    _, step = make(method, slots, gradient_accumulation_steps=2, loss_scale=1024.0)
+    _, step = make(method, slots, xl=xl, gradient_accumulation_steps=2, loss_scale=1024.0)
     step(0, 1.0)
     step.prepare(1, 1.0)
     # a tensor made without naming the device would be on `meta`, and fail where it is used

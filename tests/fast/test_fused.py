@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from steps import make
-from tiny import disturb, tiny_unet, unet_inputs
+from tiny import disturb, tiny_unet, tiny_xl_unet, unet_inputs, xl_inputs
 
 from dreamtune.config import Config
 from dreamtune.fast import ops
@@ -97,6 +97,21 @@ def test_a_trainable_or_unknown_unet_is_left_alone() -> None:
     assert "forward" not in resnets[0].__dict__ and "forward" in resnets[1].__dict__
 
 
+def test_a_network_without_a_known_block(capsys: pytest.CaptureFixture[str]) -> None:
+    """Said, not passed over: none of its forwards is patched, and nothing is compiled."""
+    from types import SimpleNamespace
+
+    from dreamtune.training.speed import Speed, speed_up
+
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2)).requires_grad_(False)
+    base: Any = SimpleNamespace(network=network, fused=False, compiled=False)
+    speed_up(base, Speed(captured=False, fused=True, compiled=False, refusals={}))
+    said = "runs unfused: the kernels know no block of a Sequential"
+    assert said in capsys.readouterr().out
+    with pytest.raises(ValueError, match="`compile` knows no block of a Sequential: leave it out"):
+        speed_up(base, Speed(captured=False, fused=False, compiled=True, refusals={}))
+
+
 def test_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`fused` is on, but the kernels need a CUDA device"):
         Run(Config(device="cpu", fused="on", output_dir=str(tmp_path / "run")))
@@ -153,8 +168,16 @@ def test_eject_gives_the_processors_back() -> None:
 BYPASSED = ["conv1", "conv_shortcut", "time_emb_proj", "proj_in", "proj_out", "ff.net.0.proj"]
 
 
-@pytest.mark.parametrize("target", [*BYPASSED, "ff.net.2"])
-def test_a_fused_block_leaves_no_change_out(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("family", "target"),
+    [
+        *(("sd", target) for target in [*BYPASSED, "ff.net.2"]),
+        *(("xl", target) for target in ["conv1", "ff.net.0.proj", "ff.net.2", "add_embedding.*"]),
+    ],
+)
+def test_a_fused_block_leaves_no_change_out(
+    family: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fused first, then adapted, as in a run: a block must not take a weight past its change. The
     kernels are torch's own here.
     """
@@ -173,14 +196,17 @@ def test_a_fused_block_leaves_no_change_out(target: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(ops, "geglu", lambda x: F.gelu(x.chunk(2, -1)[1]) * x.chunk(2, -1)[0])
     monkeypatch.setattr(ops, "add_bias", lambda x, y, b: x + y + b[:, None, None])
     outputs = []
+    make_unet, call = {"sd": (tiny_unet, unet_inputs), "xl": (tiny_xl_unet, xl_inputs)}[family]
+    given: Any = call(2, torch.float64)
+    args, kwargs = given if family == "xl" else (given, {})
     for fused in (False, True):
-        unet = tiny_unet(torch.float64).requires_grad_(False)
+        unet = make_unet(torch.float64).requires_grad_(False)
         done = fast_unet.fuse(unet) if fused else None
         assert done is None or not done.left
         adapter = dreamtune.inject(unet, "lora", target_modules=[target], rank=2, _fast=True)
-        outputs.append(unet(*unet_inputs(2, torch.float64)).sample)
+        outputs.append(unet(*args, **kwargs).sample)
         disturb(adapter)
-        outputs.append(unet(*unet_inputs(2, torch.float64)).sample)
+        outputs.append(unet(*args, **kwargs).sample)
     assert (outputs[0] - outputs[1]).abs().max() > 1e-2
     torch.testing.assert_close(outputs[2:], outputs[:2], rtol=0, atol=1e-10)
 

@@ -169,7 +169,7 @@ def test_bases_that_cannot_be_had_are_explained(tmp_path, monkeypatch, tiny_pipe
     for base, message in (
         ("nobody/nothing", "hf download nobody/nothing --local-dir FOLDER"),
         ("./nowhere", "there is no base model at `./nowhere`: a folder with model_index.json, a"),
-        (tmp_path / "other.safetensors", "is not a Stable Diffusion 1.x/2.x checkpoint"),
+        (tmp_path / "other.safetensors", "is not a Stable Diffusion 1.x, 2.x or XL checkpoint"),
         (tmp_path / "empty", "holds no UNet2DConditionModel: its config.json must .* None"),
         (tiny_pipeline_dir / "vae", "holds no UNet2DConditionModel: .* got AutoencoderKL"),
     ):

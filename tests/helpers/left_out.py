@@ -13,6 +13,7 @@ WEIGHTS = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
+    "text_encoder_2": "model",  # of XL
 }
 LAYOUTS = ("one file", "shards", ".bin", "fp16")
 
@@ -45,6 +46,8 @@ def lay_out(base: Path, layout: str) -> dict[str, dict[str, torch.Tensor]]:
     """All parts of a folder in that layout; returns their tensors."""
     parts = {}
     for part, name in WEIGHTS.items():
+        if not (base / part).is_dir():
+            continue
         parts[part] = load_file(base / part / f"{name}.safetensors")
         write_part(base / part, name, parts[part], layout)
     return parts

@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import torch
 from PIL import Image
 from tiny import disturb, tiny_unet
 
 import dreamtune
+from dreamtune.serving import engine as module
 from dreamtune.serving.engine import Engine
 from dreamtune.serving.settings import Settings
 
@@ -47,9 +50,15 @@ def settings_of(base: Path, adapters: Path, **more: Any) -> Settings:
 
 
 @contextmanager
-def engine_of(settings: Settings) -> Iterator[Engine]:
-    with Engine.opened(settings, tell=lambda text: None) as engine:
+def engine_of(settings: Settings, device: str = "cpu") -> Iterator[Engine]:
+    with computing_on(device), Engine.opened(settings, tell=lambda text: None) as engine:
         yield engine
+
+
+def computing_on(device: str = "cpu") -> Any:
+    """Inside, engines are of that device, in float32, whatever the machine has."""
+    here = torch.device(device), torch.float32
+    return patch.object(module, "device_and_dtype", lambda config: here)
 
 
 def near(a: Image.Image, b: Image.Image) -> bool:

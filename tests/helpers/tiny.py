@@ -49,6 +49,25 @@ def tiny_unet(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     return unet.to(dtype).eval()
 
 
+def tiny_xl_unet(dtype: torch.dtype = torch.float32, seed: int = 0, **more: object) -> nn.Module:
+    """A UNet as XL has it: without attention in its first block, with two transformer blocks in the
+    second, told 10 numbers of pooled text and six sizes.
+    """
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(seed)
+    options: dict[str, object] = {
+        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (32, 48),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "layers_per_block": 1,
+        "transformer_layers_per_block": (1, 2), "cross_attention_dim": 40,
+        "attention_head_dim": (4, 6), "norm_num_groups": 8, "use_linear_projection": True,
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 10,
+    }  # fmt: skip
+    return UNet2DConditionModel(**(options | more)).to(dtype).eval()  # type: ignore[arg-type]
+
+
 def unet_inputs(
     batch: int, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> tuple[Tensor, ...]:
@@ -57,6 +76,20 @@ def unet_inputs(
     x = torch.randn(batch, 4, 8, 8, generator=g, dtype=dtype)
     t = torch.randint(0, 1000, (batch,), generator=g)
     return x, t, torch.randn(batch, 5, 24, generator=g, dtype=dtype)
+
+
+def xl_inputs(
+    batch: int, dtype: torch.dtype = torch.float32
+) -> tuple[tuple[Tensor, ...], dict[str, object]]:
+    """The same for `tiny_xl_unet`, and what its call has by name."""
+    g = torch.Generator().manual_seed(1)
+    x, t, _ = unet_inputs(batch, dtype)
+    text = torch.randn(batch, 5, 40, generator=g, dtype=dtype)
+    added = {
+        "text_embeds": torch.randn(batch, 10, generator=g, dtype=dtype),
+        "time_ids": torch.tensor([[1024.0, 1365, 0, 170, 1024, 1024]] * batch),
+    }
+    return (x, t, text), {"added_cond_kwargs": added}
 
 
 def disturb(module_or_adapter: object, seed: int = 0, size: float = 0.1) -> None:

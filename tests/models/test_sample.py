@@ -53,6 +53,22 @@ PROMPTS, SEEDS = grid(["a dog", "a red cat in the snow"], [0, 1, 7])
 OPTIONS = {"steps": 3, "guidance_scale": 4.0, "guidance_rescale": 0.3}
 
 
+def test_a_pipeline_that_cannot_rescale_is_not_asked_to(pipe):
+    plain = {**OPTIONS, "steps": 1, "guidance_rescale": 0.0}
+    wanted, asked = sample_tensor(pipe, PROMPTS[:1], SEEDS[:1], **plain), []
+    own = type(pipe).__call__
+
+    def call(self, prompt, height, width, **options):
+        asked.append(options.pop("guidance_rescale", None))
+        return own(self, prompt, height, width, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(pipe), "__call__", call)
+        assert torch.equal(sample_tensor(pipe, PROMPTS[:1], SEEDS[:1], **plain), wanted)
+        sample_tensor(pipe, PROMPTS[:1], SEEDS[:1], **{**plain, "guidance_rescale": 0.3})
+    assert asked == [None, 0.3]
+
+
 def test_images_do_not_depend_on_the_batch_size(pipe):
     one = sample_tensor(pipe, PROMPTS, SEEDS, batch_size=1, **OPTIONS)
     for size in (2, 4, 8):

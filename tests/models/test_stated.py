@@ -16,7 +16,7 @@ from single_file_layout import write_configs, write_single_file
 from dreamtune.config import Config
 from dreamtune.models import single_file
 from dreamtune.models.load import load_base
-from dreamtune.models.stated import Stated, read_modelspec
+from dreamtune.models.stated import Stated, read_modelspec, read_stated
 from dreamtune.training.train import train
 
 
@@ -106,8 +106,6 @@ def test_statements_that_cannot_be_obeyed(metadata: dict[str, str], message: str
     ],
 )
 def test_yaml_beside_that_is_not_understood(tmp_path: Path, text: str, message: str) -> None:
-    from dreamtune.models.stated import read_stated
-
     (tmp_path / "m.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_stated(tmp_path / "m.safetensors", [], {})
@@ -215,3 +213,19 @@ def test_indices_that_editors_and_other_pipelines_wrote(base: Path) -> None:
     file.write_text(json.dumps(index))
     with pytest.raises(ValueError, match="model_index.json`: `scheduler` is missing"):
         load_base(str(base))
+
+
+@pytest.mark.parametrize(
+    ("says", "used", "said"),
+    [
+        ("1", "1", None), ("", "1", None), ("2", "1", "clip skip 2: here the last layer of"),
+        ("2", "2", None), ("1", "2", "clip skip 1: here the last layer but one of"),
+    ],
+)  # fmt: skip
+def test_another_layer_of_the_text_encoder_is_said(
+    says: str, used: str, said: str | None, tmp_path: Path
+) -> None:
+    """XL is always told the last but one."""
+    about = {"modelspec.encoder_layer": says}
+    notes = read_stated(tmp_path / "m.safetensors", [], about, used).notes
+    assert notes == [] if said is None else said in notes[0]

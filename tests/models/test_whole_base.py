@@ -170,6 +170,35 @@ def test_what_is_fetched_from_the_hub(monkeypatch: pytest.MonkeyPatch, base: Pat
     assert asked == {"revision": "main", "allow_patterns": plain}
 
 
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        (
+            "model.diffusion_model.label_emb.0.0.bias",
+            "lacks weights of the UNet: .*label_emb.0.0.bi",
+        ),
+        ("conditioner.embedders.0.transformer.text_model.encoder.layers.1", "text encoder` lacks"),
+        ("conditioner.embedders.1.model.transformer.resblocks.1", "second text encoder` lacks"),
+        ("conditioner.embedders.1.model.text_proj", "second text encoder` lacks .*text_projection"),
+    ],
+)
+def test_single_files_of_xl_with_gaps(
+    single_xl: tuple[Path, dict[str, torch.Tensor]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gone: str,
+    message: str,
+) -> None:
+    test_single_files_with_gaps(single_xl, tmp_path, monkeypatch, gone, message)
+
+
+@pytest.fixture(scope="module")
+def single_xl(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("single_xl")
+    write_single_file(folder / "m.safetensors", write_configs(folder / "configs", "xl"), "xl")
+    return folder, load_file(folder / "m.safetensors")
+
+
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("single")

@@ -15,23 +15,27 @@ from types import SimpleNamespace
 
 import pytest
 from fastapi.testclient import TestClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from serving import engine_of, near, settings_of, write_adapters
 
 from dreamtune.serving import guard
 from dreamtune.serving.app import make_app
-from dreamtune.serving.backend import Backend, Known
+from dreamtune.serving.backend import Backend, Known, Row, Shape
+from dreamtune.serving.png import adapter_text, encoded
 from dreamtune.serving.settings import Settings
 
 HOME = "http://127.0.0.1"
 PATIENCE = 20.0
 KEY = "a-key-of-the-tests"
+TEXT = st.text(max_size=20)
 
 
 class Blank(Backend):
     """An engine that draws a pixel when it is let."""
 
-    guidance_scale, device = 4.0, "cpu"
+    guidance_scale, device, empty_is_none = 4.0, "cpu", True
 
     def __init__(self, held=False):
         super().__init__(print)
@@ -75,9 +79,9 @@ def until(true):
 @pytest.fixture(scope="module")
 def engine(tiny_pipeline_dir, tmp_path_factory):
     folder = write_adapters(tmp_path_factory.mktemp("serving") / "adapters")
-    settings = settings_of(tiny_pipeline_dir, folder)
-    with engine_of(settings) as found:
-        found.settings = settings
+    own = settings_of(tiny_pipeline_dir, folder)
+    with engine_of(own) as found:
+        found.settings = own
         yield found
 
 
@@ -109,9 +113,10 @@ def test_concurrent_requests_are_one_batch_and_each_gets_its_own(engine):
         "dreamtune_request_seconds_count 4.0",
         "dreamtune_queue_length 0.0",
         "dreamtune_adapters 4.0",
-        'dreamtune_gpu_memory_bytes{kind="allocated"} 0.0',
     ):
         assert line in lines, line
+    for kind in ("allocated", "reserved", "peak"):
+        assert f'dreamtune_gpu_memory_bytes{{kind="{kind}"}} ' in metrics.text
     with TestClient(make_app(engine.settings, engine), base_url=HOME) as client:
         for body, one in zip(asked, told):  # and what it gets alone
             headers = {"Accept": "image/png"}
@@ -316,6 +321,9 @@ def test_a_page_of_another_site_sends_nothing(origin, status, monkeypatch):
     with client_of() as client:
         answer = client.post("/generate", json={"prompt": "a"}, headers=headers)
         assert answer.status_code == status
+    with client_of(host="0.0.0.0") as client:
+        answer = client.post("/generate", json={"prompt": "a"}, headers=headers)
+        assert answer.status_code == status
     monkeypatch.setenv("DREAMTUNE_API_KEY", KEY)
     with client_of() as client:  # the key is what decides
         keyed = {**headers, "X-API-Key": KEY}
@@ -349,6 +357,17 @@ def test_a_prompt_that_is_cut_is_drawn_and_said(engine):
     assert negative.json()["warning"] == told["warning"]
     assert short.json()["warning"] is None
     assert "x-dreamtune-warning" not in short_png.headers
+
+
+@settings(max_examples=30)
+@given(TEXT, TEXT, st.dictionaries(TEXT, st.floats(0, 1), max_size=2))
+def test_the_png_says_what_was_asked_in_any_letters(prompt, negative, adapter):
+    row = Row(prompt, negative, adapter, 2**63 - 1)
+    picture = Image.open(io.BytesIO(encoded(Image.new("RGB", (1, 1)), row, Shape(8, 3, 7.5), "b")))
+    assert (picture.text["prompt"], picture.text["negative_prompt"]) == (prompt, negative)
+    assert json.loads(picture.text["adapter"]) == adapter
+    assert adapter_text(adapter).isascii()  # for a header
+    assert picture.text["seed"] == "9223372036854775807"
 
 
 def chunks(size):
@@ -438,7 +457,7 @@ def test_time_outs_and_a_full_queue():
         full = client.post("/generate", json={"prompt": "a", "seed": 3})
         assert full.status_code == 503
         assert int(full.headers["retry-after"]) >= 1
-        assert "1 requests are waiting" in full.json()["error"]
+        assert "The queue is full: requests that wait: 1" in full.json()["error"]
         for late in (drawn, waiting):
             assert late.result(PATIENCE).status_code == 504
         assert (total(client.app, "full"), total(client.app, "late")) == (1, 2)

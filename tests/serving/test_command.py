@@ -63,6 +63,11 @@ def test_refusals(flags, message, capsys, tmp_path, monkeypatch):
     assert message in error
 
 
+def test_a_server_of_no_folder_is_refused():
+    with pytest.raises(ValueError, match="`adapters` is missing"):
+        Settings()
+
+
 def test_the_key_is_of_the_file_else_of_the_environment(tmp_path):
     file = tmp_path / "key"
     file.write_text("of-the-file\n")

@@ -6,12 +6,15 @@ import shutil
 
 import pytest
 import torch
-from serving import KINDS, engine_of, near, settings_of, write_adapters
+from serving import KINDS, computing_on, engine_of, near, settings_of, write_adapters
 from tiny import disturb, tiny_unet
 
 import dreamtune
+from dreamtune.fast.served import served
+from dreamtune.pipeline.load import network_of
 from dreamtune.serving import engine as module
-from dreamtune.serving.engine import Engine, Row, Shape
+from dreamtune.serving.backend import Row, Shape
+from dreamtune.serving.engine import Engine
 from dreamtune.serving.folder import look
 
 SHAPE = Shape(16, 2, 4.0)
@@ -83,6 +86,22 @@ def test_rows_of_one_call_are_what_each_is_alone(engine, calls):
     assert not near(plain, together[1])
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_too_sped_up(tiny_pipeline_dir, folder, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    settings = settings_of(tiny_pipeline_dir, folder, max_batch=6)
+    with engine_of(settings, "cuda") as engine:
+        engine.warm_up(4.0)
+        recorder = served(network_of(engine.pipe))
+        recorded = recorder.recorded
+        assert recorded >= 5  # of 1, 2, 3, 4, 6 rows
+        together = engine.draw(ROWS, SHAPE)
+        for row, picture in zip(ROWS, together):
+            assert near(picture, engine.draw([row], SHAPE)[0])
+        assert recorder.replays
+    assert not near(together[0], together[4])
+
+
 def test_a_row_that_fails_alone_fails_alone(engine, calls):
     bad = Row("a dog", "", HUGE, 5)
     rows = [ROWS[0], ROWS[1], bad, ROWS[2], ROWS[4]]
@@ -108,10 +127,14 @@ def test_too_little_memory_for_a_batch_draws_smaller_ones_from_then_on(engine, c
     monkeypatch.setattr(module, "sample", small)
     first = engine.draw(ROWS, SHAPE)
     assert calls == [-5, -3, 2, 1, 2]
-    assert engine.most == {16: 2}
+    assert engine.most[16].rows == 2
     second = engine.draw(ROWS, SHAPE)
     assert calls[5:] == [2, 2, 1]
     assert all(near(a, b) for a, b in zip(first, second))
+    later = engine.most[16].until + 1
+    monkeypatch.setattr(module.time, "monotonic", lambda: later)
+    engine.draw(ROWS[:4], SHAPE)
+    assert calls[8:] == [-4, 2, 2]  # the memory may be free again
 
 
 def test_too_little_memory_for_one_is_its_error(engine, monkeypatch):
@@ -182,13 +205,14 @@ def test_what_cannot_be_served_is_told_and_the_others_are(tiny_pipeline_dir, fol
     (own / "README.md").write_text("mine\n")
     (own / ".hidden.safetensors").write_bytes(b"")
     said = []
-    with Engine.opened(settings_of(tiny_pipeline_dir, own), tell=said.append) as engine:
+    with computing_on(), Engine.opened(settings_of(tiny_pipeline_dir, own), said.append) as engine:
         assert sorted(engine.adapters) == sorted(KINDS)
         assert sorted(engine.left_out) == ["cow.safetensors", "notes", "old.pt", "torn.safetensors"]
         assert "has that name" in engine.left_out["cow.safetensors"]
         assert "pickle" in engine.left_out["old.pt"]
         assert "no adapter at" in engine.left_out["notes"]
         assert sum(text.startswith("Left out of the adapters: ") for text in said) == 4
+        assert "Passed over, for no adapter has such a name: README.md" in said
         (own / "torn.safetensors").write_bytes(data)
         (own / "new.safetensors").write_bytes(data)
         assert engine.add_all(look(own)) == ["new", "torn"]

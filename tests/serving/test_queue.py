@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dreamtune.serving.engine import Row, Shape
+from dreamtune.serving.backend import Row, Shape
 from dreamtune.serving.errors import Refused
 from dreamtune.serving.metrics import Metrics
 from dreamtune.serving.queue import Queue
@@ -107,6 +107,18 @@ def test_who_has_gone_is_not_drawn():
     queue.close(PATIENCE)
 
 
+def test_an_answer_that_somebody_else_has_cancelled_is_passed_over():
+    draw = Drawing()
+    queue = queue_of(draw, max_batch=2)
+    tickets = put(queue, [1, 2, 3])
+    for ticket in tickets[:2]:
+        assert ticket.answer.cancel()
+    queue.start()
+    assert seed_of(tickets[2]) == 3
+    queue.close(PATIENCE)
+    assert draw.batches == [[3]]
+
+
 def test_who_is_too_late_is_told_so_and_not_drawn():
     draw = Drawing(held=True)
     queue = queue_of(draw)
@@ -127,7 +139,7 @@ def test_a_full_queue_says_when_to_come_back():
     queue = queue_of(Drawing(), max_queue=3)
     queue.took = 4.0
     put(queue, [1, 2, 3])
-    with pytest.raises(Refused, match="3 requests are waiting") as found:
+    with pytest.raises(Refused, match="The queue is full: requests that wait: 3") as found:
         put(queue, [4])
     assert (found.value.status, found.value.headers) == (503, {"Retry-After": "4"})
     assert queue.cancel(queue.waiting[0])
@@ -179,7 +191,7 @@ def test_a_draw_that_is_at_fault_answers_everybody(draw):
     tickets = put(queue, [1, 2])
     queue.start()
     for ticket in tickets:
-        assert isinstance(ticket.answer.exception(PATIENCE), RuntimeError | AssertionError)
+        assert isinstance(ticket.answer.exception(PATIENCE), RuntimeError)
     assert queue.alive
     queue.close(PATIENCE)
 

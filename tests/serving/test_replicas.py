@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import os
 import shutil
 import signal
@@ -14,13 +16,14 @@ from dataclasses import replace
 
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 from serving import engine_of, near, settings_of, write_adapters
 
 from dreamtune.cli import main
 from dreamtune.serving.app import make_app
 from dreamtune.serving.backend import Row, Shape
 from dreamtune.serving.errors import Refused
-from dreamtune.serving.replica import Replica
+from dreamtune.serving.replica import Facts, Replica, Reply
 from dreamtune.serving.settings import Settings
 
 SHAPE = Shape(16, 2, 4.0)
@@ -95,10 +98,8 @@ class Handle:
         self.draw = self.facts = self
 
     def remote(self, rows=None, shape=None, paths=None):
-        from dreamtune.serving.replica import Facts, Reply
-
         if rows is None:
-            return Answer(Facts(None, "base", (16,), 4, 4.0, "cpu"))
+            return Answer(Facts(None, "base", (16,), True, 4, 4.0, "cpu"))
         self.sent.append([row.seed for row in rows])
         if self.late:
             return Answer(TimeoutError())
@@ -190,9 +191,4 @@ def test_a_killed_replica_loses_nothing_and_pictures_are_those_of_one_engine(
 
 
 def picture(answer):
-    import base64
-    import io
-
-    from PIL import Image
-
     return Image.open(io.BytesIO(base64.b64decode(answer.json()["image"])))

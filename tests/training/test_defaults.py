@@ -16,6 +16,7 @@ from dreamtune.adapters import METHODS, resolve_options
 from dreamtune.config import FIELDS, Config, Settings
 from dreamtune.data.words import read_words
 from dreamtune.models.stable_diffusion import StableDiffusion
+from dreamtune.training.chosen import EMBEDDED
 from dreamtune.training.defaults import resolve
 
 WORDS = read_words("a sks apple")
@@ -79,6 +80,20 @@ def test_small_ends_at_256_pixels_of_training(side: int, steps: int, batch: int)
         side, steps, batch,
     )  # fmt: skip
     assert config.guidance_scale == (4.0 if side == 256 else 7.5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_the_development_subjects_chose_for_the_embedded_base(name: str) -> None:
+    base = fake_base(embedded=True, resolution=128, zero_snr=True)
+    given = resolved(base, method=name, max_train_steps=30, learning_rate=1.0)
+    assert (given.max_train_steps, given.learning_rate, given.validation_steps) == (30, 1.0, 10)
+    config = resolved(base, method=name)
+    assert (config.max_train_steps, config.learning_rate) == EMBEDDED[name]
+    assert config.validation_steps == config.max_train_steps // 3
+    assert config.num_inference_steps == 15
+    elsewhere = resolved(fake_base(), method=name)
+    assert elsewhere.learning_rate == METHODS[name].learning_rate
+    assert elsewhere.num_inference_steps == 25
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,7 @@ def test_photos_and_prompts_are_encoded_once(
 ) -> None:
     """The photos in one call; the training prompts in one, the scored prompts in another."""
     calls: list[str] = []
-    for name in ("encode_images", "encode_prompts"):
+    for name in ("encode_images", "encode_prompts", "call_arguments"):
         original = getattr(StableDiffusion, name)
 
         def counted(
@@ -231,7 +231,7 @@ def test_photos_and_prompts_are_encoded_once(
 
         monkeypatch.setattr(StableDiffusion, name, counted)
     train(Config(**settings))
-    assert sorted(calls) == ["encode_images", "encode_prompts", "encode_prompts"]
+    assert sorted(calls) == ["call_arguments", "encode_images", "encode_prompts"]
 
 
 def test_layers_beyond_attention(settings: dict[str, Any], tmp_path: Path) -> None:

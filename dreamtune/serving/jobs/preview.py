@@ -42,7 +42,7 @@ def crop(name: str, data: bytes, limits: Limits) -> dict[str, Any]:
     except ValueError as error:
         return {**shown, "error": str(error)}
     buffer = io.BytesIO()
-    square(image, SIDE).save(buffer, "PNG")
+    square(image, SIDE)[0].save(buffer, "PNG")
     return {**shown, "size": size, "crop": base64.b64encode(buffer.getvalue()).decode()}
 
 

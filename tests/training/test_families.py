@@ -1,0 +1,315 @@
+"""Every base family trained, stacked, gone on with, and exported to its stock pipeline."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, plain_losses
+from forked import without_dreamtune
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny import disturb
+
+import dreamtune
+from dreamtune.adapters import resolve_options
+from dreamtune.config import Config
+from dreamtune.files.export import export
+from dreamtune.models.load import load_base
+from dreamtune.models.sample import sample_tensor
+from dreamtune.pipeline.generate import generate
+from dreamtune.training.run import Run
+from dreamtune.training.slots import build_step
+from dreamtune.training.step import draw
+from dreamtune.training.train import base_of, train, train_stacked
+from dreamtune.training.wave import Wave
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+PREDICTIONS = ("epsilon", "v_prediction")
+# height, width and corner of `photo_dir`'s, brought to 16 pixels, and the size
+SIZES = [[20, 24, 0, 1, 16, 16], [20, 25, 0, 2, 16, 16], [20, 26, 0, 2, 16, 16]]
+OF_A_CLASS = [16, 16, 0, 0, 16, 16]
+PROMPTS = ["a sks dog on the grass", "a sks dog"]
+ALONE = """
+import sys, torch
+from diffusers import DiffusionPipeline
+torch.set_num_threads(1)
+base, out, *files = sys.argv[1:]
+found = []
+for file in files:
+    pipe = DiffusionPipeline.from_pretrained(base)
+    folder, _, name = file.rpartition("/")
+    pipe.load_lora_weights(folder, weight_name=name)
+    pipe.set_progress_bar_config(disable=True)
+    seeds = [torch.Generator().manual_seed(i) for i in range(2)]
+    found.append(pipe(["a sks dog on the grass", "a sks dog"], num_inference_steps=3,
+        guidance_scale=5.0, height=16, width=16, generator=seeds, output_type="pt").images)
+assert "dreamtune" not in sys.modules
+torch.save(found, out)
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    return {
+        (name, prediction): kit.write(tmp_path_factory.mktemp(name), prediction)
+        for name, kit in FAMILIES.items()
+        for prediction in PREDICTIONS
+    }
+
+
+def config(folder: Path, photos: Path, out: Path, **more: Any) -> Config:
+    given = {
+        "pretrained_model_name_or_path": str(folder), "instance_data_dir": str(photos),
+        "instance_prompt": "a sks dog", "validation_prompt": ["a {} on a chair", "a {}"],
+        "max_train_steps": 4, "validation_steps": 2, "num_inference_steps": 2,
+        "output_dir": str(out), "dino": "none", "clip": "none", "options": {"rank": 2},
+    }  # fmt: skip
+    return Config(**{**given, **more})
+
+
+def opened(settings: Config) -> tuple[Run, Wave]:
+    run = Run(settings)
+    run.open(base_of(run.given))
+    return run, Wave(run.base, {"dog": run})
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_is_the_plain_formulas(
+    family: str,
+    prediction: str,
+    folders: dict[tuple[str, str], Path],
+    photo_dir: Path,
+    tmp_path: Path,
+) -> None:
+    """For the same draws, with the adapter on, photos and class images."""
+    from diffusers import DiffusionPipeline
+
+    kind, classes = tmp_path / "class", []
+    kind.mkdir()
+    for i in range(2):
+        pixels = np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        classes.append(Image.fromarray(pixels))
+        classes[-1].save(kind / f"{i}.png")
+    prior = {"with_prior_preservation": True, "class_data_dir": str(kind), "num_class_images": 2}
+    folder = folders[family, prediction]
+    run, wave = opened(
+        config(
+            folder, photo_dir, tmp_path / "run", train_batch_size=3, prior_loss_weight=0.3, **prior
+        )
+    )
+    step = wave.step
+    disturb(wave.adapter)
+    step.generators[0].manual_seed(5)
+    drawn = draw(step.cache, step.pools, step.generators, 3, step.process)
+    with torch.no_grad():
+        ours = step.losses(drawn)
+
+    shown, sizes, captions = [], [], []
+    for entry in drawn.entry.tolist():
+        if entry < 3:
+            photo = Image.open(photo_dir / f"{entry}.png")
+            height, width, top, left, _, side = SIZES[entry]
+            photo = photo.resize((round(width * side / height), side), Image.Resampling.LANCZOS)
+            shown.append(photo.crop((left, top, left + side, top + side)))
+            sizes.append(SIZES[entry])
+            captions.append("a sks dog in the snow" if entry == 1 else "a sks dog")
+        else:
+            shown.append(classes[entry - 3])
+            sizes.append(OF_A_CLASS)
+            captions.append("a dog")
+    pixels = torch.stack([torch.tensor(np.asarray(x)) for x in shown]).permute(0, 3, 1, 2)
+    stock = DiffusionPipeline.from_pretrained(folder)
+    theirs = plain_losses(
+        FAMILIES[family], stock, run.base.network, pixels / 127.5 - 1, captions, sizes, drawn
+    )
+    wanted = theirs[:3].mean() + 0.3 * theirs[3:].mean()
+    torch.testing.assert_close(ours, wanted[None], rtol=1e-4, atol=1e-5)
+    wave.close()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_stock_pipeline_draws_what_the_trainer_drew(
+    family: str, folders: dict[tuple[str, str], Path], photo_dir: Path, tmp_path: Path
+) -> None:
+    """Same seeds, float32, another process: at most 1e-3 of the range apart, in two formats."""
+    folder = folders[family, "epsilon"]
+    rate = {"learning_rate": 0.05, "options": {"rank": 2}}
+    run, wave = opened(config(folder, photo_dir, tmp_path / "run", method="lora", **rate))
+    assert run.base.parts["text_encoder"] is None  # it is gone while the network trains
+    for k in range(4):
+        wave.advance(k)
+
+    def images() -> torch.Tensor:
+        arguments = run.base.sampling_arguments(PROMPTS)
+        with run.base.sampling("base", prompts=False) as pipe:
+            how = {"steps": 3, "guidance_scale": 5.0, "size": 16}
+            return sample_tensor(pipe, PROMPTS, [0, 1], arguments=arguments, **how)
+
+    trained = images()
+    best = tmp_path / "run" / "best"
+    run.save_files(wave.slots["dog"], best, {"step": 4})
+    kohya = export(best, tmp_path / "k", "kohya", base=run.base.network)
+    wave.close()
+    untouched, out = images(), tmp_path / "images.pt"
+    files = [best / "pytorch_lora_weights.safetensors", kohya]
+    without_dreamtune(ALONE, [folder, out, *files], tmp_path / "log.txt")
+    for theirs in torch.load(out):
+        assert float((theirs - trained).abs().max()) <= 1e-3
+        assert float((theirs - untouched).abs().max()) > 0.02
+
+
+def test_every_method_trains_xl(
+    folders: dict[tuple[str, str], Path], photo_dir: Path, tmp_path: Path
+) -> None:
+    """Two steps move what is trained, in every projection; the base is itself afterwards."""
+    run, wave = opened(config(folders["xl", "epsilon"], photo_dir, tmp_path / "run"))
+    wave.unload()
+    before = {name: x.clone() for name, x in run.base.network.state_dict().items()}
+    for method, kind in dreamtune.METHODS.items():
+        options = resolve_options(kind, {})
+        settings = replace(run.config, method=method, options=options, learning_rate=1e-2)
+        adapter, step = build_step(run.base, [settings], [run.cache], [run.pools])
+        assert len(adapter.weights()) == (2 + 2 + 4) * 2 * 4  # blocks down, in the middle and up
+        start = {name: x.clone() for name, x in adapter.state_dict().items()}
+        for k in range(2):
+            step(k, 1.0)
+        assert step.skipped.item() == 0 and step.loss.isfinite().all(), method
+        moved = [n for n, x in adapter.state_dict().items() if not torch.equal(x, start[n])]
+        assert moved, method
+        adapter.eject()
+    after = run.base.network.state_dict()
+    assert all(torch.equal(after[name], x) for name, x in before.items())
+    wave.close()
+
+
+def test_xls_autoencoder_decodes_in_float32_where_fp16_overflows(
+    folders: dict[tuple[str, str], Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The pictures of a base in fp16, whose autoencoder has numbers beyond 65504 on the way."""
+    monkeypatch.setattr(logging.getLogger("diffusers"), "handlers", [caplog.handler])
+    folder = Path(shutil.copytree(folders["xl", "epsilon"], tmp_path / "base"))
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["decoder.conv_in.weight"] *= 6e4
+    save_file(tensors, file, {"format": "pt"})
+    base = load_base(str(folder), dtype=torch.float16)
+    with base.sampling("base", prompts=False) as pipe, warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        how = {"steps": 1, "guidance_scale": 5.0, "size": 16}
+        arguments = base.sampling_arguments(["a dog"])
+        found = sample_tensor(pipe, ["a dog"], [0], arguments=arguments, **how)
+        assert found.isfinite().all() and pipe.vae.dtype == torch.float16
+        assert not [r for r in caplog.records if r.name.startswith("diffusers")]
+        codes = torch.randn(1, 4, 8, 8).half()
+        assert not pipe.vae.decode(codes).sample.isfinite().all()
+
+
+def test_a_merged_xl_folder(folders: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    """With both text encoders and tokenizers; it is a base itself."""
+    from diffusers import StableDiffusionXLPipeline
+
+    base = load_base(str(folders["xl", "epsilon"]))
+    adapter = dreamtune.inject(base.network, "lora", rank=2)
+    disturb(adapter, size=0.5)
+
+    def image(pipe: Any) -> torch.Tensor:
+        return sample_tensor(pipe, ["a dog"], [0], steps=2, guidance_scale=5.0, size=16)
+
+    wanted = image(base.pipeline())
+    path = export(adapter, tmp_path, "merged", base=base.pipeline())
+    for again in (StableDiffusionXLPipeline.from_pretrained(path), load_base(str(path)).pipeline()):
+        assert float((image(again) - wanted).abs().max()) < 1e-4
+
+
+def same(a: Path, b: Path, tolerance: float) -> bool:
+    x, y = load_file(a), load_file(b)
+    return x.keys() == y.keys() and all(
+        bool((x[k] - y[k]).norm() <= tolerance * y[k].norm()) for k in x
+    )
+
+
+def test_xl_from_photos_to_pictures(
+    folders: dict[tuple[str, str], Path],
+    photo_dir: Path,
+    scorer_names: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    """Scores and class images of its own; gone on with; stacked; loaded by the plugin."""
+    folder = folders["xl", "epsilon"]
+    more: dict[str, Any] = {"num_class_images": 2, "with_prior_preservation": True}
+    more |= {"max_train_steps": 2, "validation_steps": 0, "num_inference_steps": 1}
+    more |= {"class_data_dir": str(tmp_path / "class"), "adam_epsilon": 1e-6}
+    more["learning_rate"] = 1e-3
+    whole = train(config(folder, photo_dir, tmp_path / "whole", **more, **scorer_names))
+    assert [r["step"] for r in whole.history] == [0, 2]
+    assert all(-1 <= r["dino"] <= 1 for r in whole.history)
+    assert len(list((tmp_path / "class").glob("*.png"))) == 2
+    page = (whole.run_dir / "report.html").read_text()
+    assert "from diffusers import DiffusionPipeline" in page
+
+    first = train(config(folder, photo_dir, tmp_path / "part", **{**more, "max_train_steps": 1}))
+    go_on = {"resume_from_checkpoint": "latest", "output_dir": str(first.run_dir)}
+    train(Config(**go_on, max_train_steps=2))
+    for name in ("adapter.safetensors", "checkpoint-2/optimizer.safetensors"):
+        assert same(first.run_dir / name, whole.run_dir / name, 0.0), name
+
+    del more["learning_rate"]
+    both = config(folder, photo_dir, tmp_path / "both", **more, sweep=["learning_rate=1e-3,1e-2"])
+    stacked = train_stacked(both).results["learning_rate=1e-3"]
+    ends = [x.run_dir / "adapter.safetensors" for x in (stacked, whole)]
+    assert same(*ends, 1e-4)
+
+    (path,) = generate(whole.run_dir, ["a sks dog"], num_images=1, output_dir=tmp_path / "out")
+    assert Image.open(path).size == (16, 16)
+
+
+def test_xl_in_the_plugin(
+    folders: dict[tuple[str, str], Path], photo_dir: Path, tmp_path: Path
+) -> None:
+    """Strengths, a mix and routes by prompts, of a stock pipeline with its text encoders."""
+    from diffusers import StableDiffusionXLPipeline
+
+    pipe: Any = StableDiffusionXLPipeline.from_pretrained(folders["xl", "epsilon"])
+    pipe.set_progress_bar_config(disable=True)
+    files = {}
+    for seed, name in enumerate(("dog", "cat")):
+        adapter = dreamtune.inject(pipe.unet, "delora", rank=2, seed=seed)
+        disturb(adapter, seed, size=0.5)
+        files[name] = adapter.save(tmp_path / f"{name}.safetensors")
+        adapter.eject()
+
+    def images(prompts: list[str]) -> torch.Tensor:
+        seeds = [torch.Generator().manual_seed(7) for _ in prompts]
+        how = {"num_inference_steps": 2, "guidance_scale": 5.0, "height": 16, "width": 16}
+        return pipe(prompts, generator=seeds, output_type="pt", **how).images  # type: ignore[no-any-return]
+
+    base = images(["a sks dog"])
+    for name, file in files.items():
+        dreamtune.load(pipe, file, name)
+    alone = {}
+    for name in files:
+        dreamtune.set_adapters(pipe, {name: 1.0})
+        alone[name] = images(["a sks dog"])
+        assert float((alone[name] - base).abs().max()) > 1e-3
+    dreamtune.set_adapters(pipe, {"dog": 0.0})
+    assert float((images(["a sks dog"]) - base).abs().max()) < 1e-6
+    dreamtune.set_adapters(pipe, {"dog": 0.5, "cat": 0.5})
+    mixed = images(["a sks dog"])
+    assert all(float((mixed - x).abs().max()) > 1e-3 for x in (base, *alone.values()))
+    with dreamtune.route(pipe, ["dog", None, "cat"]):
+        rows = images(["a sks dog"] * 3)
+    for row, want in zip(rows, (alone["dog"], base, alone["cat"]), strict=True):
+        assert float((row - want[0]).abs().max()) < 1e-4
