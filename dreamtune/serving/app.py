@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -19,26 +19,27 @@ from dreamtune.serving.backend import Backend
 from dreamtune.serving.errors import Refused
 from dreamtune.serving.generate import router as generate
 from dreamtune.serving.guard import Guard, answer
+from dreamtune.serving.jobs.jobs import Jobs
 from dreamtune.serving.metrics import Metrics
 from dreamtune.serving.overview import router as overview
+from dreamtune.serving.page_routes import PATHS
+from dreamtune.serving.page_routes import router as page
 from dreamtune.serving.queue import Queue
 from dreamtune.serving.settings import LOOPBACK, Settings
+from dreamtune.serving.train_routes import UPLOADS, make_router
 from dreamtune.version import __version__
 
-ROUTERS: tuple[APIRouter, ...] = (generate, overview)
-FREE = ("/health",)  # without a key
-LARGER: dict[str, int] = {}  # path -> bytes of a body, where photos are sent
+FREE = ("/health", *PATHS)  # without a key: the page asks for it
 PATIENCE = 600.0  # seconds for accepted requests when the server is shut down
 SCHEMA = "GET /openapi.json says what a request may hold."
 FORM = schema.Request.model_fields
 log = logging.getLogger("dreamtune")
 
 
-def make_app(
-    settings: Settings, engine: Backend, routers: Sequence[APIRouter] = ROUTERS
-) -> FastAPI:
+def make_app(settings: Settings, engine: Backend, jobs: Jobs | None = None) -> FastAPI:
     """The application. Its `state` holds `settings`, `engine`, `queue` and `metrics`, from where
-    routes take them. The queue starts and ends with it. Raises ValueError for a key that is none.
+    routes take them. The queue starts and ends with it; `jobs`, without which there is no training,
+    do not. Raises ValueError for a key that is none.
     """
     metrics = Metrics()
     queue = Queue(
@@ -60,7 +61,7 @@ def make_app(
         redoc_url=None,
         lifespan=_lifespan,
     )
-    app.state.settings, app.state.engine = settings, engine
+    app.state.settings, app.state.engine, app.state.jobs = settings, engine, jobs
     app.state.queue, app.state.metrics = queue, metrics
     key = settings.api_key()
     app.add_middleware(
@@ -69,13 +70,13 @@ def make_app(
         hosts={*LOOPBACK, settings.host.lower()} if settings.at_home and key is None else (),
         free=FREE,
         most=settings.max_body_kb << 10,
-        larger=LARGER,
+        larger={path: jobs.limits.body_bytes for path in UPLOADS} if jobs else {},
         seconds=settings.timeout_s,
         denied=lambda: metrics.count("denied"),
     )
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
-    for router in routers:
+    for router in (generate, overview, page, *([make_router(jobs)] if jobs else [])):
         app.include_router(router)
     return app
 

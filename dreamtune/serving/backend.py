@@ -114,6 +114,10 @@ class Backend(ABC):
     @abstractmethod
     def device(self) -> str: ...
 
+    @abstractmethod
+    def warm_up(self, guidance_scale: float) -> None:
+        """What the first requests would wait for."""
+
     def running(self) -> int:
         """Processes that draw."""
         return 1

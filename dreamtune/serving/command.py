@@ -76,11 +76,25 @@ def serve(settings: Settings) -> None:
     import uvicorn
 
     from dreamtune.serving.app import make_app
+    from dreamtune.serving.schema import usual_guidance
+    from dreamtune.serving.training import trained
     from dreamtune.training.output import say
 
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if jobs:
+                jobs.stopping.set()  # open streams of events, which it waits for, end
+            super().handle_exit(sig, frame)
+
     key = settings.api_key()
-    with unwinding(), bound(settings) as listener, opened(settings) as engine:
-        app = make_app(settings, engine)
+    with (
+        unwinding(),
+        bound(settings) as listener,
+        opened(settings) as engine,
+        trained(settings, engine) as jobs,
+    ):
+        app = make_app(settings, engine, jobs)
+        engine.warm_up(usual_guidance(settings, engine))
         host, port = listener.getsockname()[:2]
         count = len(engine.adapters)
         say(f"{count} adapter{'s' * (count != 1)} of {engine.base.id} on {engine.device}")
@@ -92,7 +106,7 @@ def serve(settings: Settings) -> None:
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, lifespan="on", ws="none"
         )
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(config).run(sockets=[listener])
 
 
 def opened(settings: Settings) -> AbstractContextManager[Backend]:

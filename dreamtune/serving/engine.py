@@ -97,8 +97,6 @@ class Engine(Backend):
             engine.add_all(folder)
             if engine.on_gpu:
                 speed_up(pipe)
-            scale = settings.guidance_scale
-            engine.warm_up(engine.guidance_scale if scale is None else scale)
             yield engine
 
     @property
@@ -206,7 +204,7 @@ class Engine(Backend):
             torch.cuda.empty_cache()
 
     def warm_up(self, guidance_scale: float) -> None:
-        """On a GPU: every number of rows is drawn, by all adapters in turn, and so recorded: the
+        """On a GPU every number of rows is drawn, by all adapters in turn, and so recorded: the
         first requests need not wait for it.
         """
         if not self.on_gpu:

@@ -12,7 +12,8 @@ class Refused(Exception):
     Args:
         status: of HTTP.
         error: what is wrong, a sentence.
-        got: what was sent; allowed: what may be; way_out: what to do. None where there is none.
+        got: what was sent; allowed: what may be; way_out: what to do. None where there is none, or
+            where the sentence says it.
     """
 
     def __init__(

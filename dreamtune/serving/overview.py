@@ -1,4 +1,4 @@
-"""GET /adapters, /health and /metrics; POST /adapters/reload."""
+"""GET /about, /adapters, /health and /metrics; POST /adapters/reload."""
 
 from __future__ import annotations
 
@@ -8,13 +8,43 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from dreamtune.adapters import METHODS
 from dreamtune.serving.backend import Backend
 from dreamtune.serving.errors import Refused
 from dreamtune.serving.folder import look
+from dreamtune.serving.jobs.jobs import Jobs
 from dreamtune.serving.metrics import CONTENT_TYPE
+from dreamtune.serving.schema import MIXED, usual_guidance
 from dreamtune.version import __version__
 
 router = APIRouter()
+
+
+@router.get("/about")
+def about(request: Request) -> dict[str, Any]:
+    """What may be asked for here, and what is drawn and trained where it is not said."""
+    state = request.app.state
+    jobs: Jobs | None = state.jobs
+    return {
+        "base": state.engine.base.id,
+        "sizes": list(state.engine.sizes),
+        "steps": state.settings.num_inference_steps,
+        "max_steps": state.settings.max_steps,
+        "guidance_scale": usual_guidance(state.settings, state.engine),
+        "max_prompt": state.settings.max_prompt,
+        "adapters_in_a_picture": MIXED,
+        "training": jobs and training(jobs),
+    }
+
+
+def training(jobs: Jobs) -> dict[str, Any]:
+    return {
+        "methods": sorted(METHODS),
+        "method": jobs.common["method"],
+        "photos": jobs.limits.photos,
+        "max_steps": jobs.limits.steps,
+        "prompt": jobs.limits.prompt,
+    }
 
 
 @router.get("/adapters")

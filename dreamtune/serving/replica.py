@@ -15,6 +15,7 @@ from PIL import Image
 from dreamtune.serving.backend import Known, Row, Shape, gpu_memory
 from dreamtune.serving.engine import Engine, lacks_memory
 from dreamtune.serving.folder import look
+from dreamtune.serving.schema import usual_guidance
 from dreamtune.serving.settings import Settings
 
 AGAIN = 10.0  # seconds after which one that could not be opened is started anew
@@ -59,6 +60,7 @@ class Replica:
         except ValueError as error:  # told, for Ray would try again and again
             self.refused = str(error)
             return
+        self.engine.warm_up(usual_guidance(settings, self.engine))
         known = self.engine.adapters
         self.paths = {name: str(path) for name, path in folder.paths.items() if name in known}
 

@@ -108,6 +108,9 @@ class Replicas(Backend):
     def device(self) -> str:
         return f"{self.workers} x {self.kind}"
 
+    def warm_up(self, guidance_scale: float) -> None:
+        """Each replica did, before it said that it was there."""
+
     def running(self) -> int:
         try:
             found = serve.status().applications[self.app].deployments[DEPLOYMENT]

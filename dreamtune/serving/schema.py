@@ -82,9 +82,7 @@ def settled(request: Request, settings: Settings, engine: Backend) -> tuple[Row,
         )
     scale = request.guidance_scale
     if scale is None:
-        scale = (
-            engine.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
-        )
+        scale = usual_guidance(settings, engine)
     if request.negative_prompt and scale <= 1:
         raise Refused(
             422,
@@ -112,6 +110,12 @@ def settled(request: Request, settings: Settings, engine: Backend) -> tuple[Row,
     row = Row(request.prompt, request.negative_prompt, request.adapter, seed)
     negated = bool(row.negative_prompt) or engine.empty_is_none
     return row, Shape(size, steps, float(scale), negated)
+
+
+def usual_guidance(settings: Settings, engine: Backend) -> float:
+    """Of a request that does not say."""
+    stated = settings.guidance_scale
+    return engine.guidance_scale if stated is None else stated
 
 
 def unknown(name: str, engine: Backend) -> Refused:

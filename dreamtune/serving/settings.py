@@ -16,6 +16,7 @@ from dreamtune.textfile import read_text
 
 API_KEY = "DREAMTUNE_API_KEY"
 SHORTEST_KEY = 8  # characters; a shorter one is guessed, or a file that was meant to hold one
+NO_JOBS = "none"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -30,6 +31,12 @@ class Settings:
 
     adapters: str = opt(
         "", "folder of adapters: files, runs and folders, each served by its name", ""
+    )
+    jobs: str | None = opt(
+        None,
+        f"folder of training jobs, made where there is none; '{NO_JOBS}': no training",
+        "",
+        "beside the adapters' folder, by its name with -jobs",
     )
     base: str = opt(EMBEDDED, "base: a folder, single .safetensors file, hub id, or 'embedded'", "")
     revision: str | None = opt(None, "revision of a hub id", "", "the main branch")
@@ -85,7 +92,6 @@ class Settings:
                 f"`num_inference_steps` is {self.num_inference_steps}, more than `max_steps`, "
                 f"{self.max_steps}: lower the one or raise the other."
             )
-
         if self.ray_address is not None and self.replicas is None:
             raise ValueError(
                 "`ray_address` is of replicas, and there are none: say how many with --replicas."
@@ -95,6 +101,16 @@ class Settings:
     def at_home(self) -> bool:
         """Whether only this machine can connect."""
         return self.host in LOOPBACK
+
+    @property
+    def jobs_folder(self) -> Path | None:
+        """None where nothing is trained."""
+        if self.jobs == NO_JOBS:
+            return None
+        if self.jobs is not None:
+            return Path(self.jobs).expanduser()
+        adapters = Path(self.adapters).expanduser().absolute()
+        return adapters.with_name(f"{adapters.name}-jobs")
 
     def api_key(self, environment: Mapping[str, str] = os.environ) -> str | None:
         """The key: of the file, else of the environment; never a flag's value, which every user of

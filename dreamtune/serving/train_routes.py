@@ -1,9 +1,4 @@
-"""The routes of training: what is asked comes in forms, how it goes as server-sent events.
-
-    app.include_router(make_router(jobs))
-
-Errors are JSON, {"error": what is wrong, what was got, what is allowed, the way out}.
-"""
+"""The routes of training: what is asked comes in forms, how it goes as server-sent events."""
 
 from __future__ import annotations
 
@@ -22,6 +17,8 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from dreamtune.fields import nearest, shown
+from dreamtune.serving.errors import Refused
+from dreamtune.serving.guard import answer
 from dreamtune.serving.jobs import preview
 from dreamtune.serving.jobs.asked import Limits
 from dreamtune.serving.jobs.jobs import Full, Jobs, Over
@@ -50,36 +47,23 @@ AGAIN = 30  # seconds, of Retry-After
 Answer = Callable[..., Coroutine[Any, Any, Response]]
 
 
-class Refused(Exception):
-    """An answer with that status."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
-
-
-def refusal(status: int, text: str) -> JSONResponse:
-    headers = {"Retry-After": str(AGAIN)} if status == 503 else None
-    return JSONResponse({"error": text}, status, headers)
-
-
 def explained(route: Answer) -> Answer:
     """What was wrong with a request is its answer."""
 
     @functools.wraps(route)
-    async def answer(*args: Any, **more: Any) -> Response:
+    async def explaining(*args: Any, **more: Any) -> Response:
         try:
             return await route(*args, **more)
         except Refused as error:
-            return refusal(error.status, str(error))
+            return answer(error)
         except Full as error:
-            return refusal(503, str(error))
+            return answer(Refused(503, str(error), headers={"Retry-After": str(AGAIN)}))
         except Over as error:
-            return refusal(409, str(error))
+            return answer(Refused(409, str(error)))
         except ValueError as error:
-            return refusal(422, str(error))
+            return answer(Refused(422, str(error)))
 
-    return answer
+    return explaining
 
 
 def make_router(jobs: Jobs) -> APIRouter:

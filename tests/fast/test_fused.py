@@ -104,7 +104,8 @@ def test_a_network_without_a_known_block(capsys: pytest.CaptureFixture[str]) -> 
     from dreamtune.training.speed import Speed, speed_up
 
     network = torch.nn.Sequential(torch.nn.Linear(2, 2)).requires_grad_(False)
-    base: Any = SimpleNamespace(network=network, fused=False, compiled=False)
+    device = torch.device("cuda")  # where it would be fused
+    base: Any = SimpleNamespace(network=network, device=device, fused=False, compiled=False)
     speed_up(base, Speed(captured=False, fused=True, compiled=False, refusals={}))
     said = "runs unfused: the kernels know no block of a Sequential"
     assert said in capsys.readouterr().out

@@ -51,6 +51,9 @@ class Blank(Backend):
     def add(self, name, path):
         raise ValueError("none is added")
 
+    def warm_up(self, guidance_scale):
+        assert guidance_scale == self.guidance_scale
+
     def draw(self, rows, shape):
         self.batches.append(rows)
         self.begun.set()

@@ -51,12 +51,14 @@ def test_without_its_packages_it_says_what_to_install(name, monkeypatch, capsys,
         (["--adapters", "a", "--resolution", "500"], "`resolution` must be a multiple of 8"),
         (["--adapters", "a", "--max_steps", "9"], "is 25, more than `max_steps`, 9"),
         (["--adapters", "a", "--api_key_file", "nowhere"], "nowhere"),
+        (["--adapters", ".", "--port", "0", "--jobs", "a-file"], "`a-file` cannot be written: "),
         (["--adapters", "nowhere", "--port", "0"], "the folder of adapters `nowhere` does not"),
         (["--adapters", "a", "--host", "no host"], "`host`: there is no address no host, port"),
     ],
 )
 def test_refusals(flags, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a-file").touch()
     assert main(["serve", *flags]) == 1
     error = capsys.readouterr().err
     assert error.startswith("dreamtune serve: ")

@@ -14,7 +14,7 @@ from test_app import Blank
 from test_command import served
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "eval" / "speed"))
+sys.path.append(str(ROOT / "eval" / "speed"))
 
 import server as script  # noqa: E402
 

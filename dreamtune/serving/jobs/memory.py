@@ -89,7 +89,10 @@ class Needs:
         return int(known) if known else estimate(settings["pretrained_model_name_or_path"], device)
 
     def learn(self, settings: Mapping[str, Any], needed: int) -> None:
-        self.found[self.key(settings)] = needed
+        key = self.key(settings)
+        if self.found.get(key) == needed:
+            return
+        self.found[key] = needed
         write_json(self.path, self.found)
 
 

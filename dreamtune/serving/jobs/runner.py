@@ -205,12 +205,12 @@ class Runner(threading.Thread):
     def watch(self, child: Child) -> None:
         """Tells what is new. When the process has ended, so has the wave."""
         alive = child.alive()  # first: what it wrote before it ended is then seen below
+        self.learn(child)  # on a GPU it is told before the first step
         self.report_all()
         if alive:
             if time.time() - self.last_sign(child) > self.silent:
                 child.kill()
             return
-        self.learn(child)
         short = self.short(child)
         self.shorts = self.shorts + 1 if short else 0
         self.look_again = time.monotonic() + min(LONGEST, ROOM_EVERY * 2**self.shorts) * short
