@@ -16,7 +16,7 @@ from dreamtune.serving.backend import Known, Row, Shape, gpu_memory
 from dreamtune.serving.engine import Engine, lacks_memory
 from dreamtune.serving.folder import look
 from dreamtune.serving.schema import usual_guidance
-from dreamtune.serving.settings import Settings
+from dreamtune.serving.settings import NO_JOBS, Settings
 
 AGAIN = 10.0  # seconds after which one that could not be opened is started anew
 HANGS = 2.0  # times a request's longest, after which nobody waits for the batch any more
@@ -56,6 +56,7 @@ class Replica:
         self.open = ExitStack()
         try:
             folder = look(Path(settings.adapters))
+            check_jobs(settings)
             self.engine = self.open.enter_context(Engine.opened(settings))
         except ValueError as error:  # told, for Ray would try again and again
             self.refused = str(error)
@@ -138,6 +139,17 @@ class Replica:
             raise RuntimeError(self.engine.broken)
         if self.drawing and now - self.drawing > HANGS * self.timeout:
             raise RuntimeError(f"a batch has taken {now - self.drawing:.0f} seconds")
+
+
+def check_jobs(settings: Settings) -> None:
+    """Raises ValueError where what will be trained cannot be read."""
+    folder = settings.jobs_folder
+    if folder is not None and not folder.is_dir():
+        raise ValueError(
+            f"`jobs`: a replica does not find the folder of training jobs `{folder}`, which it is to "
+            "serve from. Name one with --jobs that every machine of the cluster has at the same "
+            f"path, or train nothing: --jobs {NO_JOBS}."
+        )
 
 
 def portable(error: Exception) -> Exception:

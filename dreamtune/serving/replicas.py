@@ -1,38 +1,33 @@
-"""Engines in processes of their own, by Ray Serve: what is sent to one that is lost is sent again.
-
-A row has its seed before it is sent, and so its picture is the same whoever draws it.
-"""
+"""Engines in processes of their own, by Ray Serve."""
 
 from __future__ import annotations
 
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from PIL import Image
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from dreamtune.serving.backend import Backend, Known, Row, Shape
-from dreamtune.serving.errors import Refused
 from dreamtune.serving.folder import look
-from dreamtune.serving.replica import Facts, Replica
-from dreamtune.serving.settings import Settings
+from dreamtune.serving.replica import Facts, Replica, Reply
+from dreamtune.serving.resend import Lost, Pictures, drawn, no_picture
+from dreamtune.serving.settings import NO_JOBS, Settings
+from dreamtune.serving.training import writing
 from dreamtune.training.output import say
 
-SENDS = 2  # of a batch as it is, then of each of its rows alone: one of them may end replicas
 HEALTH = 2.0  # seconds between looks at a replica
 STORE = 256 << 20  # bytes a replica for what is on its way, here; pictures are small
 DEPLOYMENT = "Replica"
 LOST = (RayError, RayServeException)
-log = logging.getLogger("dreamtune")
 
 
 @dataclass
@@ -73,11 +68,14 @@ class Replicas(Backend):
     @contextmanager
     def opened(cls, settings: Settings, tell: Callable[[str], None] = say) -> Iterator[Replicas]:
         """By the settings, on their cluster, else on one of this machine that ends with the block.
-        Raises ValueError for a folder that is not there, for what an engine cannot be opened with
-        and for a cluster that cannot be had.
+        Raises ValueError for a folder that is not there, here or where a replica is, for what an
+        engine cannot be opened with and for a cluster that cannot be had.
         """
         settings = placed(settings)
         look(Path(settings.adapters))
+        if jobs := settings.jobs_folder:
+            with writing(jobs):
+                jobs.mkdir(parents=True, exist_ok=True)  # before the replicas look for it
         count = settings.replicas or 1
         here = f"{platform.node()}-{settings.port or os.getpid()}"
         app = f"dreamtune-{here}"  # a server that is started again at its place replaces the last
@@ -145,35 +143,25 @@ class Replicas(Backend):
         self.adapters = {**self.adapters, name: found}
         return found
 
-    def draw(self, rows: Sequence[Row], shape: Shape) -> list[Image.Image | Exception]:
-        """A batch whose replica is lost is sent again, and after that row by row: a row that ends
-        every replica is at last the only one without a picture.
-        """
+    def draw(self, rows: Sequence[Row], shape: Shape) -> Pictures:
+        """As an engine; what is sent to a replica that is lost is sent again."""
         names = {name for row in rows for name in row.names}
         paths = {name: self.paths[name] for name in names if name in self.paths}
-        why = ""
-        for _ in range(SENDS):
-            response = self.handle.draw.remote(list(rows), shape, paths)
-            try:
-                reply = response.result(timeout_s=self.timeout)
-            except TimeoutError:
-                response.cancel()
-                return [lost(f"no replica drew it in {self.timeout:g} seconds")] * len(rows)
-            except LOST as error:
-                why = kind_of(error)
-                log.warning("A batch of %d is sent again: %s", len(rows), error)
-                self.memories.clear()  # also of the one that is no more
-                self.on_resend()
-                continue
-            self.memories[reply.process] = reply.memory
-            return list(reply.drawn)
-        if len(rows) == 1:
-            return [lost(f"each replica that drew it was lost: {why}")]
-        return [picture for row in rows for picture in self.draw([row], shape)]
+        return drawn(rows, lambda part: self.send(part, shape, paths), lambda: self.on_resend())
 
-
-def lost(why: str) -> Refused:
-    return Refused(502, f"There is no picture: {why}.", way_out="The server's log says more.")
+    def send(self, rows: Sequence[Row], shape: Shape, paths: Mapping[str, str]) -> Pictures:
+        """To whichever replica is free. Raises Lost."""
+        response = self.handle.draw.remote(list(rows), shape, paths)
+        try:
+            reply: Reply = response.result(timeout_s=self.timeout)
+        except TimeoutError:
+            response.cancel()
+            return [no_picture(f"no replica drew it in {self.timeout:g} seconds")] * len(rows)
+        except LOST as error:
+            self.memories.clear()  # also of the one that is no more
+            raise Lost(kind_of(error)) from error
+        self.memories[reply.process] = reply.memory
+        return reply.drawn
 
 
 def kind_of(error: BaseException) -> str:
@@ -184,10 +172,11 @@ def placed(settings: Settings) -> Settings:
     """With the places of files as processes in other folders find them; without the key's file,
     which is the routes' own.
     """
-    base = Path(settings.base).expanduser()
+    base, jobs = Path(settings.base).expanduser(), settings.jobs_folder
     return replace(
         settings,
         adapters=str(Path(settings.adapters).expanduser().absolute()),
+        jobs=NO_JOBS if jobs is None else str(jobs.absolute()),
         base=str(base.absolute()) if base.exists() else settings.base,
         api_key_file=None,
     )
