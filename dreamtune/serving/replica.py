@@ -146,9 +146,9 @@ def check_jobs(settings: Settings) -> None:
     folder = settings.jobs_folder
     if folder is not None and not folder.is_dir():
         raise ValueError(
-            f"`jobs`: a replica does not find the folder of training jobs `{folder}`, which it is to "
-            "serve from. Name one with --jobs that every machine of the cluster has at the same "
-            f"path, or train nothing: --jobs {NO_JOBS}."
+            f"`jobs`: a replica does not find the folder of training jobs `{folder}`, from which "
+            "it is to serve. Name one with --jobs that every machine of the cluster has at the "
+            f"same path, or train nothing: --jobs {NO_JOBS}."
         )
 
 

@@ -79,6 +79,7 @@ class Replicas(Backend):
         count = settings.replicas or 1
         here = f"{platform.node()}-{settings.port or os.getpid()}"
         app = f"dreamtune-{here}"  # a server that is started again at its place replaces the last
+        quiet = {"enable_access_log": False, "log_level": "WARNING"}
         with cluster(settings.ray_address, count) as options:
             tell(f"{count} replicas are started")
             deployment: Any = serve.deployment(
@@ -88,9 +89,9 @@ class Replicas(Backend):
                 max_ongoing_requests=1,
                 health_check_period_s=HEALTH,
                 graceful_shutdown_timeout_s=5,
+                logging_config=quiet,  # a line a batch otherwise
                 ray_actor_options=options,
             )
-            quiet = {"enable_access_log": False, "log_level": "WARNING"}
             serve.start(proxy_location="Disabled", logging_config=quiet)
             try:
                 handle = serve.run(deployment.bind(settings), name=app, route_prefix=None)
