@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,10 @@ import server as script  # noqa: E402
 
 
 class Coloured(Blank):
-    """Of each seed its own grey."""
+    """Of each seed its own grey, so slowly that others come meanwhile."""
 
     def draw(self, rows, shape):
+        time.sleep(0.05)
         self.batches.append(rows)
         return [Image.new("RGB", (2, 2), (row.seed,) * 3) for row in rows]
 

@@ -201,6 +201,20 @@ def test_a_row_that_ends_every_replica_is_the_only_one_lost():
         replicas.add("dog", "dog.safetensors")
 
 
+def test_a_cluster_that_cannot_be_had(monkeypatch):
+    ray = pytest.importorskip("ray", reason=RAY)
+    from dreamtune.serving.replicas import cluster
+
+    def unreached(**asked):
+        assert asked["address"] == "host:1"
+        raise ConnectionError("InvalidAuthToken\nmore")
+
+    monkeypatch.setattr(ray, "init", unreached)
+    message = "no Ray cluster could be had at host:1: InvalidAuthToken. .* RAY_AUTH_MODE=token"
+    with pytest.raises(ValueError, match=message), cluster("host:1", 2):
+        pass
+
+
 def test_settings_and_what_to_install(monkeypatch, capsys, tmp_path):
     with pytest.raises(ValueError, match="`ray_address` is of replicas, and there are none"):
         Settings(adapters="a", ray_address="auto")
