@@ -206,9 +206,9 @@ def cluster(address: str | None, count: int) -> Iterator[dict[str, Any]]:
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"`ray_address`: no Ray cluster could be had at {address or 'this machine'}: "
-            f"{str(error).splitlines()[0]}. `ray start --head` starts one; one that asks for a token "
-            "needs RAY_AUTH_MODE=token in the environment; without --ray_address the replicas are "
-            "on this machine."
+            f"{str(error).splitlines()[0]}. `ray start --head` starts one; one that asks for a "
+            "token needs RAY_AUTH_MODE=token in the environment; without --ray_address the "
+            "replicas are on this machine."
         ) from error
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
