@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from dreamtune.fields import sentence, shown
 from dreamtune.serving import schema
-from dreamtune.serving.engine import Engine
+from dreamtune.serving.backend import Backend
 from dreamtune.serving.errors import Refused
 from dreamtune.serving.generate import router as generate
 from dreamtune.serving.guard import Guard, answer
@@ -37,7 +37,7 @@ FORM = schema.Request.model_fields
 log = logging.getLogger("dreamtune")
 
 
-def make_app(settings: Settings, engine: Engine, jobs: Jobs | None = None) -> FastAPI:
+def make_app(settings: Settings, engine: Backend, jobs: Jobs | None = None) -> FastAPI:
     """The application. Its `state` holds `settings`, `engine`, `queue` and `metrics`, from where
     routes take them. The queue starts and ends with it; `jobs`, without which there is no training,
     do not. Raises ValueError for a key that is none.
@@ -50,7 +50,10 @@ def make_app(settings: Settings, engine: Engine, jobs: Jobs | None = None) -> Fa
         max_batch=engine.max_batch,
         max_queue=settings.max_queue,
         timeout=settings.timeout_s,
+        workers=engine.workers,
     )
+    engine.on_resend = metrics.resends.inc
+    metrics.watch_processes(engine.running, engine.memory)
     metrics.watch_adapters(lambda: len(engine.adapters), lambda: len(engine.left_out))
     if jobs:
         store = jobs.store

@@ -8,14 +8,17 @@ import socket
 import threading
 import typing
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import MISSING
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dreamtune.fields import choices, parts
 from dreamtune.flags import HelpFormatter, Parser
 from dreamtune.serving.settings import FIELDS, HINTS, Settings
+
+if TYPE_CHECKING:
+    from dreamtune.serving.backend import Backend
 
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")  # of the extra `serve`
 BACKLOG = 2048  # connections that wait to be accepted
@@ -26,6 +29,8 @@ def command(argv: Sequence[str], description: str) -> None:
     given = vars(parser(description).parse_args(argv))
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
     check_packages()
+    if settings.replicas:
+        check_packages(("ray", "ray.serve"), "serve,ray")
     serve(settings)
 
 
@@ -52,15 +57,15 @@ def parser(description: str) -> Parser:
     return found
 
 
-def check_packages() -> None:
+def check_packages(names: Sequence[str] = PACKAGES, extra: str = "serve") -> None:
     """Raises ValueError where the extra is not installed."""
-    for name in PACKAGES:
+    for name in names:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             raise ValueError(
                 f"the server needs `{error.name}`, which is not installed: "
-                "pip install 'dreamtune[serve]'"
+                f"pip install 'dreamtune[{extra}]'"
             ) from None
 
 
@@ -71,7 +76,6 @@ def serve(settings: Settings) -> None:
     import uvicorn
 
     from dreamtune.serving.app import make_app
-    from dreamtune.serving.engine import Engine
     from dreamtune.serving.schema import usual_guidance
     from dreamtune.serving.training import trained
     from dreamtune.training.output import say
@@ -86,7 +90,7 @@ def serve(settings: Settings) -> None:
     with (
         unwinding(),
         bound(settings) as listener,
-        Engine.opened(settings) as engine,
+        opened(settings) as engine,
         trained(settings, engine) as jobs,
     ):
         app = make_app(settings, engine, jobs)
@@ -103,6 +107,17 @@ def serve(settings: Settings) -> None:
             app, log_level="warning", access_log=False, lifespan="on", ws="none"
         )
         Server(config).run(sockets=[listener])
+
+
+def opened(settings: Settings) -> AbstractContextManager[Backend]:
+    """What draws, until the block ends."""
+    if settings.replicas:
+        from dreamtune.serving.replicas import Replicas
+
+        return Replicas.opened(settings)
+    from dreamtune.serving.engine import Engine
+
+    return Engine.opened(settings)
 
 
 @contextmanager

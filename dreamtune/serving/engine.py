@@ -6,9 +6,8 @@ import gc
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ import torch
 from PIL import Image
 
 from dreamtune.config import EMBEDDED, Config
-from dreamtune.data.photos import listed
 from dreamtune.files.find import adapter_file
 from dreamtune.models.base import Base
 from dreamtune.models.load import load_base
@@ -25,7 +23,8 @@ from dreamtune.pipeline.adapters import get_adapters, route, unload
 from dreamtune.pipeline.load import network_of
 from dreamtune.pipeline.many import load_many
 from dreamtune.pipeline.speed import speed_up
-from dreamtune.serving.folder import Folder, look
+from dreamtune.serving.backend import Adapter, Backend, Known, Row, Shape
+from dreamtune.serving.folder import look
 from dreamtune.serving.settings import Settings
 from dreamtune.training.defaults import device_and_dtype
 from dreamtune.training.output import say
@@ -37,28 +36,6 @@ GPU_BATCH, CPU_BATCH = 16, 4
 REMEMBERED = 600.0  # seconds: what lacks the memory may be another process, which ends
 WARNING = "warning"  # in a picture's `info`: what of the request it does not show
 
-Adapter = str | None | Mapping[str, float]
-
-
-class Row(NamedTuple):
-    """One picture. adapter: a name, None for the base, or name -> strength."""
-
-    prompt: str
-    negative_prompt: str
-    adapter: Adapter
-    seed: int
-
-
-class Shape(NamedTuple):
-    """What the pictures of a batch have in common. size: pixels a side; negated: whether they are
-    given negative prompts, where an empty one and none differ.
-    """
-
-    size: int
-    steps: int
-    guidance_scale: float
-    negated: bool = True
-
 
 class Most(NamedTuple):
     """Rows that the memory was seen to hold; until: by the monotonic clock, in seconds."""
@@ -67,32 +44,13 @@ class Most(NamedTuple):
     until: float
 
 
-@dataclass(frozen=True)
-class Known:
-    """An adapter that is served, as its file states it. warning: what loading it gave."""
-
-    name: str
-    method: str
-    rank: int | None
-    prompt: str | None
-    identifier: str | None
-    warning: str | None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-class Engine:
+class Engine(Backend):
     """Attributes:
     pipe: a pipeline of the base, with everything on its device.
-    sizes: of pictures that can be asked for, the usual one first.
-    empty_is_none: whether an empty negative prompt and none make the same picture.
-    max_batch: the most rows of a batch.
-    adapters: name -> what is served; left_out: file or folder -> why it is not.
-    broken: why nothing can be drawn any more; None.
-    lock: held while anything is drawn or an adapter comes or goes; coming: while a folder is
-        looked through, between whose adapters others draw.
+    lock: held while anything is drawn or an adapter comes or goes.
     """
+
+    base: Base
 
     def __init__(
         self,
@@ -103,7 +61,8 @@ class Engine:
         tell: Callable[[str], None] = say,
     ) -> None:
         """Raises ValueError for a size that the base cannot draw."""
-        self.base, self.pipe, self.tell = base, pipe, tell
+        super().__init__(tell)
+        self.base, self.pipe = base, pipe
         self.sizes = tuple(sizes) or (base.resolution,)
         if odd := [size for size in self.sizes if size % base.multiple]:
             raise ValueError(f"`resolution` must be a multiple of {base.multiple}, got {odd[0]}")
@@ -111,10 +70,7 @@ class Engine:
         self.on_gpu = base.device.type == "cuda"
         self.max_batch = max_batch or (GPU_BATCH if self.on_gpu else CPU_BATCH)
         self.rescale = base.sampling_defaults(self.sizes[0]).guidance_rescale
-        self.adapters: dict[str, Known] = {}
-        self.left_out: dict[str, str] = {}
-        self.broken: str | None = None
-        self.lock, self.coming = threading.RLock(), threading.Lock()
+        self.lock = threading.RLock()
         self.most: dict[int, Most] = {}  # by size of the pictures
 
     @classmethod
@@ -145,36 +101,11 @@ class Engine:
 
     @property
     def guidance_scale(self) -> float:
-        """Of a request that does not say."""
         return self.base.sampling_defaults(self.sizes[0]).guidance_scale
 
     # Adapters
 
-    def add_all(self, folder: Folder) -> list[str]:
-        """Those of a folder that are not served yet; the names that are new. What cannot be served
-        is told and left out.
-        """
-        added, left_out = [], dict(folder.left_out)
-        with self.coming:
-            for name, path in folder.paths.items():
-                if name in self.adapters:
-                    continue
-                try:
-                    self.add(name, path)
-                    added.append(name)
-                except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-                    left_out[path.name] = str(error) or type(error).__name__
-            self.left_out = left_out
-        if folder.others:
-            self.tell(f"Passed over, for no adapter has such a name: {listed(folder.others)}")
-        for name, why in left_out.items():
-            self.tell(f"Left out of the adapters: {name}: {why}")
-        return added
-
     def add(self, name: str, path: str | Path) -> Known:
-        """Serves one more: a file, or a folder such as a run's. Raises ValueError as `load_many`,
-        for a name that is taken too.
-        """
         with self.lock:
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
@@ -203,10 +134,8 @@ class Engine:
     # Pictures
 
     def draw(self, rows: Sequence[Row], shape: Shape) -> list[Image.Image | Exception]:
-        """A picture a row, the one that it is alone up to rounding; in its place the error of a row
-        that fails alone too.
-
-        A batch that fails is drawn in halves, and so on: an error is of the rows that cause it.
+        """A batch that fails is drawn in halves, and so on: an error is of the rows that cause
+        it.
         """
         held = self.most.get(shape.size)
         if held is not None and time.monotonic() > held.until:
@@ -275,7 +204,7 @@ class Engine:
             torch.cuda.empty_cache()
 
     def warm_up(self, guidance_scale: float) -> None:
-        """On a GPU: every number of rows is drawn, by all adapters in turn, and so recorded: the
+        """On a GPU every number of rows is drawn, by all adapters in turn, and so recorded: the
         first requests need not wait for it.
         """
         if not self.on_gpu:

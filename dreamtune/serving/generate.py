@@ -14,7 +14,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from dreamtune.serving import schema
-from dreamtune.serving.engine import WARNING, Row, lacks_memory
+from dreamtune.serving.backend import Row
+from dreamtune.serving.engine import WARNING, lacks_memory
 from dreamtune.serving.errors import Refused, late
 from dreamtune.serving.png import adapter_text, encoded
 from dreamtune.serving.queue import Drawn, Queue, Ticket
@@ -45,7 +46,7 @@ async def generate(wanted: schema.Request, request: Request) -> Response:
     return _answer(data, row, drawn, as_png=PNG in request.headers.get("accept", ""))
 
 
-OUTCOMES = {503: "full", 504: "late", GONE: "cancelled"}
+OUTCOMES = {502: "failed", 503: "full", 504: "late", GONE: "cancelled"}
 
 
 async def _drawn(ticket: Ticket, queue: Queue, request: Request) -> Drawn:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection
+from functools import partial
 
-import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -43,7 +42,14 @@ class Metrics:
             "dreamtune_request_seconds", "From request to answer", buckets=SECONDS,
             registry=registry,
         )  # fmt: skip
-        self._watch_memory()
+        self.replicas = Gauge("dreamtune_replicas", "Processes that draw", registry=registry)
+        self.resends = Counter(
+            "dreamtune_resends", "Batches sent again, whose replica was lost", registry=registry
+        )
+        self.memory = Gauge(
+            "dreamtune_gpu_memory_bytes", "GPU memory of what draws; 0 without a GPU", ["kind"],
+            registry=registry,
+        )  # fmt: skip
 
     def count(self, outcome: str) -> None:
         assert outcome in OUTCOMES, outcome
@@ -64,21 +70,14 @@ class Metrics:
         """count: how many jobs of training are in a state."""
         jobs = Gauge("dreamtune_jobs", "Training jobs by state", ["state"], registry=self.registry)
         for state in states:
-            jobs.labels(state).set_function(functools.partial(count, state))
+            jobs.labels(state).set_function(partial(count, state))
 
-    def _watch_memory(self) -> None:
-        """Asked of torch's allocator, which knows it without the GPU."""
-        kinds = {
-            "allocated": torch.cuda.memory_allocated,
-            "reserved": torch.cuda.memory_reserved,
-            "peak": torch.cuda.max_memory_allocated,
-        }
-        memory = Gauge(
-            "dreamtune_gpu_memory_bytes", "GPU memory of this process; 0 without a GPU", ["kind"],
-            registry=self.registry,
-        )  # fmt: skip
-        for kind, ask in kinds.items():
-            memory.labels(kind).set_function(ask if torch.cuda.is_available() else lambda: 0)
+    def watch_processes(
+        self, running: Callable[[], int], memory: Callable[[], dict[str, int]]
+    ) -> None:
+        self.replicas.set_function(running)
+        for kind in memory():
+            self.memory.labels(kind).set_function(partial(lambda kind: memory()[kind], kind))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

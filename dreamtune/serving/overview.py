@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from dreamtune.adapters import METHODS
-from dreamtune.serving.engine import Engine
+from dreamtune.serving.backend import Backend
 from dreamtune.serving.errors import Refused
 from dreamtune.serving.folder import look
 from dreamtune.serving.jobs.jobs import Jobs
@@ -50,7 +50,7 @@ def training(jobs: Jobs) -> dict[str, Any]:
 @router.get("/adapters")
 def adapters(request: Request) -> dict[str, Any]:
     """Those that are served, as their files state them, and the names of what is left out."""
-    engine: Engine = request.app.state.engine
+    engine: Backend = request.app.state.engine
     return {
         "base": engine.base.id,
         "adapters": [known.to_dict() for known in engine.adapters.values()],
@@ -76,11 +76,13 @@ def health(request: Request) -> JSONResponse:
     """200 where requests are drawn; 503 where none will be."""
     state = request.app.state
     live = state.queue.alive and state.engine.broken is None
-    ready = live and not state.queue.closed
+    running = state.engine.running()
+    ready = live and running > 0 and not state.queue.closed
     found = {
         "live": live,
         "ready": ready,
         "queue": len(state.queue.waiting),
+        "replicas": running,
         "device": state.engine.device,
         "adapters": len(state.engine.adapters),
         "left_out": len(state.engine.left_out),

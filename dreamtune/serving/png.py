@@ -8,7 +8,7 @@ import json
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dreamtune.serving.engine import Adapter, Row, Shape
+from dreamtune.serving.backend import Adapter, Row, Shape
 from dreamtune.version import __version__
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from dreamtune.serving.engine import Row, Shape
+from dreamtune.serving.backend import Row, Shape
 from dreamtune.serving.errors import closing, full, late
 from dreamtune.serving.metrics import Metrics
 
@@ -43,11 +43,11 @@ class Ticket:
 
 
 class Queue:
-    """One thread draws; those of requests only wait.
+    """Some threads draw, `workers` of them, a batch each; those of requests only wait.
 
     A batch is what waits in the shape of the oldest request, oldest first, at most `max_batch`. It
-    is drawn when it is full, or when its oldest has waited for `wait` seconds; while another is
-    drawn, the wait goes on. Whoever is too late, or has gone, is dropped before.
+    is drawn when it is full, or when its oldest has waited for `wait` seconds; while all
+    draw, the wait goes on. Whoever is too late, or has gone, is dropped before.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Queue:
         max_batch: int,
         max_queue: int,
         timeout: float,
+        workers: int = 1,
     ) -> None:
         self.draw, self.metrics = draw, metrics
         self.wait, self.timeout = wait, timeout
@@ -67,11 +68,15 @@ class Queue:
         self.changed = threading.Condition()
         self.closed = False
         self.took = 1.0  # seconds of the last batch, for whoever is told to come back
-        self.worker = threading.Thread(target=self._work, name="dreamtune-drawing", daemon=True)
+        self.workers = [
+            threading.Thread(target=self._work, name=f"dreamtune-drawing-{i}", daemon=True)
+            for i in range(workers)
+        ]
         metrics.watch_queue(lambda: len(self.waiting))
 
     def start(self) -> None:
-        self.worker.start()
+        for worker in self.workers:
+            worker.start()
 
     def submit(self, row: Row, shape: Shape) -> Ticket:
         """Raises Refused where too many wait, and once the queue is closed."""
@@ -82,7 +87,7 @@ class Queue:
                 raise closing()
             if len(self.waiting) >= self.max_queue:
                 batches = -(-len(self.waiting) // self.max_batch)
-                raise full(len(self.waiting), batches * self.took)
+                raise full(len(self.waiting), batches * self.took / len(self.workers))
             self.waiting.append(ticket)
             self.changed.notify_all()
         return ticket
@@ -104,8 +109,10 @@ class Queue:
         with self.changed:
             self.closed = True
             self.changed.notify_all()
-        if self.worker.is_alive():
-            self.worker.join(patience)
+        until = None if patience is None else time.monotonic() + patience
+        for worker in self.workers:
+            if worker.is_alive():
+                worker.join(None if until is None else max(0.0, until - time.monotonic()))
         with self.changed:
             left, self.waiting = self.waiting, []
         for ticket in left:
@@ -114,7 +121,7 @@ class Queue:
 
     @property
     def alive(self) -> bool:
-        return self.worker.is_alive()
+        return all(worker.is_alive() for worker in self.workers)
 
     def _work(self) -> None:
         while batch := self._next():
@@ -126,15 +133,15 @@ class Queue:
             except BaseException as error:  # else everybody would wait for ever
                 one = error if isinstance(error, Exception) else RuntimeError(repr(error))
                 found = [one] * len(batch)
-            self.took = time.monotonic() - began
-            self.metrics.batch(len(batch), self.took)
+            self.took = took = time.monotonic() - began
+            self.metrics.batch(len(batch), took)
             for ticket, picture in zip(batch, found):
                 if isinstance(picture, Exception):
                     ticket.answer.set_exception(picture)
                     continue
                 waited = began - ticket.accepted
                 self.metrics.waited.observe(waited)
-                ticket.answer.set_result(Drawn(picture, waited, self.took, len(batch)))
+                ticket.answer.set_result(Drawn(picture, waited, took, len(batch)))
 
     def _next(self) -> list[Ticket]:
         """Waits for a batch; [] once the queue is closed and nothing waits."""

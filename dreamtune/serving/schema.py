@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from dreamtune.fields import Seed, nearest, shown
-from dreamtune.serving.engine import Engine, Row, Shape
+from dreamtune.serving.backend import Backend, Row, Shape
 from dreamtune.serving.errors import Refused
 from dreamtune.serving.settings import Guidance, Settings
 
@@ -50,7 +50,7 @@ class Picture(BaseModel):
     warning: str | None
 
 
-def settled(request: Request, settings: Settings, engine: Engine) -> tuple[Row, Shape]:
+def settled(request: Request, settings: Settings, engine: Backend) -> tuple[Row, Shape]:
     """With the server's own for what is not given. Raises Refused for what it does not have."""
     for name in ("prompt", "negative_prompt"):
         length = len(getattr(request, name))
@@ -112,13 +112,13 @@ def settled(request: Request, settings: Settings, engine: Engine) -> tuple[Row, 
     return row, Shape(size, steps, float(scale), negated)
 
 
-def usual_guidance(settings: Settings, engine: Engine) -> float:
+def usual_guidance(settings: Settings, engine: Backend) -> float:
     """Of a request that does not say."""
     stated = settings.guidance_scale
     return engine.guidance_scale if stated is None else stated
 
 
-def unknown(name: str, engine: Engine) -> Refused:
+def unknown(name: str, engine: Backend) -> Refused:
     """A name is looked up among those that are served, and nowhere else."""
     known = list(engine.adapters)
     more = f" (and {len(known) - LISTED} more)" if len(known) > LISTED else ""

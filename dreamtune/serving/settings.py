@@ -58,6 +58,18 @@ class Settings:
     )
     max_queue: Count = opt(256, "requests that may wait; one more is told to come later", "")
     timeout_s: Above0 = opt(120.0, "seconds after which a request is given up", "")
+    replicas: Count | None = opt(
+        None,
+        "processes that draw, each with the base on a GPU of its own, by Ray",
+        "",
+        "this process draws",
+    )
+    ray_address: str | None = opt(
+        None,
+        "cluster of the replicas, such as auto; they find base and adapters at the same paths",
+        "",
+        "one of this machine, started for them",
+    )
     num_inference_steps: Count = opt(25, "sampling steps of a request that does not say", "")
     max_steps: Count = opt(100, "most sampling steps that a request may ask for", "")
     guidance_scale: Guidance | None = opt(
@@ -79,6 +91,10 @@ class Settings:
             raise ValueError(
                 f"`num_inference_steps` is {self.num_inference_steps}, more than `max_steps`, "
                 f"{self.max_steps}: lower the one or raise the other."
+            )
+        if self.ray_address is not None and self.replicas is None:
+            raise ValueError(
+                "`ray_address` is of replicas, and there are none: say how many with --replicas."
             )
 
     @property

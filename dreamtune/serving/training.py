@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dreamtune.serving.engine import Engine
+from dreamtune.serving.backend import Backend
 from dreamtune.serving.jobs.jobs import Jobs
-from dreamtune.serving.settings import Settings
+from dreamtune.serving.settings import NO_JOBS, Settings
 from dreamtune.training.output import say
 
 OF_BASE = ("revision", "variant", "prediction_type")  # which base it is that jobs load again
 
 
 @contextmanager
-def trained(settings: Settings, engine: Engine) -> Iterator[Jobs | None]:
+def trained(settings: Settings, engine: Backend) -> Iterator[Jobs | None]:
     """Jobs that train until the block ends; None where the settings have no folder for them.
 
     Raises ValueError for a folder that cannot be made or that another process has.
@@ -33,7 +33,7 @@ def trained(settings: Settings, engine: Engine) -> Iterator[Jobs | None]:
             served[name] = path
 
     of_base = {name: getattr(settings, name) for name in OF_BASE}
-    try:
+    with writing(folder):
         jobs = Jobs(
             folder,
             settings.base,
@@ -41,11 +41,6 @@ def trained(settings: Settings, engine: Engine) -> Iterator[Jobs | None]:
             settings={name: value for name, value in of_base.items() if value is not None},
             taken=lambda: list(engine.adapters),
         )
-    except OSError as error:
-        raise ValueError(
-            f"the folder of training jobs `{folder}` cannot be written: {error.strerror}. Name "
-            "another with --jobs, or train nothing: --jobs none."
-        ) from None
     for name, path in jobs.adapters().items():
         try:
             serve_new(name, path)
@@ -53,3 +48,15 @@ def trained(settings: Settings, engine: Engine) -> Iterator[Jobs | None]:
             say(f"Left out of what was trained: {name}: {error}")
     with jobs:
         yield jobs
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Raises ValueError where the folder of jobs cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"the folder of training jobs `{folder}` cannot be written: {error.strerror}. Name "
+            f"another with --jobs, or train nothing: --jobs {NO_JOBS}."
+        ) from None

@@ -22,7 +22,7 @@ from serving import engine_of, near, settings_of, write_adapters
 
 from dreamtune.serving import guard
 from dreamtune.serving.app import make_app
-from dreamtune.serving.engine import Known, Row, Shape
+from dreamtune.serving.backend import Backend, Known, Row, Shape
 from dreamtune.serving.png import adapter_text, encoded
 from dreamtune.serving.settings import Settings
 
@@ -32,19 +32,27 @@ KEY = "a-key-of-the-tests"
 TEXT = st.text(max_size=20)
 
 
-class Blank:
+class Blank(Backend):
     """An engine that draws a pixel when it is let."""
 
+    guidance_scale, device, empty_is_none = 4.0, "cpu", True
+
     def __init__(self, held=False):
+        super().__init__(print)
         known = [Known(name, "lora", 4, None, None, None) for name in ("dog", "cat")]
         self.adapters = {one.name: one for one in known}
-        self.left_out, self.broken, self.device = {"torn.safetensors": "why"}, None, "cpu"
-        self.sizes, self.max_batch, self.guidance_scale = (16, 32), 4, 4.0
-        self.empty_is_none = True
+        self.left_out = {"torn.safetensors": "why"}
+        self.sizes, self.max_batch = (16, 32), 4
         self.base = SimpleNamespace(id="blank")
         self.batches, self.begun, self.let = [], threading.Event(), threading.Event()
         if not held:
             self.let.set()
+
+    def add(self, name, path):
+        raise ValueError("none is added")
+
+    def warm_up(self, guidance_scale):
+        assert guidance_scale == self.guidance_scale
 
     def draw(self, rows, shape):
         self.batches.append(rows)
@@ -469,6 +477,7 @@ def test_health_and_the_list_of_adapters():
         assert told.pop("version")
         assert told == {
             "live": True, "ready": True, "queue": 0, "device": "cpu", "adapters": 2, "left_out": 1,
+            "replicas": 1,
         }  # fmt: skip
         listed = client.get("/adapters").json()
         assert [one["name"] for one in listed["adapters"]] == ["dog", "cat"]

@@ -13,7 +13,8 @@ import dreamtune
 from dreamtune.fast.served import served
 from dreamtune.pipeline.load import network_of
 from dreamtune.serving import engine as module
-from dreamtune.serving.engine import Engine, Row, Shape
+from dreamtune.serving.backend import Row, Shape
+from dreamtune.serving.engine import Engine
 from dreamtune.serving.folder import look
 
 SHAPE = Shape(16, 2, 4.0)

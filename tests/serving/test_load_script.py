@@ -6,6 +6,7 @@ import base64
 import io
 import re
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,10 @@ from dreamtune.serving.jobs.jobs import Jobs  # noqa: E402
 
 
 class Coloured(Blank):
-    """Of each seed its own grey."""
+    """Of each seed its own grey, so slowly that others come meanwhile."""
 
     def draw(self, rows, shape):
+        time.sleep(0.05)
         self.batches.append(rows)
         return [Image.new("RGB", (2, 2), (row.seed,) * 3) for row in rows]
 

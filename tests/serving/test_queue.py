@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dreamtune.serving.engine import Row, Shape
+from dreamtune.serving.backend import Row, Shape
 from dreamtune.serving.errors import Refused
 from dreamtune.serving.metrics import Metrics
 from dreamtune.serving.queue import Queue

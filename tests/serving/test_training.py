@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import threading
@@ -16,12 +15,11 @@ from pathlib import Path
 import httpx2
 import pytest
 from fastapi.testclient import TestClient
-from serving import engine_of, settings_of, write_adapters
+from serving import done, engine_of, settings_of, write_adapters
 
 from dreamtune.serving import command
 from dreamtune.serving.app import make_app
 from dreamtune.serving.engine import Engine
-from dreamtune.serving.jobs.reports import adapter_of
 from dreamtune.serving.jobs.store import Job, Store
 from dreamtune.serving.settings import Settings
 from dreamtune.serving.training import trained
@@ -36,17 +34,6 @@ def engine(tiny_pipeline_dir: Path, tmp_path: Path) -> Iterator[Engine]:
     with engine_of(settings) as found:
         found.settings = settings
         yield found
-
-
-def done(folder: Path, name: str, adapter: Path, id: str) -> None:
-    """A job that an earlier server has ended."""
-    store = Store(folder)
-    store.add(Job(id, name, "a sks dog", 1, {"method": "lora"}, time.time()), {"001.png": b""})
-    file = adapter_of(store, id)
-    file.parent.mkdir(parents=True)
-    shutil.copy(adapter, file)
-    store.end(id, "done", best_step=4, scores={"dino": 0.5})
-    store.close()
 
 
 def test_where_the_jobs_are(tmp_path: Path) -> None:
