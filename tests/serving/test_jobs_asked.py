@@ -83,6 +83,7 @@ def test_what_is_refused(
 
 def test_every_format_is_stored_as_what_it_is(tmp_path: Path) -> None:
     """Under numbers, whatever its name said, so that training reads it again."""
+    Image.init()  # all of its writers
     kinds = [k for k in SUFFIX if k in Image.SAVE and (k != "AVIF" or features.check("avif"))]
     files = [(f"{kind}.exe", picture(kind=kind)) for kind in kinds]
     found = asked.photo_files(files, Limits())
