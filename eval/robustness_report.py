@@ -23,6 +23,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "eval"), str(ROOT)]
 
+from robustness_confirm import confirmed  # noqa: E402
 from robustness_figures import Line, Plot, plot, write_files  # noqa: E402
 from robustness_plan import PARTS  # noqa: E402
 from robustness_questions import QUESTIONS  # noqa: E402
@@ -235,7 +236,17 @@ def build(results: Results, out: Path) -> list[Path]:
         f"{escape(spent or 'no time')}. {escape(missing(results))}</p></header>"
     )
     htmls = [html for html, _ in parts]
-    main = "".join([head, *htmls[:3], questions(results), shown, *htmls[3:], facts(results)])
+    main = "".join(
+        [
+            head,
+            *htmls[:3],
+            confirmed(results),
+            questions(results),
+            shown,
+            *htmls[3:],
+            facts(results),
+        ]
+    )
     written = [write_main(out / PAGE, "Robustness", main, STYLE)]
     for _, plots in parts:
         for one in plots:

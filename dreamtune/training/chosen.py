@@ -13,16 +13,16 @@ class Chosen(NamedTuple):
 
 
 EMBEDDED = {
-    "lora": Chosen(120, 6e-4),
-    "delora": Chosen(75, 1e-2),
-    "ether": Chosen(60, 6e-3),
-    "ether+": Chosen(75, 6e-3),
-    "dora": Chosen(120, 6e-4),
-    "oft": Chosen(180, 2.4e-4),
-    "hra": Chosen(120, 3.75e-4),
-    "deft": Chosen(120, 6e-4),
-    "norm_bounded": Chosen(60, 1e-3),
+    "lora": Chosen(90, 6e-4),
+    "delora": Chosen(45, 1e-2),
+    "ether": Chosen(45, 6e-3),
+    "ether+": Chosen(45, 6e-3),
+    "dora": Chosen(90, 6e-4),
+    "oft": Chosen(120, 2.4e-4),
+    "hra": Chosen(45, 1.5e-3),
+    "deft": Chosen(90, 6e-4),
+    "norm_bounded": Chosen(45, 1e-3),
 }
 
-SCORINGS = 3  # after that of step 0
-SAMPLING_STEPS = 15
+SCORINGS = 2  # after that of step 0
+SAMPLING_STEPS = 10

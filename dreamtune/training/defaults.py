@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,7 +100,7 @@ def resolve(config: Config, base: Base, subject: SubjectWords, run_dir: Path) ->
         scorers = ("embedded", "embedded")
     every = config.validation_steps
     if every is None:
-        every = max(1, steps // (SCORINGS if base.embedded else 4))
+        every = math.ceil(steps / SCORINGS) if base.embedded else max(1, steps // 4)
     defaults = {
         "resolution": resolution,
         "max_train_steps": steps,
