@@ -35,6 +35,7 @@ Depths = Annotated[list[Depth], Field(min_length=1, max_length=32)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=32)]
 Pair = Annotated[list[Pixels], AfterValidator(exactly_two)]
 Class = Annotated[list[Text], AfterValidator(exactly_two)]
+MaybeClass = Annotated[list[Text | None], AfterValidator(exactly_two)] | None
 Activation = Literal["silu", "swish", "mish", "gelu", "relu"]
 
 Rules = TypeAdapter[dict[str, Any]]
@@ -44,9 +45,10 @@ def rules(needed: tuple[str, ...] = (), **hints: Any) -> Rules:
     return checker(hints, needed, others=True)
 
 
-def components(parts: tuple[str, ...]) -> Rules:
-    """Of a model_index.json: library and class of each part."""
-    return rules(parts, **dict.fromkeys(parts, Class))
+def components(parts: tuple[str, ...], optional: tuple[str, ...] = ()) -> Rules:
+    """Of a model_index.json: library and class of each part; of an optional one null for both."""
+    needed = tuple(part for part in parts if part not in optional)
+    return rules(needed, **dict.fromkeys(needed, Class), **dict.fromkeys(optional, MaybeClass))
 
 
 INDEX = rules(("_class_name",), _class_name=Text)
@@ -88,6 +90,12 @@ TEXT_ENCODER = rules(
     hidden_act=Text, layer_norm_eps=Positive, attention_dropout=Share,
     eos_token_id=Token, bos_token_id=Token | None, pad_token_id=Token | None,
 )  # fmt: skip
+OTHER_TEXT_ENCODER = rules(
+    ("model_type", "vocab_size"),
+    model_type=Literal["t5", "qwen3"], vocab_size=Whole, num_layers=Depth, num_hidden_layers=Depth,
+    num_heads=Depth, num_attention_heads=Depth, num_key_value_heads=Depth, hidden_size=Whole,
+    d_model=Whole, d_kv=Whole, d_ff=Whole, head_dim=Whole, intermediate_size=Whole,
+)  # fmt: skip
 TOKENIZER = rules(
     tokenizer_class=Literal["CLIPTokenizer", "CLIPTokenizerFast"],
     model_max_length=Annotated[float, Strict(), Field(gt=2)] | None,  # 10^30: none
@@ -106,12 +114,29 @@ SCHEDULER = rules(
     thresholding=Flag, dynamic_thresholding_ratio=Share, sample_max_value=Positive,
 )  # fmt: skip
 
+FLOW_SCHEDULER = rules(
+    num_train_timesteps=Annotated[int, Strict(), Field(ge=1, le=100_000)],
+    shift=Positive, use_dynamic_shifting=Flag, base_shift=Number | None, max_shift=Number | None,
+    base_image_seq_len=Whole, max_image_seq_len=Whole, invert_sigmas=Literal[False] | None,
+    shift_terminal=Share | None, use_karras_sigmas=Flag | None, use_exponential_sigmas=Flag | None,
+    use_beta_sigmas=Flag | None, time_shift_type=Literal["exponential", "linear"],
+    stochastic_sampling=Literal[False] | None,
+)  # fmt: skip
+TRANSFORMER = rules(
+    ("in_channels",),
+    sample_size=Pixels | None, patch_size=Depth, in_channels=Whole, out_channels=Whole | None,
+    num_layers=Depth, attention_head_dim=Whole, num_attention_heads=Depth,
+    joint_attention_dim=Whole, caption_projection_dim=Whole, pooled_projection_dim=Whole,
+    pos_embed_max_size=Pixels | None, dual_attention_layers=list[Token], qk_norm=Text | None,
+)  # fmt: skip
+
 # What the first release of each format stated, and the shapes of weights do not tell.
 USUAL = {
     "unet": (
         "act_fn", "attention_head_dim", "center_input_sample", "flip_sin_to_cos", "freq_shift",
         "mid_block_scale_factor", "norm_eps", "norm_num_groups", "downsample_padding",
     ),
+    "transformer": ("attention_head_dim", "num_attention_heads", "patch_size"),
     "vae": ("act_fn", "scaling_factor"),
     "text_encoder": ("hidden_act", "layer_norm_eps", "num_attention_heads"),
     "scheduler": (

@@ -105,8 +105,8 @@ class Engine:
         """Raises ValueError for a size that the base cannot draw."""
         self.base, self.pipe, self.tell = base, pipe, tell
         self.sizes = tuple(sizes) or (base.resolution,)
-        if odd := [size for size in self.sizes if size % base.multiple]:
-            raise ValueError(f"`resolution` must be a multiple of {base.multiple}, got {odd[0]}")
+        for size in self.sizes:
+            base.check_side(size)
         self.empty_is_none = base.empty_is_none
         self.on_gpu = base.device.type == "cuda"
         self.max_batch = max_batch or (GPU_BATCH if self.on_gpu else CPU_BATCH)
