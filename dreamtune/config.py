@@ -53,8 +53,8 @@ class Config:
 
     pretrained_model_name_or_path: str = opt(
         EMBEDDED,
-        "base: a folder or hub id of Stable Diffusion 1.x, 2.x, XL, 3 or 3.5, a single "
-        ".safetensors file of the first three, or 'embedded'",
+        "base: a folder or hub id of Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 or Z-Image, "
+        "a single .safetensors file of the first three, or 'embedded'",
         "base",
     )
     revision: str | None = opt(None, "revision of a hub id", "base", "the main branch")
@@ -237,7 +237,7 @@ class Config:
         None,
         "sampler of the images",
         "scoring",
-        "the base's own for XL, 3 and 3.5 and if its terminal SNR is zero, else dpm++",
+        "the base's own for XL, flow matching, and if its terminal SNR is zero, else dpm++",
     )
     num_inference_steps: Count | None = opt(
         None, "sampling steps", "scoring", "15 with the package's base, else 25"
@@ -246,7 +246,7 @@ class Config:
         None,
         "classifier-free guidance; up to 1: none",
         "scoring",
-        "5 for XL, 4.5 for 3 and 3.5, else 4 up to 256 px and 7.5 above",
+        "5 for XL and Z-Image, 4.5 for 3 and 3.5, else 4 up to 256 px and 7.5 above",
     )
     guidance_rescale: AtLeast0 | None = opt(
         None, "guidance rescale", "scoring", "0.3 if the terminal SNR is zero, else 0"

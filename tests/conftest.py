@@ -178,6 +178,36 @@ def write_sd3_pipeline(folder: Path, prediction: str = "flow", t5: bool = True) 
     return folder
 
 
+def write_z_image_pipeline(folder: Path, prediction: str = "flow") -> Path:
+    """A ZImagePipeline folder of random weights: 2 pixels a latent of 16 numbers."""
+    import torch
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline
+    from scorer_folders import write_qwen_tokenizer
+    from tiny_transformers import tiny
+    from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
+
+    assert prediction == "flow"
+    words = write_qwen_tokenizer(folder / "words")
+    torch.manual_seed(0)
+    text = Qwen3Model(
+        Qwen3Config(
+            vocab_size=words, hidden_size=12, intermediate_size=16, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        )
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=16, scaling_factor=0.5,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+    ZImagePipeline(
+        vae=vae, text_encoder=text, tokenizer=Qwen2Tokenizer.from_pretrained(folder / "words"),
+        transformer=tiny("ZImageTransformer2DModel", in_channels=16, axes_lens=[640, 16, 16]),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_xl_pipeline_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base of Stable Diffusion XL that predicts noise."""

@@ -84,6 +84,7 @@ class Base(ABC):
         folders: those of a model that are read.
         prefixes: of the keys of LoRA files.
         multiple: of the sides of images, in pixels.
+        uncaptured: why no step of its network can be one CUDA graph; "" where it can.
         target_modules: names of the layers that are adapted where the user does not say.
         parts: the pipeline's modules, tokenizers and scheduler, and what else it is made with; each
             is an attribute of its name too. Text encoders that were let go are None there.
@@ -102,6 +103,7 @@ class Base(ABC):
     folders: ClassVar[tuple[str, ...]]
     prefixes: ClassVar[Prefixes]
     multiple: ClassVar[int] = 8
+    uncaptured: ClassVar[str] = ""
     target_modules: ClassVar[tuple[str, ...]] = TARGET_MODULES
 
     def __init__(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dreamtune.fields import UnreadableFile, from_file, shown
 from dreamtune.models.base import Base, Latents, Parts
-from dreamtune.models.conditioning import Arguments, Conditioning, rows_together
+from dreamtune.models.conditioning import Arguments, Conditioning, rows_together, together
 from dreamtune.models.folder import ModelFolder
 from dreamtune.models.quiet import quiet_diffusers
 from dreamtune.models.rules import AUTOENCODER, NAMED, Rules, assumed, components
@@ -31,14 +31,14 @@ class LatentBase(Base):
         optional: parts that a model may be without.
         network_rules: of the network's config.json.
         told: what the pipeline's `encode_prompt` returns, by the names that its call has for it.
-        other_prompts: arguments that it must be given; where None it takes the prompt.
+        encoding: further arguments of it.
     """
 
     classes: ClassVar[Mapping[str, tuple[Named, ...]]]
     optional: ClassVar[tuple[str, ...]] = ()
     network_rules: ClassVar[Rules]
     told: ClassVar[tuple[str, ...]] = ("prompt_embeds", "negative_prompt_embeds")
-    other_prompts: ClassVar[tuple[str, ...]] = ()
+    encoding: ClassVar[Mapping[str, Any]] = {"num_images_per_prompt": 1}
 
     @classmethod
     @abstractmethod
@@ -152,33 +152,41 @@ class LatentBase(Base):
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """What `told` has but the negatives. A prompt that is too long is cut, with a warning."""
-        return self._encoded(prompts, guided=False)
+        return self.conditioning_of(self._encoded(prompts, guided=False))
+
+    def conditioning_of(self, encoded: Arguments) -> Conditioning:
+        """What the network is told, of what `encode_prompt` returned."""
+        return rows_together([{name: x for name, x in encoded.items() if isinstance(x, Tensor)}])
 
     def call_arguments(self, prompts: Sequence[str]) -> Arguments:
         encoded = self._encoded(prompts, guided=True)
-        return {name: x.to(self.dtype) for name, x in encoded.items()}
+        return {name: cast(x, self.dtype) for name, x in encoded.items()}
 
     @torch.no_grad()
-    def _encoded(self, prompts: Sequence[str], guided: bool) -> Conditioning:
+    def _encoded(self, prompts: Sequence[str], guided: bool) -> Arguments:
         """By the pipeline's own `encode_prompt`, computed in `encoder_dtype`, given in float32."""
         for prompt in prompts:
             if told := self.unseen(prompt):
                 logging.getLogger("dreamtune").warning("%s: %s", told, prompt)
-        parts: list[Conditioning] = []
+        parts: list[Arguments] = []
         encoders = [x for x in self.encoders().values() if x is not None]
         with self.on_device(self.encoder_dtype(self.dtype), *encoders), quiet_diffusers():
             pipe = self.pipeline()
             for start in range(0, len(prompts), PROMPTS):
                 found = pipe.encode_prompt(
-                    list(prompts[start : start + PROMPTS]),
-                    **dict.fromkeys(self.other_prompts),
+                    list(prompts[start : start + PROMPTS]),  # which it may write into
                     device=self.device,
-                    num_images_per_prompt=1,
                     do_classifier_free_guidance=guided,
+                    **self.encoding,
                 )
                 named = zip(self.told, found, strict=True)
-                parts.append({name: x.float() for name, x in named if x is not None})
-        return rows_together(parts)
+                given = {n: x for n, x in named if x is not None and len(x)}
+                parts.append({name: cast(x, torch.float32) for name, x in given.items()})
+        return together(parts)
+
+
+def cast(rows: Tensor | list[Tensor], dtype: torch.dtype) -> Tensor | list[Tensor]:
+    return [row.to(dtype) for row in rows] if isinstance(rows, list) else rows.to(dtype)
 
 
 def tokenizer_of(encoder: str) -> str:

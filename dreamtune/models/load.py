@@ -74,6 +74,7 @@ FAMILIES = (
         ("StableDiffusion3Pipeline",),
         "0.29.0",
     ),
+    Family("Z-Image", "z_image", "ZImage", ("ZImagePipeline",), "0.36.0"),
 )
 
 

@@ -127,7 +127,10 @@ TRANSFORMER = rules(
     sample_size=Pixels | None, patch_size=Depth, in_channels=Whole, out_channels=Whole | None,
     num_layers=Depth, attention_head_dim=Whole, num_attention_heads=Depth,
     joint_attention_dim=Whole, caption_projection_dim=Whole, pooled_projection_dim=Whole,
-    pos_embed_max_size=Pixels | None, dual_attention_layers=list[Token], qk_norm=Text | None,
+    pos_embed_max_size=Pixels | None, dual_attention_layers=list[Token], qk_norm=Text | None | Flag,
+    dim=Whole, n_layers=Depth, n_refiner_layers=Depth, n_heads=Depth, n_kv_heads=Depth,
+    cap_feat_dim=Whole, siglip_feat_dim=None, rope_theta=Positive, t_scale=Positive,
+    axes_dims=Wholes, axes_lens=Wholes, all_patch_size=Depths, all_f_patch_size=Depths,
 )  # fmt: skip
 
 # What the first release of each format stated, and the shapes of weights do not tell.
@@ -136,7 +139,10 @@ USUAL = {
         "act_fn", "attention_head_dim", "center_input_sample", "flip_sin_to_cos", "freq_shift",
         "mid_block_scale_factor", "norm_eps", "norm_num_groups", "downsample_padding",
     ),
-    "transformer": ("attention_head_dim", "num_attention_heads", "patch_size"),
+    "transformer": (
+        "attention_head_dim", "num_attention_heads", "patch_size", "n_heads", "axes_dims",
+        "rope_theta", "t_scale",
+    ),
     "vae": ("act_fn", "scaling_factor"),
     "text_encoder": ("hidden_act", "layer_norm_eps", "num_attention_heads"),
     "scheduler": (

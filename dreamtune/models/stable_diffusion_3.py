@@ -60,7 +60,7 @@ class StableDiffusion3(TransformerBase):
         "prompt_embeds", "negative_prompt_embeds",
         "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
     )  # fmt: skip
-    other_prompts = ("prompt_2", "prompt_3")
+    encoding = {**TransformerBase.encoding, "prompt_2": None, "prompt_3": None}  # as the first
     density = "logit_normal"
     of_picture = True
 

@@ -140,7 +140,10 @@ class Engine:
             engine = cls(base, pipe, settings.resolution, settings.max_batch, tell)
             engine.add_all(folder)
             if engine.on_gpu:
-                speed_up(pipe)
+                try:
+                    speed_up(pipe)
+                except ValueError as error:
+                    tell(f"Pictures are drawn as fast as diffusers draws them: {error}")
             yield engine
 
     @property

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import write_pipeline, write_sd3_pipeline, write_xl_pipeline
+from conftest import (
+    write_pipeline,
+    write_sd3_pipeline,
+    write_xl_pipeline,
+    write_z_image_pipeline,
+)
 from torch import Tensor
 
-Said = Callable[..., Tensor]
+Said = Callable[[Tensor, Tensor], Tensor]
+SD = {"device": "cpu", "num_images_per_prompt": 1}
+Told = tuple[Any, ...]  # what `encode_prompt` returned
 
 
 def _diffusion(pipe: Any, x: Tensor, drawn: Any, said: Said) -> Tensor:
@@ -25,45 +32,62 @@ def _diffusion(pipe: Any, x: Tensor, drawn: Any, said: Said) -> Tensor:
     return (said(schedule.add_noise(x, noise, t), t) - target).square()
 
 
-def _sd3_flow(pipe: Any, x: Tensor, drawn: Any, said: Said) -> Tensor:
-    """The prediction taken back to a picture, against that: `--precondition_outputs 1`."""
+def _flow(pipe: Any, x: Tensor, drawn: Any) -> tuple[Tensor, ...]:
+    """Latents, what the network sees of them, and sigmas and timesteps of the scheduler's table."""
     x = (x - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
     table = pipe.scheduler.timesteps
     place = (table[None] - drawn.timestep[:, None]).abs().argmin(1)
     sigma = pipe.scheduler.sigmas[place].view(-1, 1, 1, 1)
-    noisy = (1 - sigma) * x + sigma * drawn.noise
-    return (said(noisy, table[place]) * -sigma + noisy - x).square()
+    return x, (1 - sigma) * x + sigma * drawn.noise, sigma, table[place]
 
 
-def _plain(encoded: tuple[Any, ...], sizes: Tensor) -> dict[str, Any]:
-    return {"encoder_hidden_states": encoded[0]}
+def _sd3_flow(pipe: Any, x: Tensor, drawn: Any, said: Said) -> Tensor:
+    """The prediction taken back to a picture, against that: `--precondition_outputs 1`."""
+    x, noisy, sigma, t = _flow(pipe, x, drawn)
+    return (said(noisy, t) * -sigma + noisy - x).square()
 
 
-def _xl(encoded: tuple[Any, ...], sizes: Tensor) -> dict[str, Any]:
-    added = {"text_embeds": encoded[2], "time_ids": sizes}
-    return {"encoder_hidden_states": encoded[0], "added_cond_kwargs": added}
+def _z_flow(pipe: Any, x: Tensor, drawn: Any, said: Said) -> Tensor:
+    """Time runs from noise, and the prediction is negated."""
+    x, noisy, _, t = _flow(pipe, x, drawn)
+    return (-said(noisy, (1000 - t) / 1000) - (drawn.noise - x)).square()
 
 
-def _sd3(encoded: tuple[Any, ...], sizes: Tensor) -> dict[str, Any]:
-    return {"encoder_hidden_states": encoded[0], "pooled_projections": encoded[2]}
+def _plain(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
+    return network(x, t, told[0]).sample  # type: ignore[no-any-return]
+
+
+def _xl(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
+    added = {"text_embeds": told[2], "time_ids": sizes}
+    return network(x, t, told[0], added_cond_kwargs=added).sample  # type: ignore[no-any-return]
+
+
+def _sd3(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
+    return network(x, told[0], told[2], t).sample  # type: ignore[no-any-return]
+
+
+def _z_image(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
+    """A picture at a time, so that no text is filled up."""
+    rows = zip(x.unsqueeze(2), t, told[0], strict=True)
+    found = [network([picture], time[None], [text]).sample[0] for picture, time, text in rows]
+    return torch.stack(found).squeeze(2)
 
 
 @dataclass(frozen=True)
 class Kit:
-    """write: a folder for a prediction. told: arguments of the network beside x and t, of what
-    `encode_prompt` returned and of the sizes (n, 6) that XL has. losses: of x and what was drawn,
-    as diffusers' DreamBooth scripts have them. predictions: the ways there are. adapted: layers of
-    the tiny network. formats: that its stock pipeline loads beside diffusers' own. other_prompts:
-    arguments that `encode_prompt` must have.
+    """write: a folder for a prediction. said: the network's output for x and t, what it is told and
+    the sizes (n, 6) that XL has. losses: of x and what was drawn, as diffusers' DreamBooth scripts
+    have them. predictions: the ways there are. adapted: layers of the tiny network. formats: that
+    its stock pipeline loads beside diffusers' own. encoding: arguments of `encode_prompt`.
     """
 
     write: Callable[[Path, str], Path]
-    told: Callable[[tuple[Any, ...], Tensor], dict[str, Any]]
+    said: Callable[[Any, Tensor, Tensor, Told, Tensor], Tensor]
     losses: Callable[[Any, Tensor, Any, Said], Tensor] = _diffusion
     predictions: tuple[str, ...] = ("epsilon", "v_prediction")
     adapted: int = (2 + 2 + 4) * 2 * 4  # blocks down, in the middle and up
     formats: tuple[str, ...] = ("kohya",)
-    other_prompts: tuple[str, ...] = ()
+    encoding: Mapping[str, Any] = field(default_factory=lambda: SD)
 
 
 FAMILIES = {
@@ -76,7 +100,16 @@ FAMILIES = {
         ("flow",),
         adapted=(8 + 4) + (4 + 3),  # the last block's text is not seen again
         formats=(),
-        other_prompts=("prompt_2", "prompt_3"),
+        encoding={**SD, "prompt_2": None, "prompt_3": None},
+    ),
+    "z_image": Kit(
+        write_z_image_pipeline,
+        _z_image,
+        _z_flow,
+        ("flow",),
+        adapted=(2 + 1 + 1) * 4,  # layers, and one to refine the picture and one the text
+        formats=(),
+        encoding={"device": "cpu"},
     ),
 }
 CASES = [(name, prediction) for name, kit in FAMILIES.items() for prediction in kit.predictions]
@@ -98,15 +131,13 @@ def plain_losses(
     codes = pipe.vae.encode(pixels).latent_dist
     told = pipe.encode_prompt(
         list(captions),
-        **dict.fromkeys(kit.other_prompts),
-        device="cpu",
-        num_images_per_prompt=1,
+        **kit.encoding,
         do_classifier_free_guidance=False,
     )
-    given = kit.told(told, torch.tensor(sizes, dtype=torch.float32))
+    of_pictures = torch.tensor(sizes, dtype=torch.float32)
 
     def said(noisy: Tensor, t: Tensor) -> Tensor:
-        return network(noisy, timestep=t, **given).sample  # type: ignore[no-any-return]
+        return kit.said(network, noisy, t, told, of_pictures)
 
     x = codes.mean + codes.std * drawn.latent_noise
     return kit.losses(pipe, x, drawn, said).mean((1, 2, 3))

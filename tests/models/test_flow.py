@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_sd3_pipeline
+from conftest import write_sd3_pipeline, write_z_image_pipeline
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.training_utils import compute_density_for_timestep_sampling
 
+from dreamtune.config import Config
 from dreamtune.fast.unet import compile_blocks
+from dreamtune.fast.watch import why_not_recorded
 from dreamtune.models.flow import FlowMatching
 from dreamtune.models.load import load_base
+from dreamtune.training.speed import Speed, with_base
 
 EVERY = torch.linspace(0, 1 - 1e-4, 10_000)
 
@@ -140,3 +143,26 @@ def test_text_encoders_wait_in_bf16_beside_a_network_in_half_precision(folder: P
 
 def test_the_blocks_that_are_compiled(folder: Path) -> None:
     assert compile_blocks(load_base(str(folder)).network) == 2
+
+
+def test_z_image_is_told_lengths_and_recorded_by_nobody(tmp_path: Path) -> None:
+    base = load_base(str(write_z_image_pipeline(tmp_path / "base")))
+    told = base.encode_prompts(["a sks dog", "a"])
+    assert told["prompt_tokens"].tolist() == [18, 10] and told["prompt_embeds"].shape == (2, 18, 12)
+    assert not told["prompt_embeds"][1, 10:].any()
+    assert [base.rows_per_image(scale) for scale in (0.0, 0.5, 5.0)] == [1, 2, 2]
+    assert base.unseen("a " * 300) and not base.unseen("a " * 200)
+    with pytest.raises(ValueError, match="`resolution` must be at most 64, .* got 80"):
+        base.check_side(80)
+    speed = Speed(True, False, False, {})
+    config = Config(capture="auto")
+    slower = with_base(speed, base, config)
+    assert not slower.captured and list(slower.notes(torch.device("cuda")))[0] == (
+        "Steps are not captured: rows of Z-Image have lengths of their own, which the host is told."
+    )
+    with pytest.raises(ValueError, match="`capture` is on, but rows of Z-Image"):
+        with_base(speed, base, Config(capture="on"))
+    assert "lengths of prompts" in str(why_not_recorded(base.network))
+    edit(tmp_path / "base" / "transformer" / "config.json", cap_feat_dim=13)
+    with pytest.raises(ValueError, match="transformer"):
+        load_base(str(tmp_path / "base"))

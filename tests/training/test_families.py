@@ -79,6 +79,7 @@ def config(folder: Path, photos: Path, out: Path, **more: Any) -> Config:
         "instance_prompt": "a sks dog", "validation_prompt": ["a {} on a chair", "a {}"],
         "max_train_steps": 4, "validation_steps": 2, "num_inference_steps": 2,
         "output_dir": str(out), "dino": "none", "clip": "none", "options": {"rank": 2},
+        "resolution": 16,
     }  # fmt: skip
     return Config(**{**given, **more})
 
@@ -220,6 +221,23 @@ def test_xls_autoencoder_decodes_in_float32_where_fp16_overflows(
         assert not [r for r in caplog.records if r.name.startswith("diffusers")]
         codes = torch.randn(1, 4, 8, 8).half()
         assert not pipe.vae.decode(codes).sample.isfinite().all()
+
+
+@pytest.mark.parametrize("family", LATER)
+def test_prompts_are_encoded_as_by_the_pipeline(family: str, folder: Path) -> None:
+    """Bit for bit, with the text encoders as they were and read once more."""
+    from diffusers import DiffusionPipeline
+
+    prompts, base = ["a sks dog", "a sks dog in the snow"], load_base(str(folder))
+    first = base.call_arguments(prompts)
+    base.let_encoders_go()
+    found, stock = base.call_arguments(prompts), DiffusionPipeline.from_pretrained(folder)
+    with torch.no_grad():
+        told = stock.encode_prompt(list(prompts), **FAMILIES[family].encoding)
+    for name, x in zip(base.told, told, strict=True):  # type: ignore[attr-defined]
+        assert len(found[name]) == len(x) == 2
+        for rows in zip(first[name], found[name], x, strict=True):
+            assert torch.equal(rows[0], rows[2]) and torch.equal(rows[1], rows[2]), name
 
 
 @pytest.mark.parametrize("family", LATER)
