@@ -53,8 +53,8 @@ class Config:
 
     pretrained_model_name_or_path: str = opt(
         EMBEDDED,
-        "base: a folder or hub id of Stable Diffusion 1.x, 2.x, XL, 3 or 3.5 or Z-Image, "
-        "a single .safetensors file of the first three, or 'embedded'",
+        "base: a folder or hub id of Stable Diffusion 1.x, 2.x, XL, 3 or 3.5, Flux.2 klein "
+        "or Z-Image, a single .safetensors file of the first three, or 'embedded'",
         "base",
     )
     revision: str | None = opt(None, "revision of a hub id", "base", "the main branch")
@@ -246,7 +246,7 @@ class Config:
         None,
         "classifier-free guidance; up to 1: none",
         "scoring",
-        "5 for XL and Z-Image, 4.5 for 3 and 3.5, else 4 up to 256 px and 7.5 above",
+        "by the base: 5 for XL, 4 for Flux.2 klein; for 1.x and 2.x 4 up to 256 px and 7.5 above",
     )
     guidance_rescale: AtLeast0 | None = opt(
         None, "guidance rescale", "scoring", "0.3 if the terminal SNR is zero, else 0"

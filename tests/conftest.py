@@ -208,6 +208,37 @@ def write_z_image_pipeline(folder: Path, prediction: str = "flow") -> Path:
     return folder
 
 
+def write_klein_pipeline(folder: Path, prediction: str = "flow") -> Path:
+    """A Flux2KleinPipeline folder of random weights: 2 pixels a latent of 4 numbers, 4 a patch."""
+    import torch
+    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+    from scorer_folders import write_qwen_tokenizer
+    from tiny_transformers import tiny
+    from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    assert prediction == "flow"
+    words = write_qwen_tokenizer(folder / "words")
+    torch.manual_seed(0)
+    text = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=words, hidden_size=4, intermediate_size=8, num_hidden_layers=28,
+            num_attention_heads=1, num_key_value_heads=1, head_dim=4,
+        )
+    )  # fmt: skip
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    Flux2KleinPipeline(
+        vae=vae, text_encoder=text, tokenizer=Qwen2Tokenizer.from_pretrained(folder / "words"),
+        transformer=tiny("Flux2Transformer2DModel", in_channels=16, guidance_embeds=False),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_xl_pipeline_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base of Stable Diffusion XL that predicts noise."""

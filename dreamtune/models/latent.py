@@ -132,27 +132,39 @@ class LatentBase(Base):
         config = self.vae.config
         return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
 
+    def as_taken(self, codes: Tensor, std: Tensor | None) -> Latents:
+        """What the autoencoder gives, as the network takes it."""
+        shift, scale = self.latent_shift_and_scale()
+        return Latents((codes - shift) * scale, None if std is None else std * scale)
+
     @torch.no_grad()
     def encode_images(self, pixels: Tensor, batch: int = 4) -> Latents:
         """(n, 3, h, w) in [-1, 1] -> (n, c, h / 8, w / 8), as the network takes them.
 
         Computed in float32: the autoencoders of SD 1.x and of XL overflow in fp16.
         """
-        shift, scale = self.latent_shift_and_scale()
         means, stds = [], []
         with self.on_device(torch.float32, self.vae):
             for part in pixels.split(batch):
                 encoded = self.vae.encode(part.to(self.device, torch.float32))
                 spread = getattr(encoded, "latent_dist", None)
                 mean = encoded.latents if spread is None else spread.mean
-                means.append((mean - shift) * scale)
-                if spread is not None:
-                    stds.append(spread.std * scale)
+                taken = self.as_taken(mean, None if spread is None else spread.std)
+                means.append(taken.mean)
+                if taken.std is not None:
+                    stds.append(taken.std)
         return Latents(torch.cat(means), torch.cat(stds) if stds else None)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """What `told` has but the negatives. A prompt that is too long is cut, with a warning."""
         return self.conditioning_of(self._encoded(prompts, guided=False))
+
+    def encoded_by(self, pipe: Any, prompts: list[str], guided: bool) -> Sequence[Any]:
+        """What `told` names, by the pipeline's `encode_prompt`; guided: with the negatives."""
+        found: Sequence[Any] = pipe.encode_prompt(
+            prompts, device=self.device, do_classifier_free_guidance=guided, **self.encoding
+        )
+        return found
 
     def conditioning_of(self, encoded: Arguments) -> Conditioning:
         """What the network is told, of what `encode_prompt` returned."""
@@ -173,13 +185,8 @@ class LatentBase(Base):
         with self.on_device(self.encoder_dtype(self.dtype), *encoders), quiet_diffusers():
             pipe = self.pipeline()
             for start in range(0, len(prompts), PROMPTS):
-                found = pipe.encode_prompt(
-                    list(prompts[start : start + PROMPTS]),  # which it may write into
-                    device=self.device,
-                    do_classifier_free_guidance=guided,
-                    **self.encoding,
-                )
-                named = zip(self.told, found, strict=True)
+                part = list(prompts[start : start + PROMPTS])  # which it may write into
+                named = zip(self.told, self.encoded_by(pipe, part, guided), strict=True)
                 given = {n: x for n, x in named if x is not None and len(x)}
                 parts.append({name: cast(x, torch.float32) for name, x in given.items()})
         return together(parts)

@@ -74,6 +74,7 @@ FAMILIES = (
         ("StableDiffusion3Pipeline",),
         "0.29.0",
     ),
+    Family("Flux.2 klein", "flux2_klein", "Flux2Klein", ("Flux2KleinPipeline",), "0.37.0"),
     Family("Z-Image", "z_image", "ZImage", ("ZImagePipeline",), "0.36.0"),
 )
 

@@ -74,7 +74,7 @@ NETWORK = rules(
 AUTOENCODER = rules(
     ("latent_channels",),
     in_channels=Whole, out_channels=Whole, latent_channels=Whole, block_out_channels=Wholes,
-    encoder_block_out_channels=Wholes, decoder_block_out_channels=Wholes,
+    encoder_block_out_channels=Wholes, decoder_block_out_channels=Wholes | None,
     num_encoder_blocks=Depths, num_decoder_blocks=Depths, layers_per_block=Depth,
     down_block_types=Texts, up_block_types=Texts, sample_size=Pixels | Pair | None,
     norm_num_groups=Whole, act_fn=Activation, scaling_factor=Positive, shift_factor=Number | None,
@@ -129,8 +129,10 @@ TRANSFORMER = rules(
     joint_attention_dim=Whole, caption_projection_dim=Whole, pooled_projection_dim=Whole,
     pos_embed_max_size=Pixels | None, dual_attention_layers=list[Token], qk_norm=Text | None | Flag,
     dim=Whole, n_layers=Depth, n_refiner_layers=Depth, n_heads=Depth, n_kv_heads=Depth,
-    cap_feat_dim=Whole, siglip_feat_dim=None, rope_theta=Positive, t_scale=Positive,
-    axes_dims=Wholes, axes_lens=Wholes, all_patch_size=Depths, all_f_patch_size=Depths,
+    num_single_layers=Depth, mlp_ratio=Positive, axes_dims_rope=Wholes, guidance_embeds=Flag,
+    timestep_guidance_channels=Whole, cap_feat_dim=Whole, siglip_feat_dim=None,
+    rope_theta=Positive, t_scale=Positive, axes_dims=Wholes, axes_lens=Wholes,
+    all_patch_size=Depths, all_f_patch_size=Depths,
 )  # fmt: skip
 
 # What the first release of each format stated, and the shapes of weights do not tell.

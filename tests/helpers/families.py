@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from conftest import (
+    write_klein_pipeline,
     write_pipeline,
     write_sd3_pipeline,
     write_xl_pipeline,
@@ -53,6 +54,20 @@ def _z_flow(pipe: Any, x: Tensor, drawn: Any, said: Said) -> Tensor:
     return (-said(noisy, (1000 - t) / 1000) - (drawn.noise - x)).square()
 
 
+def _klein_flow(pipe: Any, x: Tensor, drawn: Any, said: Said) -> Tensor:
+    """Of patches by the autoencoder's statistics, in a table without a shift."""
+    n, c, h, w = x.shape
+    patches = (
+        x.view(n, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(n, -1, h // 2, w // 2)
+    )
+    kept = pipe.vae.bn
+    std = (kept.running_var + pipe.vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
+    x = (patches - kept.running_mean.view(1, -1, 1, 1)) / std
+    sigma = (drawn.timestep / 1000).view(-1, 1, 1, 1)
+    noisy = (1 - sigma) * x + sigma * drawn.noise
+    return (said(noisy, drawn.timestep / 1000) - (drawn.noise - x)).square()
+
+
 def _plain(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
     return network(x, t, told[0]).sample  # type: ignore[no-any-return]
 
@@ -64,6 +79,16 @@ def _xl(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor
 
 def _sd3(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
     return network(x, told[0], told[2], t).sample  # type: ignore[no-any-return]
+
+
+def _klein(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
+    """Places are (0, down, across, 0); tokens go row by row."""
+    n, c, h, w = x.shape
+    places = torch.zeros(h, w, 4)
+    places[..., 1], places[..., 2] = torch.arange(h)[:, None], torch.arange(w)
+    tokens = x.permute(0, 2, 3, 1).reshape(n, h * w, c)
+    found = network(tokens, told[0], t, places.reshape(-1, 4), told[1][0]).sample
+    return found.view(n, h, w, c).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
 
 
 def _z_image(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
@@ -78,7 +103,8 @@ class Kit:
     """write: a folder for a prediction. said: the network's output for x and t, what it is told and
     the sizes (n, 6) that XL has. losses: of x and what was drawn, as diffusers' DreamBooth scripts
     have them. predictions: the ways there are. adapted: layers of the tiny network. formats: that
-    its stock pipeline loads beside diffusers' own. encoding: arguments of `encode_prompt`.
+    its stock pipeline loads beside diffusers' own. encoding: arguments of `encode_prompt`. guided:
+    whether that gives the negatives too.
     """
 
     write: Callable[[Path, str], Path]
@@ -88,6 +114,7 @@ class Kit:
     adapted: int = (2 + 2 + 4) * 2 * 4  # blocks down, in the middle and up
     formats: tuple[str, ...] = ("kohya",)
     encoding: Mapping[str, Any] = field(default_factory=lambda: SD)
+    guided: bool = True
 
 
 FAMILIES = {
@@ -101,6 +128,15 @@ FAMILIES = {
         adapted=(8 + 4) + (4 + 3),  # the last block's text is not seen again
         formats=(),
         encoding={**SD, "prompt_2": None, "prompt_3": None},
+    ),
+    "klein": Kit(
+        write_klein_pipeline,
+        _klein,
+        _klein_flow,
+        ("flow",),
+        adapted=2 * 8 + 2 * 2,  # of blocks of two streams, and of one
+        formats=(),
+        guided=False,
     ),
     "z_image": Kit(
         write_z_image_pipeline,
@@ -132,12 +168,14 @@ def plain_losses(
     told = pipe.encode_prompt(
         list(captions),
         **kit.encoding,
-        do_classifier_free_guidance=False,
+        **({"do_classifier_free_guidance": False} if kit.guided else {}),
     )
     of_pictures = torch.tensor(sizes, dtype=torch.float32)
 
     def said(noisy: Tensor, t: Tensor) -> Tensor:
         return kit.said(network, noisy, t, told, of_pictures)
 
-    x = codes.mean + codes.std * drawn.latent_noise
+    x = codes.mean
+    if drawn.latent_noise is not None:
+        x = x + codes.std * drawn.latent_noise
     return kit.losses(pipe, x, drawn, said).mean((1, 2, 3))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_sd3_pipeline, write_z_image_pipeline
+from conftest import write_klein_pipeline, write_sd3_pipeline, write_z_image_pipeline
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.training_utils import compute_density_for_timestep_sampling
 
@@ -18,6 +18,7 @@ from dreamtune.fast.unet import compile_blocks
 from dreamtune.fast.watch import why_not_recorded
 from dreamtune.models.flow import FlowMatching
 from dreamtune.models.load import load_base
+from dreamtune.models.sample import sample_tensor
 from dreamtune.training.speed import Speed, with_base
 
 EVERY = torch.linspace(0, 1 - 1e-4, 10_000)
@@ -166,3 +167,22 @@ def test_z_image_is_told_lengths_and_recorded_by_nobody(tmp_path: Path) -> None:
     edit(tmp_path / "base" / "transformer" / "config.json", cap_feat_dim=13)
     with pytest.raises(ValueError, match="transformer"):
         load_base(str(tmp_path / "base"))
+
+
+def test_klein_is_guided_by_a_forward_of_its_own(tmp_path: Path) -> None:
+    """Negative prompts go in as embeddings; a distilled base has no guidance."""
+    folder = write_klein_pipeline(tmp_path / "base")
+    base = load_base(str(folder))
+    assert base.rows_per_image(4.0) == 1 and base.sampling_defaults(64).guidance_scale == 4.0
+    how: dict[str, Any] = {"steps": 2, "guidance_scale": 4.0, "size": 16}
+    pipe = base.pipeline()
+    plain, empty, other = (
+        sample_tensor(pipe, ["a dog"], [0], negative_prompts=negative, **how)
+        for negative in (None, [""], ["a cat"])
+    )
+    assert torch.equal(plain, empty) and float((plain - other).abs().max()) > 1e-5
+    edit(folder / "model_index.json", is_distilled=True)
+    assert load_base(str(folder)).sampling_defaults(64).guidance_scale == 1.0
+    edit(folder / "transformer" / "config.json", joint_attention_dim=15)
+    with pytest.raises(ValueError, match="transformer"):
+        load_base(str(folder))
