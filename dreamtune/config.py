@@ -53,8 +53,8 @@ class Config:
 
     pretrained_model_name_or_path: str = opt(
         EMBEDDED,
-        "base: a Stable Diffusion 1.x, 2.x or XL folder, single .safetensors file, hub id, or "
-        "'embedded'",
+        "base: a folder or hub id of Stable Diffusion 1.x, 2.x, XL, 3 or 3.5, Flux.2 klein "
+        "or Z-Image, a single .safetensors file of the first three, or 'embedded'",
         "base",
     )
     revision: str | None = opt(None, "revision of a hub id", "base", "the main branch")
@@ -114,11 +114,12 @@ class Config:
 
     method: str = opt("delora", "adapter: a name of `dreamtune methods`", "method", swept=True)
     options: dict[str, Any] = opt({}, "options of the method (each is a flag of its own)", "method")
-    target_modules: list[str] | dict[str, dict[str, Any]] = opt(
-        ["to_q", "to_k", "to_v", "to_out.0"],
+    target_modules: list[str] | dict[str, dict[str, Any]] | None = opt(
+        None,
         "layers to adapt: ends of module paths, globs of whole paths ('*attn2.to_*'), expressions "
         "after re:; in YAML also a mapping of these to options of the method",
         "method",
+        "the attention projections, to_q to_k to_v to_out.0 and what else the base's attention has",
     )
 
     seed: Seed = opt(
@@ -236,13 +237,16 @@ class Config:
         None,
         "sampler of the images",
         "scoring",
-        "the base's own for XL and if its terminal SNR is zero, else dpm++",
+        "the base's own for XL, flow matching, and if its terminal SNR is zero, else dpm++",
     )
     num_inference_steps: Count | None = opt(
         None, "sampling steps", "scoring", "15 with the package's base, else 25"
     )
-    guidance_scale: Above0 | None = opt(
-        None, "classifier-free guidance", "scoring", "5 for XL, else 4 up to 256 px and 7.5 above"
+    guidance_scale: AtLeast0 | None = opt(
+        None,
+        "classifier-free guidance; up to 1: none",
+        "scoring",
+        "by the base: 5 for XL, 4 for Flux.2 klein; for 1.x and 2.x 4 up to 256 px and 7.5 above",
     )
     guidance_rescale: AtLeast0 | None = opt(
         None, "guidance rescale", "scoring", "0.3 if the terminal SNR is zero, else 0"
@@ -294,7 +298,7 @@ class Config:
         """Raises ValueError for a combination that cannot be trained."""
         if self.crops > 1 and self.center_crop:
             raise ValueError("`crops` above 1 needs random crops: add --no_center_crop.")
-        if not self.target_modules:
+        if self.target_modules is not None and not self.target_modules:
             raise ValueError(
                 "`target_modules` is empty: name at least one layer, for instance to_q."
             )
@@ -338,6 +342,7 @@ class Settings(Config):
     learning_rate: float
     mixed_precision: Precision
     device: str
+    target_modules: list[str] | dict[str, dict[str, Any]]
     dino: str
     clip: str
     sampler: Sampler

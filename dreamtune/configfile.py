@@ -299,7 +299,7 @@ def continued(config: Config, saved_file: Path) -> Config:
         if key == "options":
             merged[key] = {**old, **now}
         # of a mapping the first that fits a layer decides, so that its order counts too
-        ordered = key != "target_modules" or list(merged[key]) == list(old)
+        ordered = key != "target_modules" or list(merged[key] or ()) == list(old or ())
         if (merged[key] != old or not ordered) and key in bound:
             clashes.append(f"`{key}` was {old!r}, is {now!r}")
     if clashes:

@@ -123,6 +123,122 @@ def write_xl_pipeline(folder: Path, prediction: str = "epsilon") -> Path:
     return folder
 
 
+def write_sd3_pipeline(folder: Path, prediction: str = "flow", t5: bool = True) -> Path:
+    """A StableDiffusion3Pipeline folder of random weights: 16 px, 2 pixels a latent of 16."""
+    import torch
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        StableDiffusion3Pipeline,
+    )
+    from scorer_folders import write_t5_tokenizer, write_tokenizer
+    from tiny_transformers import tiny
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+        T5Config,
+        T5EncoderModel,
+        T5TokenizerFast,
+    )
+
+    assert prediction == "flow"
+    words = write_tokenizer(folder / "words", 16)
+    common = {
+        "vocab_size": words, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 16, "bos_token_id": words - 2,
+        "eos_token_id": words - 1, "pad_token_id": words - 1,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    first, second = (
+        CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=n, projection_dim=m, **common))
+        for n, m in ((8, 4), (12, 6))
+    )
+    third = tokenizer_3 = None
+    if t5:
+        pieces = write_t5_tokenizer(folder / "pieces")
+        tokenizer_3 = T5TokenizerFast.from_pretrained(folder / "pieces")
+        shape = {"d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+        third = T5EncoderModel(T5Config(vocab_size=pieces, **shape))
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=16, scaling_factor=1.5,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "words")
+    StableDiffusion3Pipeline(
+        vae=vae, text_encoder=first, text_encoder_2=second, text_encoder_3=third,
+        tokenizer=tokenizer, tokenizer_2=tokenizer, tokenizer_3=tokenizer_3,
+        transformer=tiny(
+            "SD3Transformer2DModel", sample_size=8, in_channels=16, out_channels=16,
+            joint_attention_dim=24,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def write_z_image_pipeline(folder: Path, prediction: str = "flow") -> Path:
+    """A ZImagePipeline folder of random weights: 2 pixels a latent of 16 numbers."""
+    import torch
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline
+    from scorer_folders import write_qwen_tokenizer
+    from tiny_transformers import tiny
+    from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
+
+    assert prediction == "flow"
+    words = write_qwen_tokenizer(folder / "words")
+    torch.manual_seed(0)
+    text = Qwen3Model(
+        Qwen3Config(
+            vocab_size=words, hidden_size=12, intermediate_size=16, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        )
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=16, scaling_factor=0.5,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+    ZImagePipeline(
+        vae=vae, text_encoder=text, tokenizer=Qwen2Tokenizer.from_pretrained(folder / "words"),
+        transformer=tiny("ZImageTransformer2DModel", in_channels=16, axes_lens=[640, 16, 16]),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def write_klein_pipeline(folder: Path, prediction: str = "flow") -> Path:
+    """A Flux2KleinPipeline folder of random weights: 2 pixels a latent of 4 numbers, 4 a patch."""
+    import torch
+    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+    from scorer_folders import write_qwen_tokenizer
+    from tiny_transformers import tiny
+    from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    assert prediction == "flow"
+    words = write_qwen_tokenizer(folder / "words")
+    torch.manual_seed(0)
+    text = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=words, hidden_size=4, intermediate_size=8, num_hidden_layers=28,
+            num_attention_heads=1, num_key_value_heads=1, head_dim=4,
+        )
+    )  # fmt: skip
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    Flux2KleinPipeline(
+        vae=vae, text_encoder=text, tokenizer=Qwen2Tokenizer.from_pretrained(folder / "words"),
+        transformer=tiny("Flux2Transformer2DModel", in_channels=16, guidance_embeds=False),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_xl_pipeline_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base of Stable Diffusion XL that predicts noise."""

@@ -26,9 +26,9 @@ AT_LEAST_1 = (
 )  # fmt: skip
 AT_LEAST_0 = (
     "lr_warmup_steps", "validation_steps", "checkpointing_steps", "prior_loss_weight", "seed",
-    "validation_seed", "adam_weight_decay", "guidance_rescale",
+    "validation_seed", "adam_weight_decay", "guidance_rescale", "guidance_scale",
 )  # fmt: skip
-ABOVE_0 = ("learning_rate", "max_grad_norm", "snr_gamma", "adam_epsilon", "guidance_scale")
+ABOVE_0 = ("learning_rate", "max_grad_norm", "snr_gamma", "adam_epsilon")
 CHOICES = {
     "prediction_type": "epsilon or v_prediction",
     "lr_scheduler": "constant, constant_with_warmup, cosine or linear",

@@ -92,14 +92,13 @@ def _patch(unet: nn.Module) -> Fused:
 
 
 def compile_blocks(unet: nn.Module) -> int:
-    """torch.compile for each transformer block: blocks of one shape share what was compiled.
-    Returns how many there are.
+    """torch.compile for each transformer block, by what the model's class says of itself: blocks of
+    one shape share what was compiled. Returns how many there are.
 
     A block's kernels are kept on disk, for the next process.
     """
-    from diffusers.models.attention import BasicTransformerBlock
-
-    blocks = [m for m in unet.modules() if isinstance(m, BasicTransformerBlock)]
+    names = getattr(unet, "_repeated_blocks", None) or getattr(unet, "_no_split_modules", None)
+    blocks = [m for m in unet.modules() if type(m).__name__ in (names or ())]
     if not blocks:
         return 0
     folder = Path(torch.hub.get_dir()).parent / "inductor"

@@ -19,6 +19,8 @@ OURS = ("changes", "mix", "mixed", "placed", "projection", "index")  # of an ada
 # Of the model, around what is recorded; the last is there, and empty, after a `cache_context`.
 OUTSIDE = ("_forward_hooks", "_forward_pre_hooks", "forward", "_diffusers_hook")
 
+UNRECORDED = ("ZImageTransformer2DModel",)  # rows of lengths of their own
+
 
 class Watch:
     """What the modules of a model are and hold, but for values, which a recorded forward reads."""
@@ -67,6 +69,8 @@ def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 def why_not_recorded(model: nn.Module) -> str | None:
     """Why its forwards cannot be recorded, or None."""
+    if type(model).__name__ in UNRECORDED:
+        return f"a forward of a `{type(model).__name__}` asks the device for the lengths of prompts"
     tensors = [*model.parameters(), *model.buffers()]
     devices = {x.device for x in tensors}
     if len(devices) != 1:

@@ -151,7 +151,7 @@ def _save_part(change: Change, folder: Path, part: Any) -> None:
     _config_of(part, folder)
     if hasattr(part, "save_config"):
         return _save(state, folder, WEIGHTS, change)
-    for new, old in WRAPPED.items():
+    for new, old in WRAPPED.items() if part.config.model_type == "clip_text_model" else ():
         state = {re.sub(new, old, key): tensor for key, tensor in state.items()}
     _save(state, folder, WEIGHTS_OF_TEXT, change)
 

@@ -13,6 +13,7 @@ from dreamtune.injection.change import Use, tensors_of, trains, version
 from dreamtune.injection.group import Group
 from dreamtune.injection.places import Place, attentions_of, check_in_place, fused_adapters
 from dreamtune.injection.stacked import Stacked, offloaded_whole, why_not
+from dreamtune.injection.timesteps import timesteps
 from dreamtune.injection.values import Answer, Values
 
 
@@ -96,15 +97,7 @@ class Following:
         adapter = self.groups[0].adapter
         if not adapter.asks_for_timestep:
             return None
-        given = {**dict(zip(("sample", "timestep"), args)), **kwargs}
-        sample, t = given.get("sample"), given.get("timestep")
-        if not isinstance(sample, torch.Tensor) or t is None:
-            raise ValueError(
-                f"the strength of `{adapter.name}` depends on the timestep here, and"
-                f" `{type(self.model).__name__}` was called without `sample` and `timestep`"
-            )
-        t = torch.as_tensor(t, device=sample.device).reshape(-1).expand(len(sample))
-        at = adapter.strength_at(t)
+        at = adapter.strength_at(timesteps(self.model, args, kwargs, adapter.name))
         if torch.is_grad_enabled():
             return at
         # in one place: a recorded forward reads it there, and this runs before it, not in it

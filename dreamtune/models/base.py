@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dreamtune.injection.targets import TARGET_MODULES
 from dreamtune.models.conditioning import Arguments, Conditioning, take
 from dreamtune.models.folder import ModelFolder
 from dreamtune.models.prefixes import Prefixes
@@ -83,11 +84,14 @@ class Base(ABC):
         folders: those of a model that are read.
         prefixes: of the keys of LoRA files.
         multiple: of the sides of images, in pixels.
+        uncaptured: why no step of its network can be one CUDA graph; "" where it can.
+        target_modules: names of the layers that are adapted where the user does not say.
         parts: the pipeline's modules, tokenizers and scheduler, and what else it is made with; each
             is an attribute of its name too. Text encoders that were let go are None there.
         id: names the base in files: a hub id, or the last part of a path.
         embedded: whether it is the one in this package.
-        device, dtype: where the network computes; the other parts wait on the CPU in float32.
+        device, dtype: where the network computes; the other parts wait on the CPU, the autoencoder
+            in float32 and the text encoders in their own `encoder_dtype`.
         notes: sentences for the user, of what was assumed of the base or chosen in its files.
         fused, compiled: what was done to make the network faster.
     """
@@ -99,6 +103,8 @@ class Base(ABC):
     folders: ClassVar[tuple[str, ...]]
     prefixes: ClassVar[Prefixes]
     multiple: ClassVar[int] = 8
+    uncaptured: ClassVar[str] = ""
+    target_modules: ClassVar[tuple[str, ...]] = TARGET_MODULES
 
     def __init__(
         self,
@@ -122,7 +128,8 @@ class Base(ABC):
             if name == self.network_name:
                 move(module, device, dtype)
             else:
-                move(module, torch.device("cpu"), torch.float32)
+                own = self.encoder_dtype(dtype) if name in self.encoder_names else torch.float32
+                move(module, torch.device("cpu"), own)
 
     def __getattr__(self, name: str) -> Any:
         """A part."""
@@ -145,8 +152,13 @@ class Base(ABC):
 
     @classmethod
     @abstractmethod
-    def load_encoders(cls, folder: ModelFolder) -> Parts:
-        """The text encoders alone."""
+    def load_encoders(cls, folder: ModelFolder, dtype: torch.dtype) -> Parts:
+        """The text encoders alone; None for one that the model is without."""
+
+    @classmethod
+    def encoder_dtype(cls, dtype: torch.dtype) -> torch.dtype:
+        """In which the text encoders wait and compute, of a network in `dtype`."""
+        return torch.float32
 
     @classmethod
     @abstractmethod
@@ -163,8 +175,9 @@ class Base(ABC):
         if self._read_encoders is not None and self.parts[self.encoder_names[0]] is None:
             with quiet_diffusers():
                 self.parts.update(self._read_encoders())
-            for name in self.encoder_names:
-                self.parts[name].requires_grad_(False).eval()
+            for name, module in self._modules(self.parts):
+                if name in self.encoder_names:
+                    module.requires_grad_(False).eval()
         return {name: self.parts[name] for name in self.encoder_names}
 
     def let_encoders_go(self) -> None:
@@ -176,6 +189,11 @@ class Base(ABC):
     @abstractmethod
     def resolution(self) -> int:
         """The side in pixels that the base was trained at."""
+
+    def check_side(self, size: int) -> None:
+        """Raises ValueError for a side of images, in pixels, that the family cannot have."""
+        if size < self.multiple or size % self.multiple:
+            raise ValueError(f"`resolution` must be a multiple of {self.multiple}, got {size}.")
 
     @property
     @abstractmethod
@@ -219,7 +237,9 @@ class Base(ABC):
 
     @abstractmethod
     def scheduler_for(self, sampler: str) -> Any:
-        """A scheduler of its own: "base", the one in the model's files, or "dpm++"."""
+        """A scheduler of its own: "base", the one in the model's files, or "dpm++". Raises
+        ValueError for one that the family is not sampled with.
+        """
 
     def pipeline(self, sampler: str = "base", prompts: bool = True) -> Any:
         """A diffusers pipeline of these very modules; without `prompts` it has no text encoder.

@@ -78,7 +78,7 @@ def kind_of(path: Path) -> str:
             raise ValueError(
                 f"`{path}` is not a Stable Diffusion 1.x, 2.x or XL checkpoint: it has no "
                 f"`{key if key not in names else text.rstrip('.')}`. A LoRA or a lone UNet cannot "
-                "be the base."
+                "be the base, and models of other families are read as folders or hub ids alone."
             )
         width = file.get_slice(key).get_shape()[-1]
         inputs = file.get_slice(first).get_shape()[1:2] if first in names else [4]

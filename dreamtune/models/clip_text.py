@@ -49,10 +49,12 @@ def load_tokenizer(folder: ModelFolder, part: str = "tokenizer") -> Any:
         )
 
 
-def unseen(tokenizers: Sequence[Any], prompt: str) -> str:
-    """A sentence on what of a prompt the shortest of the lengths cuts off; "" for nothing."""
+def unseen(tokenizers: Sequence[Any], prompt: str, length: int | None = None) -> str:
+    """A sentence on what of a prompt the shortest of the lengths cuts off, or `length`; "" for
+    nothing.
+    """
     tokenizer = min(tokenizers, key=lambda t: t.model_max_length)
-    length = tokenizer.model_max_length
+    length = tokenizer.model_max_length if length is None else length
     count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
     if count <= length:
         return ""

@@ -171,7 +171,7 @@ def needed(
     for part in parts:
         inside = f"{part}/" if part else ""
         own = [n.name for n in map(PurePosixPath, names) if f"{n.parent}/" == (inside or "./")]
-        found += [inside + n for n in own if n.endswith((".json", ".txt"))]
+        found += [inside + n for n in own if n.endswith((".json", ".txt", ".jinja"))]
         if not kinds_of(own):
             continue
         chosen = choose(own, variant if has(own, variant) else None, f"{name}/{inside}")

@@ -67,6 +67,15 @@ FAMILIES = (
         "0.19.0",
         ("xl",),
     ),
+    Family(
+        "Stable Diffusion 3, 3.5",
+        "stable_diffusion_3",
+        "StableDiffusion3",
+        ("StableDiffusion3Pipeline",),
+        "0.29.0",
+    ),
+    Family("Flux.2 klein", "flux2_klein", "Flux2Klein", ("Flux2KleinPipeline",), "0.37.0"),
+    Family("Z-Image", "z_image", "ZImage", ("ZImagePipeline",), "0.36.0"),
 )
 
 
@@ -81,7 +90,7 @@ def load_base(
 ) -> Base:
     """The base from a folder, a single .safetensors file, a hub id, or "embedded".
 
-    The network comes in `dtype` on `device`; all other parts wait on the CPU in float32.
+    The network comes in `dtype` on `device`; all other parts wait on the CPU (see `Base`).
     Raises ValueError for what is no text-to-image model of the `FAMILIES`, for a hub id that cannot
     be had, and for a network that is larger than the memory of `device`.
     """
@@ -104,7 +113,7 @@ def load_base(
             check_room(name, count, dtype, device)
             parts = family.load_folder(folder, dtype, prediction_type)
             notes = folder.notes
-            read_encoders = partial(family.load_encoders, folder)
+            read_encoders = partial(family.load_encoders, folder, family.encoder_dtype(dtype))
     base: Base = family(
         parts,
         id=name,
@@ -201,7 +210,7 @@ def load_network(
     source: Any, *, revision: str | None = None, variant: str | None = None
 ) -> torch.nn.Module:
     """The trained network: itself, also where it is given compiled or wrapped, of a pipeline, or
-    loaded alone in float32 on the CPU from all that `load_base` takes or from a folder of a UNet.
+    loaded alone in float32 on the CPU from all that `load_base` takes or from a network's folder.
     Raises ValueError for anything else.
     """
     if not isinstance(source, (str, Path)):
@@ -210,7 +219,7 @@ def load_network(
         network = source if isinstance(source, torch.nn.Module) else next(iter(found), None)
         if not isinstance(network, torch.nn.Module):
             raise ValueError(
-                "`base` must be a UNet, a pipeline, a folder, a .safetensors file, a hub id or "
+                "`base` must be a network, a pipeline, a folder, a .safetensors file, a hub id or "
                 f'"{EMBEDDED}", got a {type(source).__name__}'
             )
         return unwrapped(network)

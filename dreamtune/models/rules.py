@@ -35,6 +35,7 @@ Depths = Annotated[list[Depth], Field(min_length=1, max_length=32)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=32)]
 Pair = Annotated[list[Pixels], AfterValidator(exactly_two)]
 Class = Annotated[list[Text], AfterValidator(exactly_two)]
+MaybeClass = Annotated[list[Text | None], AfterValidator(exactly_two)] | None
 Activation = Literal["silu", "swish", "mish", "gelu", "relu"]
 
 Rules = TypeAdapter[dict[str, Any]]
@@ -44,9 +45,10 @@ def rules(needed: tuple[str, ...] = (), **hints: Any) -> Rules:
     return checker(hints, needed, others=True)
 
 
-def components(parts: tuple[str, ...]) -> Rules:
-    """Of a model_index.json: library and class of each part."""
-    return rules(parts, **dict.fromkeys(parts, Class))
+def components(parts: tuple[str, ...], optional: tuple[str, ...] = ()) -> Rules:
+    """Of a model_index.json: library and class of each part; of an optional one null for both."""
+    needed = tuple(part for part in parts if part not in optional)
+    return rules(needed, **dict.fromkeys(needed, Class), **dict.fromkeys(optional, MaybeClass))
 
 
 INDEX = rules(("_class_name",), _class_name=Text)
@@ -72,7 +74,7 @@ NETWORK = rules(
 AUTOENCODER = rules(
     ("latent_channels",),
     in_channels=Whole, out_channels=Whole, latent_channels=Whole, block_out_channels=Wholes,
-    encoder_block_out_channels=Wholes, decoder_block_out_channels=Wholes,
+    encoder_block_out_channels=Wholes, decoder_block_out_channels=Wholes | None,
     num_encoder_blocks=Depths, num_decoder_blocks=Depths, layers_per_block=Depth,
     down_block_types=Texts, up_block_types=Texts, sample_size=Pixels | Pair | None,
     norm_num_groups=Whole, act_fn=Activation, scaling_factor=Positive, shift_factor=Number | None,
@@ -87,6 +89,12 @@ TEXT_ENCODER = rules(
     num_hidden_layers=Depth, num_attention_heads=Depth, max_position_embeddings=Whole,
     hidden_act=Text, layer_norm_eps=Positive, attention_dropout=Share,
     eos_token_id=Token, bos_token_id=Token | None, pad_token_id=Token | None,
+)  # fmt: skip
+OTHER_TEXT_ENCODER = rules(
+    ("model_type", "vocab_size"),
+    model_type=Literal["t5", "qwen3"], vocab_size=Whole, num_layers=Depth, num_hidden_layers=Depth,
+    num_heads=Depth, num_attention_heads=Depth, num_key_value_heads=Depth, hidden_size=Whole,
+    d_model=Whole, d_kv=Whole, d_ff=Whole, head_dim=Whole, intermediate_size=Whole,
 )  # fmt: skip
 TOKENIZER = rules(
     tokenizer_class=Literal["CLIPTokenizer", "CLIPTokenizerFast"],
@@ -106,11 +114,36 @@ SCHEDULER = rules(
     thresholding=Flag, dynamic_thresholding_ratio=Share, sample_max_value=Positive,
 )  # fmt: skip
 
+FLOW_SCHEDULER = rules(
+    num_train_timesteps=Annotated[int, Strict(), Field(ge=1, le=100_000)],
+    shift=Positive, use_dynamic_shifting=Flag, base_shift=Number | None, max_shift=Number | None,
+    base_image_seq_len=Whole, max_image_seq_len=Whole, invert_sigmas=Literal[False] | None,
+    shift_terminal=Share | None, use_karras_sigmas=Flag | None, use_exponential_sigmas=Flag | None,
+    use_beta_sigmas=Flag | None, time_shift_type=Literal["exponential", "linear"],
+    stochastic_sampling=Literal[False] | None,
+)  # fmt: skip
+TRANSFORMER = rules(
+    ("in_channels",),
+    sample_size=Pixels | None, patch_size=Depth, in_channels=Whole, out_channels=Whole | None,
+    num_layers=Depth, attention_head_dim=Whole, num_attention_heads=Depth,
+    joint_attention_dim=Whole, caption_projection_dim=Whole, pooled_projection_dim=Whole,
+    pos_embed_max_size=Pixels | None, dual_attention_layers=list[Token], qk_norm=Text | None | Flag,
+    dim=Whole, n_layers=Depth, n_refiner_layers=Depth, n_heads=Depth, n_kv_heads=Depth,
+    num_single_layers=Depth, mlp_ratio=Positive, axes_dims_rope=Wholes, guidance_embeds=Flag,
+    timestep_guidance_channels=Whole, cap_feat_dim=Whole, siglip_feat_dim=None,
+    rope_theta=Positive, t_scale=Positive, axes_dims=Wholes, axes_lens=Wholes,
+    all_patch_size=Depths, all_f_patch_size=Depths,
+)  # fmt: skip
+
 # What the first release of each format stated, and the shapes of weights do not tell.
 USUAL = {
     "unet": (
         "act_fn", "attention_head_dim", "center_input_sample", "flip_sin_to_cos", "freq_shift",
         "mid_block_scale_factor", "norm_eps", "norm_num_groups", "downsample_padding",
+    ),
+    "transformer": (
+        "attention_head_dim", "num_attention_heads", "patch_size", "n_heads", "axes_dims",
+        "rope_theta", "t_scale",
     ),
     "vae": ("act_fn", "scaling_factor"),
     "text_encoder": ("hidden_act", "layer_norm_eps", "num_attention_heads"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -81,7 +82,7 @@ def sample_tensor(
             rows = slice(start, start + batch_size)
             text: dict[str, Any] = {"prompt": list(prompts[rows])}
             if negative_prompts is not None:
-                text["negative_prompt"] = list(negative_prompts[rows])
+                text |= _negatives(pipe, list(negative_prompts[rows]))
             if arguments is not None:
                 text = take(arguments, range(len(prompts))[rows])
             output = pipe(
@@ -107,6 +108,13 @@ def sample_tensor(
             "(use bf16 or float32)"
         )
     return result
+
+
+def _negatives(pipe: Any, prompts: list[str]) -> dict[str, Any]:
+    """An argument of the pipeline's call; where it takes embeddings alone, its own of them."""
+    if "negative_prompt" in inspect.signature(type(pipe).__call__).parameters:
+        return {"negative_prompt": prompts}
+    return {"negative_prompt_embeds": pipe.encode_prompt(prompts)[0]}
 
 
 def sample(

@@ -12,7 +12,8 @@ from dreamtune.models.base import Frame, Parts, SamplingDefaults
 from dreamtune.models.conditioning import Conditioning
 from dreamtune.models.folder import ModelFolder
 from dreamtune.models.rules import Flag, rules
-from dreamtune.models.unet import UNetBase, check_unet
+from dreamtune.models.text import CLIP_TOKENIZERS
+from dreamtune.models.unet import CLASSES, UNetBase, check_unet
 
 FORCED = "force_zeros_for_empty_prompt"
 INDEX = rules(force_zeros_for_empty_prompt=Flag)
@@ -26,6 +27,11 @@ class StableDiffusionXL(UNetBase):
 
     pipeline_name = "StableDiffusionXLPipeline"
     encoder_names = ("text_encoder", "text_encoder_2")
+    classes = {
+        **CLASSES,
+        "text_encoder_2": (("transformers", "CLIPTextModelWithProjection"),),
+        "tokenizer_2": CLIP_TOKENIZERS,
+    }
     folders = (
         "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"
     )  # fmt: skip

@@ -38,7 +38,7 @@ def generate(
         raise ValueError(f"`resolution` must be a multiple of 8, got {resolution}.")
     from dreamtune.config import Config
     from dreamtune.pipeline.load import load
-    from dreamtune.pipeline.speed import speed_up
+    from dreamtune.pipeline.speed import speed_up_where_possible
     from dreamtune.training.defaults import device_and_dtype
 
     file = adapter_file(adapter)
@@ -54,16 +54,18 @@ def generate(
         device=device,
     )
     size = resolution or settings.get("resolution") or model.resolution
+    model.check_side(size)
     usual = model.sampling_defaults(size)
     if steps is None:
         steps = settings.get("num_inference_steps") or 25
     if guidance_scale is None:
-        guidance_scale = settings.get("guidance_scale") or usual.guidance_scale
+        stated = settings.get("guidance_scale")
+        guidance_scale = usual.guidance_scale if stated is None else stated
     names, seeds = grid(prompts, range(seed, seed + num_images))
     sampler = settings.get("sampler") or usual.sampler
     with model.sampling(sampler) as pipe:
         load(pipe, file, scale=scale)
-        speed_up(pipe)  # nobody else has this pipeline
+        speed_up_where_possible(pipe)
         images = sample(
             pipe,
             names,

@@ -20,7 +20,7 @@ from dreamtune.models.base import Base
 from dreamtune.models.load import load_base
 from dreamtune.models.sample import Sampling, grid, sample
 from dreamtune.pipeline.load import load
-from dreamtune.pipeline.speed import speed_up
+from dreamtune.pipeline.speed import speed_up_where_possible
 from dreamtune.training.defaults import device_and_dtype
 
 STEPS = 25  # where a run does not say
@@ -91,7 +91,7 @@ def sample_into(
     with sampler.base.sampling(sampler.sampling.sampler) as pipe:
         adapter = load(pipe, file) if file else None
         if adapter is not None:
-            speed_up(pipe)  # nobody else has this pipeline
+            speed_up_where_possible(pipe)
         for place, scale in (("images", 1.0), ("base", 0.0)):
             if adapter is not None:
                 adapter.scale = scale

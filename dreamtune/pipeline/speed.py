@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -52,6 +53,12 @@ def speed_up(pipe: Any) -> None:
         )
     for adapter in adapters:
         adapter.speed_up()
+
+
+def speed_up_where_possible(pipe: Any) -> None:
+    """For a pipeline that nobody else has: the same pictures, faster where `speed_up` can."""
+    with suppress(ValueError):
+        speed_up(pipe)
 
 
 def slow_down(pipe: Any) -> None:

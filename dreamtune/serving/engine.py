@@ -64,8 +64,8 @@ class Engine(Backend):
         super().__init__(tell)
         self.base, self.pipe = base, pipe
         self.sizes = tuple(sizes) or (base.resolution,)
-        if odd := [size for size in self.sizes if size % base.multiple]:
-            raise ValueError(f"`resolution` must be a multiple of {base.multiple}, got {odd[0]}")
+        for size in self.sizes:
+            base.check_side(size)
         self.empty_is_none = base.empty_is_none
         self.on_gpu = base.device.type == "cuda"
         self.max_batch = max_batch or (GPU_BATCH if self.on_gpu else CPU_BATCH)
@@ -96,7 +96,10 @@ class Engine(Backend):
             engine = cls(base, pipe, settings.resolution, settings.max_batch, tell)
             engine.add_all(folder)
             if engine.on_gpu:
-                speed_up(pipe)
+                try:
+                    speed_up(pipe)
+                except ValueError as error:
+                    tell(f"Pictures are drawn as fast as diffusers draws them: {error}")
             yield engine
 
     @property

@@ -109,6 +109,7 @@ def resolve(config: Config, base: Base, subject: SubjectWords, run_dir: Path) ->
         "learning_rate": chosen.learning_rate if chosen else method.learning_rate,
         "num_inference_steps": SAMPLING_STEPS if base.embedded else 25,
         "prediction_type": base.prediction_type,
+        "target_modules": list(base.target_modules),
         "dino": scorers[0],
         "clip": scorers[1],
         **dataclasses.asdict(base.sampling_defaults(resolution)),

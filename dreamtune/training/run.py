@@ -37,7 +37,7 @@ from dreamtune.training.output import say
 from dreamtune.training.resume import find_checkpoint, resumed_folder
 from dreamtune.training.run_folder import TrainResult as TrainResult
 from dreamtune.training.slots import Slot
-from dreamtune.training.speed import choose_speed, speed_up
+from dreamtune.training.speed import choose_speed, speed_up, with_base
 from dreamtune.training.tracker import Tracker
 
 BAD_STEPS_IN_A_ROW = 25
@@ -76,7 +76,8 @@ class Run:
             config = self.go_on(config, config.resume_from_checkpoint)
         self.method = find_method(config.method)
         resolve_options(self.method, config.options)
-        check_entries(self.method, config.target_modules, config.options)
+        if config.target_modules is not None:
+            check_entries(self.method, config.target_modules, config.options)
         self.given, photo_dir = with_subject(config)
         folder = read_folder(photo_dir, side=max(KEPT_SIDE, config.resolution or 0))
         folder = hold_out(folder, config.holdout)
@@ -126,8 +127,11 @@ class Run:
         self.base, self.info["base"] = base, base.id
         if self.resumed and self.checkpoint is None:
             run_folder.clear(self.dir)
+        self.speed = with_base(self.speed, base, self.given)
         speed_up(base, self.speed)
         c = self.config = resolve(self.given, base, self.subject, self.dir)
+        base.check_side(c.resolution)
+        base.scheduler_for(c.sampler), base.process(c.snr_gamma)  # before the work that is in vain
         if self.start > c.max_train_steps:
             raise ValueError(
                 f"`max_train_steps` is {c.max_train_steps}, and the run is at step {self.start}: "

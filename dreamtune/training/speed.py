@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -47,6 +47,18 @@ def choose_speed(config: Config) -> Speed:
         fused=graphs.switched("fused", config.fused, against["fused"]),
         compiled=config.compile,
         refusals={name: reason for name, reason in against.items() if reason is not None},
+    )
+
+
+def with_base(speed: Speed, base: Base, config: Config) -> Speed:
+    """What is left of it for a network that cannot be recorded. Raises ValueError where that is
+    asked for.
+    """
+    if not base.uncaptured or not speed.captured:
+        return speed
+    captured = graphs.switched("capture", config.capture, base.uncaptured)
+    return replace(
+        speed, captured=captured, refusals={**speed.refusals, "capture": base.uncaptured}
     )
 
 

@@ -2,39 +2,153 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import write_pipeline, write_xl_pipeline
+from conftest import (
+    write_klein_pipeline,
+    write_pipeline,
+    write_sd3_pipeline,
+    write_xl_pipeline,
+    write_z_image_pipeline,
+)
 from torch import Tensor
+
+Said = Callable[[Tensor, Tensor], Tensor]
+SD = {"device": "cpu", "num_images_per_prompt": 1}
+Told = tuple[Any, ...]  # what `encode_prompt` returned
+
+
+def _diffusion(pipe: Any, x: Tensor, drawn: Any, said: Said) -> Tensor:
+    from diffusers import DDPMScheduler
+
+    schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+    x, noise, t = x * pipe.vae.config.scaling_factor, drawn.noise, drawn.timestep
+    target = noise
+    if schedule.config.prediction_type == "v_prediction":
+        target = schedule.get_velocity(x, noise, t)
+    return (said(schedule.add_noise(x, noise, t), t) - target).square()
+
+
+def _flow(pipe: Any, x: Tensor, drawn: Any) -> tuple[Tensor, ...]:
+    """Latents, what the network sees of them, and sigmas and timesteps of the scheduler's table."""
+    x = (x - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+    table = pipe.scheduler.timesteps
+    place = (table[None] - drawn.timestep[:, None]).abs().argmin(1)
+    sigma = pipe.scheduler.sigmas[place].view(-1, 1, 1, 1)
+    return x, (1 - sigma) * x + sigma * drawn.noise, sigma, table[place]
+
+
+def _sd3_flow(pipe: Any, x: Tensor, drawn: Any, said: Said) -> Tensor:
+    """The prediction taken back to a picture, against that: `--precondition_outputs 1`."""
+    x, noisy, sigma, t = _flow(pipe, x, drawn)
+    return (said(noisy, t) * -sigma + noisy - x).square()
+
+
+def _z_flow(pipe: Any, x: Tensor, drawn: Any, said: Said) -> Tensor:
+    """Time runs from noise, and the prediction is negated."""
+    x, noisy, _, t = _flow(pipe, x, drawn)
+    return (-said(noisy, (1000 - t) / 1000) - (drawn.noise - x)).square()
+
+
+def _klein_flow(pipe: Any, x: Tensor, drawn: Any, said: Said) -> Tensor:
+    """Of patches by the autoencoder's statistics, in a table without a shift."""
+    n, c, h, w = x.shape
+    patches = (
+        x.view(n, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(n, -1, h // 2, w // 2)
+    )
+    kept = pipe.vae.bn
+    std = (kept.running_var + pipe.vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
+    x = (patches - kept.running_mean.view(1, -1, 1, 1)) / std
+    sigma = (drawn.timestep / 1000).view(-1, 1, 1, 1)
+    noisy = (1 - sigma) * x + sigma * drawn.noise
+    return (said(noisy, drawn.timestep / 1000) - (drawn.noise - x)).square()
+
+
+def _plain(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
+    return network(x, t, told[0]).sample  # type: ignore[no-any-return]
+
+
+def _xl(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
+    added = {"text_embeds": told[2], "time_ids": sizes}
+    return network(x, t, told[0], added_cond_kwargs=added).sample  # type: ignore[no-any-return]
+
+
+def _sd3(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
+    return network(x, told[0], told[2], t).sample  # type: ignore[no-any-return]
+
+
+def _klein(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
+    """Places are (0, down, across, 0); tokens go row by row."""
+    n, c, h, w = x.shape
+    places = torch.zeros(h, w, 4)
+    places[..., 1], places[..., 2] = torch.arange(h)[:, None], torch.arange(w)
+    tokens = x.permute(0, 2, 3, 1).reshape(n, h * w, c)
+    found = network(tokens, told[0], t, places.reshape(-1, 4), told[1][0]).sample
+    return found.view(n, h, w, c).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+
+
+def _z_image(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
+    """A picture at a time, so that no text is filled up."""
+    rows = zip(x.unsqueeze(2), t, told[0], strict=True)
+    found = [network([picture], time[None], [text]).sample[0] for picture, time, text in rows]
+    return torch.stack(found).squeeze(2)
 
 
 @dataclass(frozen=True)
 class Kit:
-    """write: a folder for a prediction type. told: arguments of the network beside x and t, of
-    what `encode_prompt` returned and of the sizes (n, 6) that XL has.
+    """write: a folder for a prediction. said: the network's output for x and t, what it is told and
+    the sizes (n, 6) that XL has. losses: of x and what was drawn, as diffusers' DreamBooth scripts
+    have them. predictions: the ways there are. adapted: layers of the tiny network. formats: that
+    its stock pipeline loads beside diffusers' own. encoding: arguments of `encode_prompt`. guided:
+    whether that gives the negatives too.
     """
 
     write: Callable[[Path, str], Path]
-    told: Callable[[tuple[Any, ...], Tensor], dict[str, Any]]
-
-
-def _plain(encoded: tuple[Any, ...], sizes: Tensor) -> dict[str, Any]:
-    return {"encoder_hidden_states": encoded[0]}
-
-
-def _xl(encoded: tuple[Any, ...], sizes: Tensor) -> dict[str, Any]:
-    added = {"text_embeds": encoded[2], "time_ids": sizes}
-    return {"encoder_hidden_states": encoded[0], "added_cond_kwargs": added}
+    said: Callable[[Any, Tensor, Tensor, Told, Tensor], Tensor]
+    losses: Callable[[Any, Tensor, Any, Said], Tensor] = _diffusion
+    predictions: tuple[str, ...] = ("epsilon", "v_prediction")
+    adapted: int = (2 + 2 + 4) * 2 * 4  # blocks down, in the middle and up
+    formats: tuple[str, ...] = ("kohya",)
+    encoding: Mapping[str, Any] = field(default_factory=lambda: SD)
+    guided: bool = True
 
 
 FAMILIES = {
     "sd": Kit(lambda folder, prediction: write_pipeline(folder, "kl", prediction), _plain),
     "xl": Kit(write_xl_pipeline, _xl),
+    "sd3": Kit(
+        write_sd3_pipeline,
+        _sd3,
+        _sd3_flow,
+        ("flow",),
+        adapted=(8 + 4) + (4 + 3),  # the last block's text is not seen again
+        formats=(),
+        encoding={**SD, "prompt_2": None, "prompt_3": None},
+    ),
+    "klein": Kit(
+        write_klein_pipeline,
+        _klein,
+        _klein_flow,
+        ("flow",),
+        adapted=2 * 8 + 2 * 2,  # of blocks of two streams, and of one
+        formats=(),
+        guided=False,
+    ),
+    "z_image": Kit(
+        write_z_image_pipeline,
+        _z_image,
+        _z_flow,
+        ("flow",),
+        adapted=(2 + 1 + 1) * 4,  # layers, and one to refine the picture and one the text
+        formats=(),
+        encoding={"device": "cpu"},
+    ),
 }
+CASES = [(name, prediction) for name, kit in FAMILIES.items() for prediction in kit.predictions]
 
 
 @torch.no_grad()
@@ -50,18 +164,18 @@ def plain_losses(
     """(n,) mean squared errors as diffusers' DreamBooth scripts have them. pipe: a stock one;
     pixels (n, 3, h, w) in [-1, 1]; drawn: noises and timesteps of these rows.
     """
-    from diffusers import DDPMScheduler
-
-    schedule = DDPMScheduler.from_config(pipe.scheduler.config)
     codes = pipe.vae.encode(pixels).latent_dist
-    x = (codes.mean + codes.std * drawn.latent_noise) * pipe.vae.config.scaling_factor
-    noise, t = drawn.noise, drawn.timestep
     told = pipe.encode_prompt(
-        list(captions), device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+        list(captions),
+        **kit.encoding,
+        **({"do_classifier_free_guidance": False} if kit.guided else {}),
     )
-    noisy = schedule.add_noise(x, noise, t)
-    said = network(noisy, t, **kit.told(told, torch.tensor(sizes, dtype=torch.float32))).sample
-    target = noise
-    if schedule.config.prediction_type == "v_prediction":
-        target = schedule.get_velocity(x, noise, t)
-    return (said - target).square().mean((1, 2, 3))
+    of_pictures = torch.tensor(sizes, dtype=torch.float32)
+
+    def said(noisy: Tensor, t: Tensor) -> Tensor:
+        return kit.said(network, noisy, t, told, of_pictures)
+
+    x = codes.mean
+    if drawn.latent_noise is not None:
+        x = x + codes.std * drawn.latent_noise
+    return kit.losses(pipe, x, drawn, said).mean((1, 2, 3))

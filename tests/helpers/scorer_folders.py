@@ -29,6 +29,28 @@ def write_tokenizer(folder: Path, length: int = 32) -> int:
     return len(words)
 
 
+def write_t5_tokenizer(folder: Path) -> int:
+    """T5 tokenizer of single letters (tokenizer.json); returns its size."""
+    from transformers import T5TokenizerFast
+
+    marks = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("\u2581", -2.0)]
+    letters = [(chr(c), -3.0) for c in range(ord("a"), ord("z") + 1)]
+    tokenizer = T5TokenizerFast(vocab=[*marks, *letters], extra_ids=0)
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+def write_qwen_tokenizer(folder: Path) -> int:
+    """Qwen's tokenizer of single letters, with a chat template; returns its size."""
+    from transformers import Qwen2Tokenizer
+
+    words = [*(chr(c) for c in range(ord("a"), ord("z") + 1)), "\u0120"]
+    tokenizer = Qwen2Tokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    tokenizer.chat_template = "user {{ messages[0]['content'] }} bot"
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
 def write_clip(folder: Path, image_size: int = 32, seed: int = 0, quick_gelu: bool = False) -> Path:
     """An open_clip `local-dir:` folder with its own tokenizer."""
     import open_clip

@@ -34,6 +34,7 @@ def fake_base(**changes: Any) -> Any:
         "prediction_type": "epsilon",
         "zero_snr": False,
         "dtype": torch.float32,
+        "target_modules": StableDiffusion.target_modules,
         "device": torch.device("cpu"),
     }
     base = SimpleNamespace(**plain | changes)

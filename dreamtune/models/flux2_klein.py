@@ -1,0 +1,162 @@
+"""Flux.2 klein (https://bfl.ai/blog/flux2-klein-towards-interactive-visual-intelligence)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreamtune.injection.targets import TARGET_MODULES
+from dreamtune.models.base import Latents, Parts, SamplingDefaults
+from dreamtune.models.clip_text import unseen
+from dreamtune.models.conditioning import Conditioning
+from dreamtune.models.folder import ModelFolder
+from dreamtune.models.prefixes import TRANSFORMER, Prefixes
+from dreamtune.models.rules import Flag, rules
+from dreamtune.models.transformer import TransformerBase
+
+DISTILLED = "is_distilled"
+INDEX = rules(is_distilled=Flag)
+PATCH = 2  # latents a side
+TOKENS = 512  # of a prompt, as the pipeline's call has it
+
+
+class Flux2Klein(TransformerBase):
+    """A transformer that is told the states of three layers of Qwen3 on a chat with the prompt, and
+    where in picture and text each token stands. Latents are patches of the autoencoder's codes, by
+    the statistics that it keeps of them.
+
+    In the later blocks query, key, value and the first layer of the MLP are one weight, which is
+    one to every method.
+    """
+
+    pipeline_name = "Flux2KleinPipeline"
+    network_class = "Flux2Transformer2DModel"
+    title = "Flux.2 klein"
+    folders = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+    classes = {
+        "transformer": (("diffusers", "Flux2Transformer2DModel"),),
+        "vae": (("diffusers", "AutoencoderKLFlux2"),),
+        "text_encoder": (("transformers", "Qwen3ForCausalLM"),),
+        "tokenizer": (("transformers", "Qwen2TokenizerFast"), ("transformers", "Qwen2Tokenizer")),
+    }
+    prefixes = Prefixes(
+        TRANSFORMER,
+        "lora_unet_",
+        (
+            "time_guidance_embed.", "double_stream_modulation_img.",
+            "double_stream_modulation_txt.", "single_stream_modulation.", "x_embedder.",
+            "context_embedder.", "transformer_blocks.", "single_transformer_blocks.", "norm_out.",
+            "proj_out.",
+        ),
+    )  # fmt: skip
+    multiple = 16
+    target_modules = (
+        *TARGET_MODULES, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+        "to_qkv_mlp_proj", "to_out",
+    )  # fmt: skip
+    encoding = {**TransformerBase.encoding, "max_sequence_length": TOKENS}
+
+    def __init__(self, parts: Parts, **about: Any) -> None:
+        """Raises ValueError for parts that do not belong together."""
+        check_parts(about["id"], parts)
+        super().__init__(parts, **about)
+        self.places: dict[tuple[int, ...], Tensor] = {}  # a recorded step reads them where they are
+
+    @classmethod
+    def load_folder(
+        cls, folder: ModelFolder, dtype: torch.dtype, prediction_type: str | None
+    ) -> Parts:
+        parts = super().load_folder(folder, dtype, prediction_type)
+        stated = folder.config("", INDEX, "model_index.json")
+        return {**parts, DISTILLED: stated.get(DISTILLED, False)}
+
+    @property
+    def resolution(self) -> int:
+        """That of the pipeline: no file says it."""
+        return 128 * self.latent_scale
+
+    def sampling_defaults(self, size: int) -> SamplingDefaults:
+        """Guidance as the pipeline itself would take it, which has none of a distilled base."""
+        scale = 1.0 if self.parts[DISTILLED] else 4.0
+        return SamplingDefaults(sampler="base", guidance_scale=scale, guidance_rescale=0.0)
+
+    def rows_per_image(self, guidance_scale: float) -> int:
+        """A forward with the prompt, and one without."""
+        return 1
+
+    def unseen(self, prompt: str) -> str:
+        tokenizer = self.parts["tokenizer"]
+        chat = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
+        return unseen([tokenizer], chat, TOKENS)
+
+    def encoded_by(self, pipe: Any, prompts: list[str], guided: bool) -> Sequence[Any]:
+        own, none = (
+            pipe.encode_prompt(x, device=self.device, **self.encoding)[0] if x else None
+            for x in (prompts, [""] * (len(prompts) if guided else 0))
+        )
+        return own, none
+
+    def as_taken(self, codes: Tensor, std: Tensor | None) -> Latents:
+        """Without a spread, as diffusers' script takes them."""
+        from diffusers import Flux2KleinPipeline
+
+        statistics = self.vae.bn
+        mean, var = (
+            x.view(1, -1, 1, 1).to(codes) for x in (statistics.running_mean, statistics.running_var)
+        )
+        patches = Flux2KleinPipeline._patchify_latents(codes)
+        return Latents((patches - mean) / (var + self.vae.config.batch_norm_eps).sqrt(), None)
+
+    def placed(self, shape: Sequence[int]) -> Tensor:
+        """(tokens, 4), where each stands: of pictures (n, c, h, w), of text (n, tokens, width)."""
+        from diffusers import Flux2KleinPipeline
+
+        key = tuple(shape[1:])
+        if key not in self.places:
+            like = torch.empty(1, *key, device="meta")
+            of = Flux2KleinPipeline
+            found = of._prepare_latent_ids(like) if len(key) == 3 else of._prepare_text_ids(like)
+            self.places[key] = found[0].to(self.device)
+        return self.places[key]
+
+    def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        text = conditioning["prompt_embeds"]
+        found: Tensor = self.transformer(
+            hidden_states=x.to(self.dtype).flatten(2).mT,
+            encoder_hidden_states=text.to(self.dtype),
+            timestep=t / self.scheduler.config.num_train_timesteps,
+            img_ids=self.placed(x.shape),
+            txt_ids=self.placed(text.shape),
+            guidance=None,  # as the pipeline has it
+            return_dict=False,
+        )[0]
+        return found.mT.reshape(x.shape)
+
+
+def check_parts(source: str, parts: Parts) -> None:
+    """Raises ValueError for parts of several models."""
+    config, latents = parts["transformer"].config, parts["vae"].config.latent_channels
+    if config.in_channels != latents * PATCH**2:
+        raise ValueError(
+            f"`{source}`: the transformer takes {config.in_channels} channels, the patches of its "
+            f"autoencoder have {latents * PATCH**2}: they are not of the same model."
+        )
+    if config.guidance_embeds:
+        raise ValueError(
+            f"`{source}`: its transformer is told a guidance (`guidance_embeds`), as that of "
+            "Flux.2 dev, which cannot be tuned here."
+        )
+    width = 3 * parts["text_encoder"].config.hidden_size
+    if config.joint_attention_dim != width:
+        raise ValueError(
+            f"`{source}`: the transformer is told {config.joint_attention_dim} numbers a token, "
+            f"three layers of its text encoder give {width}: they are not of the same model."
+        )

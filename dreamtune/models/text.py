@@ -1,0 +1,59 @@
+"""Text encoders and tokenizers by their classes in transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dreamtune.fields import UnreadableFile
+from dreamtune.models import clip_text
+from dreamtune.models.folder import ModelFolder
+from dreamtune.models.rules import OTHER_TEXT_ENCODER, rules
+from dreamtune.models.weights import read_by_library
+
+Named = tuple[str, str]  # library and class
+CLIP_TOKENIZERS = (("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast"))
+NAMED = rules(tokenizer_class=str)
+
+
+def load_text_encoder(folder: ModelFolder, dtype: torch.dtype, part: str, kind_name: str) -> Any:
+    """kind_name: of the class in transformers."""
+    if kind_name.startswith("CLIP"):
+        return clip_text.load_text_encoder(folder, dtype, part, kind_name)
+    import transformers
+
+    folder.config(part, OTHER_TEXT_ENCODER)
+    return folder.load(part, getattr(transformers, kind_name), dtype)
+
+
+def load_tokenizer(folder: ModelFolder, part: str, kind_name: str) -> Any:
+    """kind_name: of the class in transformers."""
+    if kind_name.startswith("CLIP"):
+        return clip_text.load_tokenizer(folder, part)
+    import transformers
+
+    place = folder.place(part)
+    if "tokenizer_config.json" in folder.names(part):
+        stated = folder.config(part, NAMED, "tokenizer_config.json")
+        found = stated.get("tokenizer_class", kind_name)
+        if found.removesuffix("Fast") != kind_name.removesuffix("Fast"):
+            raise UnreadableFile(f"`{place}` is of a {found[:100]}, not of a {kind_name}.")
+    with read_by_library(place):
+        return getattr(transformers, kind_name).from_pretrained(
+            str(folder.path / part), local_files_only=True, trust_remote_code=False
+        )
+
+
+def fit(tokenizer: Any, encoder: Any, folder: ModelFolder, part: str) -> None:
+    """Raises UnreadableFile for a tokenizer whose ids are not the encoder's."""
+    if type(encoder).__name__.startswith("CLIP"):
+        return clip_text.fit(tokenizer, encoder, folder, part)
+    place, known = folder.place(part), encoder.config.vocab_size
+    with read_by_library(place):
+        ids = tokenizer(["a"]).input_ids[0]
+    if len(tokenizer) > known or max(ids, default=known) >= known:
+        raise UnreadableFile(
+            f"`{place}` has {len(tokenizer)} tokens, the text encoder knows {known}: they are not "
+            "of the same model."
+        )

@@ -1,0 +1,66 @@
+"""What the flow-matching families share: a transformer, and one way to train and to sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from dreamtune.models.flow import Density, FlowMatching, load_scheduler
+from dreamtune.models.folder import ModelFolder
+from dreamtune.models.latent import LatentBase
+from dreamtune.models.rules import TRANSFORMER
+
+
+class TransformerBase(LatentBase):
+    """A family whose transformer is trained by flow matching.
+
+    Attributes:
+        title: as users know it.
+        density, of_picture: of `FlowMatching`, as diffusers' script for the family has them.
+    """
+
+    network_name = "transformer"
+    network_rules = TRANSFORMER
+    title: ClassVar[str]
+    density: ClassVar[Density] = "uniform"
+    of_picture: ClassVar[bool] = False
+
+    @classmethod
+    def encoder_dtype(cls, dtype: torch.dtype) -> torch.dtype:
+        """bf16 with a network in half precision: they have billions of weights, and those of T5
+        overflow in fp16.
+        """
+        return torch.float32 if dtype == torch.float32 else torch.bfloat16
+
+    @classmethod
+    def load_scheduler(
+        cls, folder: ModelFolder, named: Sequence[str], prediction_type: str | None
+    ) -> Any:
+        if prediction_type is not None:
+            raise ValueError(
+                f"`prediction_type` must be left out for {cls.title}, which always predicts the "
+                f"way from the picture to the noise; got {prediction_type}."
+            )
+        return load_scheduler(folder, named)
+
+    @property
+    def prediction_type(self) -> None:
+        return None
+
+    def process(self, snr_gamma: float | None = None) -> FlowMatching:
+        if snr_gamma is not None:
+            raise ValueError(
+                f"`snr_gamma` must be left out for {self.title}: min-SNR weights a loss of "
+                f"diffusion, and this is flow matching; got {snr_gamma:g}."
+            )
+        return FlowMatching.of(self.scheduler, self.density, self.of_picture)
+
+    def scheduler_for(self, sampler: str) -> Any:
+        if sampler != "base":
+            raise ValueError(
+                f"`sampler` must be base for {self.title}, the scheduler in its own files: dpm++ "
+                f"is for the noise of Stable Diffusion 1.x, 2.x and XL; got {sampler}."
+            )
+        return type(self.scheduler).from_config(self.scheduler.config)
