@@ -24,5 +24,5 @@ EMBEDDED = {
     "norm_bounded": Chosen(45, 1e-3),
 }
 
-SCORINGS = 2  # after that of step 0
-SAMPLING_STEPS = 10
+SCORINGS = 3  # after that of step 0
+SAMPLING_STEPS = 12

@@ -91,7 +91,7 @@ def test_what_the_development_subjects_chose_for_the_embedded_base(name: str) ->
     config = resolved(base, method=name)
     assert (config.max_train_steps, config.learning_rate) == EMBEDDED[name]
     assert config.validation_steps == config.max_train_steps // 3
-    assert config.num_inference_steps == 15
+    assert config.num_inference_steps == 12
     elsewhere = resolved(fake_base(), method=name)
     assert elsewhere.learning_rate == METHODS[name].learning_rate
     assert elsewhere.num_inference_steps == 25
