@@ -55,8 +55,6 @@ def flow_loss(flow: Flow, network: Any, batch: int) -> Callable[[], Tensor]:
 
 def asked(flow: Flow, network: Any, batch: int) -> Callable[[Tensor, Tensor], Tensor]:
     """(noisy latents, timesteps) -> the network's prediction, as the scripts ask for it."""
-    from diffusers import Flux2KleinPipeline as Klein
-
     weight = next(network.parameters())
     told = flow.conditioning(batch, weight.device, weight.dtype)
     text = told["prompt_embeds"]
@@ -70,14 +68,21 @@ def asked(flow: Flow, network: Any, batch: int) -> Callable[[Tensor, Tensor], Te
         found = network(pictures, (STEPS - t) / STEPS, list(text), return_dict=False)[0]
         return -torch.stack(found).squeeze(2)
 
-    text_ids = (
-        Klein._prepare_text_ids(text).to(weight.device) if flow.family is Flux2Klein else None
-    )
+    if flow.family is Flux2Klein:
+        return klein(network, text)
+    return sd3 if flow.family is StableDiffusion3 else z_image
 
-    def klein(x: Tensor, t: Tensor) -> Tensor:
-        ids = Klein._prepare_latent_ids(x).to(x.device)
+
+def klein(network: Any, text: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """`asked` of Flux.2: tokens, each told where it stands, put back by that."""
+    from diffusers import Flux2KleinPipeline as Pipeline
+
+    text_ids = Pipeline._prepare_text_ids(text).to(text.device)
+
+    def ask(x: Tensor, t: Tensor) -> Tensor:
+        ids = Pipeline._prepare_latent_ids(x).to(x.device)
         found = network(
-            hidden_states=Klein._pack_latents(x),
+            hidden_states=Pipeline._pack_latents(x),
             timestep=t / STEPS,
             guidance=None,
             encoder_hidden_states=text,
@@ -85,8 +90,6 @@ def asked(flow: Flow, network: Any, batch: int) -> Callable[[Tensor, Tensor], Te
             img_ids=ids,
             return_dict=False,
         )[0]
-        return Klein._unpack_latents_with_ids(found, ids)
+        return Pipeline._unpack_latents_with_ids(found, ids)
 
-    if flow.family is Flux2Klein:
-        return klein
-    return sd3 if flow.family is StableDiffusion3 else z_image
+    return ask
