@@ -152,6 +152,7 @@ def measure(
     """(median ms, peak GiB, kernels)."""
     cuda = args.device.startswith("cuda")
     if cuda:
+        gc.collect()
         torch.cuda.empty_cache()
     unet = make_unet(args)
     if cuda:
@@ -199,7 +200,6 @@ def print_table(
     """Rows as they are done, in the last round; returns milliseconds."""
     cuda = args.device.startswith("cuda")
     ideal = at_ceiling(batches, args)
-    gc.collect()
     print(f"\n| step | batch | ms | peak GiB | of ceiling | {'kernels' if cuda else 'operators'} |")
     print("|---|---|---|---|---|---|")
     found: dict[tuple[str, int], list[tuple[float, float, int]]] = defaultdict(list)
@@ -212,7 +212,6 @@ def print_table(
                     found[key].append(measure(*key, args, last and not args.no_kernels))
             except Exception as error:  # a table with a hole says more than none
                 faults[key] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]} | | |"
-            gc.collect()
             if not last:
                 continue
             row = faults.get(key)
