@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -116,29 +116,47 @@ class Flux2Klein(TransformerBase):
         return Latents((patches - mean) / (var + self.vae.config.batch_norm_eps).sqrt(), None)
 
     def placed(self, shape: Sequence[int]) -> Tensor:
-        """(tokens, 4), where each stands: of pictures (n, c, h, w), of text (n, tokens, width)."""
-        from diffusers import Flux2KleinPipeline
-
+        """`places` on the device, once for each shape."""
         key = tuple(shape[1:])
         if key not in self.places:
-            like = torch.empty(1, *key, device="meta")
-            of = Flux2KleinPipeline
-            found = of._prepare_latent_ids(like) if len(key) == 3 else of._prepare_text_ids(like)
-            self.places[key] = found[0].to(self.device)
+            self.places[key] = places(shape).to(self.device)
         return self.places[key]
 
     def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        text = conditioning["prompt_embeds"]
-        found: Tensor = self.transformer(
-            hidden_states=x.to(self.dtype).flatten(2).mT,
-            encoder_hidden_states=text.to(self.dtype),
-            timestep=t / self.scheduler.config.num_train_timesteps,
-            img_ids=self.placed(x.shape),
-            txt_ids=self.placed(text.shape),
-            guidance=None,  # as the pipeline has it
-            return_dict=False,
-        )[0]
-        return found.mT.reshape(x.shape)
+        sigma = t / self.scheduler.config.num_train_timesteps
+        return predict(self.transformer, self.dtype, x, sigma, conditioning, self.placed)
+
+
+def places(shape: Sequence[int]) -> Tensor:
+    """(tokens, 4), where each stands: of pictures (n, c, h, w), of text (n, tokens, width)."""
+    from diffusers import Flux2KleinPipeline
+
+    like = torch.empty(1, *shape[1:], device="meta")
+    of = Flux2KleinPipeline
+    found = of._prepare_latent_ids(like) if like.ndim == 4 else of._prepare_text_ids(like)
+    return found[0]  # type: ignore[no-any-return]
+
+
+def predict(
+    transformer: Any,
+    dtype: torch.dtype,
+    x: Tensor,
+    sigma: Tensor,
+    conditioning: Conditioning,
+    placed: Callable[[Sequence[int]], Tensor],
+) -> Tensor:
+    """The transformer's prediction in `dtype`. sigma: (n,); placed: `places`, on the device."""
+    text = conditioning["prompt_embeds"]
+    found: Tensor = transformer(
+        hidden_states=x.to(dtype).flatten(2).mT,
+        encoder_hidden_states=text.to(dtype),
+        timestep=sigma,
+        img_ids=placed(x.shape),
+        txt_ids=placed(text.shape),
+        guidance=None,  # as the pipeline has it
+        return_dict=False,
+    )[0]
+    return found.mT.reshape(x.shape)
 
 
 def check_parts(source: str, parts: Parts) -> None:

@@ -16,11 +16,13 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "eval"), str(ROOT)]
 
+import flow_models  # noqa: E402
 from random_models import build_unet  # noqa: E402, F401
 
 from dreamtune.fast import unet as fast_unet  # noqa: E402
 from dreamtune.injection.inject import inject  # noqa: E402
 from dreamtune.models import stable_diffusion, stable_diffusion_xl  # noqa: E402
+from dreamtune.models.base import Process  # noqa: E402
 from dreamtune.models.diffusion import Diffusion  # noqa: E402
 from dreamtune.models.quiet import quiet_diffusers  # noqa: E402
 from dreamtune.training.cache import Cache  # noqa: E402
@@ -64,6 +66,19 @@ def make_cache(
     )  # fmt: skip
 
 
+def task(
+    network: Any, entries: int, device: str, dtype: torch.dtype
+) -> tuple[Callable[..., torch.Tensor], Process, Cache]:
+    """What a `Step` takes: the prediction, noise and target, and random entries in `dtype`."""
+    if flow := flow_models.flow_of(network):
+        cache = flow.cache(entries, device, dtype)
+        return flow.predictor(network), flow.process(), cache
+    family = stable_diffusion_xl if pooled_width(network) else stable_diffusion
+    alpha_bar = torch.linspace(0.999, 0.005, 1000, device=device, dtype=dtype)
+    predict = partial(family.predict, network, next(network.parameters()).dtype)
+    return predict, Diffusion(alpha_bar), make_cache(network, entries, device, dtype)
+
+
 def make_step(
     unet: Any,
     method: str,
@@ -78,10 +93,18 @@ def make_step(
     None is the trainer's default, on a GPU.
     """
     weight = next(unet.parameters())
-    device, dtype = str(weight.device), weight.dtype
+    device = str(weight.device)
     entries = max(5, batch)
-    cache = make_cache(unet, entries * slots, device, cache_dtype)
-    adapter = inject(unet, method, slots=slots, seed=list(range(slots)), _fast=True, **options)
+    predict, process, cache = task(unet, entries * slots, device, cache_dtype)
+    adapter = inject(
+        unet,
+        method,
+        slots=slots,
+        target_modules=flow_models.targets(unet),
+        seed=list(range(slots)),
+        _fast=True,
+        **options,
+    )
     if fused or (fused is None and weight.device.type == "cuda"):
         with quiet_diffusers():
             fast_unet.fuse(unet)
@@ -90,13 +113,9 @@ def make_step(
     unet.eval()  # as the trainer does
     groups = [adapter.parameter_groups(None, 0.01) for _ in range(slots)]
     pools = [[torch.arange(entries, device=device) + s * entries for s in range(slots)]]
-    alpha_bar = torch.linspace(0.999, 0.005, 1000, device=device, dtype=cache_dtype)
     settings = StepSettings(train_batch_size=batch)
     seeds = list(range(slots))
-    optimizer, process = SlotAdamW(groups), Diffusion(alpha_bar)
-    family = stable_diffusion_xl if pooled_width(unet) else stable_diffusion
-    predict = partial(family.predict, unet, dtype)
-    return adapter, Step(predict, optimizer, cache, pools, process, seeds, settings)
+    return adapter, Step(predict, SlotAdamW(groups), cache, pools, process, seeds, settings)
 
 
 def now(cuda: bool) -> float:
@@ -131,6 +150,28 @@ def count_kernels(call: Callable[[], Any], cuda: bool) -> int:
     device = torch.autograd.DeviceType.CUDA
     kernels = [e for e in events if e.device_type == device]
     return len([e for e in kernels if not e.name.startswith(("Memcpy", "Memset"))])
+
+
+def count_products(call: Callable[[], Any]) -> int:
+    """Floating-point operations of one call's matrix products, convolutions and attention; on a
+    CPU without those of its fused attention, which torch does not count.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops())
+
+
+def product_ceiling(device: str, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large product of two square matrices, the median of
+    several.
+    """
+    cuda = device.startswith("cuda")
+    side, products = (8192, 10) if cuda else (512, 2)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    ms = median_ms(lambda: [a @ b for _ in range(products)], cuda, 7)
+    return 2 * side**3 * products / (ms / 1e3)
 
 
 def frozen(unet: nn.Module) -> nn.Module:

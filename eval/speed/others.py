@@ -10,16 +10,19 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from common import pooled_width, sizes
+from flow_models import flow_of, targets
+from flow_peer import flow_loss
 from torch import Tensor, nn
 
 from dreamtune.fast import unet as fast_unet
 from dreamtune.fast.graphs import CapturedStep
-from dreamtune.injection.targets import TARGET_MODULES, find_targets
+from dreamtune.injection.targets import find_targets
 
 LYCORIS: dict[str, dict[str, Any]] = {
     "lora": {
@@ -36,11 +39,18 @@ PEFT = ("lora", "dora", "delora", "oft", "hra")
 DENSE = ("ether", "ether+", "delora")
 
 
+def layers(network: nn.Module) -> list[str]:
+    """The layers that ours adapts, by their whole paths: "to_out" alone would be a list of modules
+    too, in the first blocks of Flux.2.
+    """
+    return list(find_targets(network, targets(network)))
+
+
 def add_peft(unet: nn.Module, name: str, rank: int, block: int) -> list[nn.Parameter]:
     """Puts a PEFT adapter into the UNet; returns its trainable parameters."""
     import peft
 
-    common: dict[str, Any] = {"target_modules": list(TARGET_MODULES)}
+    common: dict[str, Any] = {"target_modules": layers(unet)}
     configs: dict[str, Callable[[], Any]] = {
         "lora": lambda: peft.LoraConfig(r=rank, lora_alpha=rank, **common),
         "dora": lambda: peft.LoraConfig(r=rank, lora_alpha=rank, use_dora=True, **common),
@@ -65,7 +75,7 @@ def add_lycoris(unet: nn.Module, name: str, rank: int, block: int) -> list[nn.Pa
     weight = next(unet.parameters())
     unet.requires_grad_(False)
     logging.getLogger("LyCORIS").setLevel(logging.ERROR)
-    layers = len(find_targets(unet))
+    expected = len(find_targets(unet))
     dim = block if name == "oft" else rank
     net = create_lycoris(
         unet, 1.0, linear_dim=dim, linear_alpha=dim, preset="attention", **LYCORIS[name]
@@ -74,8 +84,8 @@ def add_lycoris(unet: nn.Module, name: str, rank: int, block: int) -> list[nn.Pa
     net.to(weight.device, weight.dtype)
     unet.lycoris = net  # kept alive with it
     parameters = [p for p in net.parameters() if p.requires_grad]
-    if len(net.loras) != layers:
-        raise ValueError(f"LyCORIS adapts {len(net.loras)} layers, not {layers}")
+    if len(net.loras) != expected:
+        raise ValueError(f"LyCORIS adapts {len(net.loras)} layers, not {expected}")
     return parameters
 
 
@@ -188,9 +198,10 @@ def told(unet: Any, batch: int, **kind: Any) -> dict[str, Any]:
 
 
 def diffusers_step(unet: Any, rank: int, batch: int) -> Callable[[], None]:
-    """A step of diffusers' train_dreambooth_lora_sdxl.py (train_dreambooth_lora.py for other UNets)
-    as of 0.42 with --mixed_precision bf16, the latents cached: PEFT's LoRA on the same layers,
-    draws and noise, autocast, clipping to 1, torch's AdamW, the schedule's step.
+    """A step of diffusers' train_dreambooth_lora_sdxl.py (train_dreambooth_lora.py for other UNets,
+    those of `flow_loss` for transformers) as of 0.42 with --mixed_precision bf16, the latents
+    cached: PEFT's LoRA on the same layers, draws and noise, autocast, clipping to 1, torch's AdamW,
+    the schedule's step.
     """
     from diffusers import DDPMScheduler
     from peft import LoraConfig
@@ -198,19 +209,34 @@ def diffusers_step(unet: Any, rank: int, batch: int) -> Callable[[], None]:
     weight = next(unet.parameters())
     device, dtype = weight.device, weight.dtype
     unet.requires_grad_(False)
-    layers = list(TARGET_MODULES)
-    unet.add_adapter(
-        LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=layers)
-    )
+    gaussian: dict[str, Any] = {"init_lora_weights": "gaussian", "target_modules": layers(unet)}
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, **gaussian))
     unet.train()
     own = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(own, lr=1e-4, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1.0)
+    half = device.type != "cpu" and dtype != torch.float32
+
+    def update(loss: Tensor) -> None:
+        loss.backward()
+        nn.utils.clip_grad_norm_(own, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+    if flow := flow_of(unet):
+        loss_of = flow_loss(flow, unet, batch)
+
+        def flow_step() -> None:
+            with torch.autocast(device.type, dtype, enabled=half):
+                loss = loss_of()
+            update(loss)
+
+        return flow_step
     noise_of = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     side, channels = unet.config.sample_size, unet.config.in_channels
     latents = torch.randn(batch, channels, side, side, device=device, dtype=dtype)
     arguments = told(unet, batch, device=device, dtype=dtype)
-    half = device.type != "cpu" and dtype != torch.float32
 
     def step() -> None:
         noise = torch.randn_like(latents)
@@ -218,11 +244,7 @@ def diffusers_step(unet: Any, rank: int, batch: int) -> Callable[[], None]:
         noisy = noise_of.add_noise(latents, noise, t)
         with torch.autocast(device.type, dtype, enabled=half):
             said = unet(noisy, t, **arguments, return_dict=False)[0]
-        F.mse_loss(said.float(), noise.float()).backward()
-        nn.utils.clip_grad_norm_(own, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        update(F.mse_loss(said.float(), noise.float()))
 
     return step
 
@@ -235,20 +257,28 @@ def plain_step(
     """
     weight = next(unet.parameters())
     device, dtype = weight.device, weight.dtype
-    side, channels = unet.config.sample_size, unet.config.in_channels
     unet.train()
     kind: dict[str, Any] = {"device": device, "dtype": dtype}
-    x = torch.randn(batch, channels, side, side, **kind).requires_grad_(not parameters)
-    arguments = told(unet, batch, **kind)
+    if flow := flow_of(unet):
+        shape, conditioning = flow.latents, flow.conditioning(batch, **kind)
+        predict = flow.predictor(unet)
+        said_of = partial(predict, conditioning=conditioning)
+    else:
+        side = unet.config.sample_size
+        shape, arguments = (unet.config.in_channels, side, side), told(unet, batch, **kind)
+
+        def said_of(x: Tensor, t: Tensor) -> Tensor:
+            return unet(x, t, **arguments, return_dict=False)[0]
+
+    x = torch.randn(batch, *shape, **kind).requires_grad_(not parameters)
     t = torch.randint(0, 1000, (batch,), device=device)
-    goal = torch.randn(batch, channels, side, side, **kind)
+    goal = torch.randn(batch, *shape, **kind)
     optimizer = None
     if parameters:
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda" or None)
 
     def step() -> None:
-        said = unet(x, t, **arguments, return_dict=False)[0]
-        F.mse_loss(said.float(), goal.float()).backward()
+        F.mse_loss(said_of(x, t).float(), goal.float()).backward()
         if optimizer is None:
             x.grad = x.grad if keep else None
         else:

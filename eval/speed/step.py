@@ -5,9 +5,22 @@ dense forms.
     python eval/speed/step.py --unet sdxl --batches 1,4 --methods ours-lora,diffusers-lora
     python eval/speed/step.py --unet embedded --batches 1,4         # on the CPU
 
-One process, the same UNet (seeded random weights, bf16 on a GPU) built anew for each row, adapters
-on every attention projection. Ours draws its noise, clips, and keeps adapters in float32; see
-`others` for how the rest runs.
+The transformers of the flow-matching families at 1024 pixels, one command each, which are to take
+at most 200 s on one large GPU:
+
+    python eval/speed/step.py --unet sd35-medium --batches 1 --repeats 5 \\
+        --methods frozen,frozen-captured,ours-lora,ours-delora,diffusers-lora
+    python eval/speed/step.py --unet z-image --batches 1 --repeats 5 \\
+        --methods frozen,ours-lora,ours-delora,diffusers-lora
+    python eval/speed/step.py --unet flux2-klein-4b --batches 1 --repeats 5 \\
+        --methods frozen,frozen-captured,ours-lora,ours-delora,diffusers-lora
+
+One process, the same network (seeded random weights, bf16 on a GPU) built anew for each row and
+round, adapters on every attention projection that the trainer adapts. Ours draws its noise, clips,
+and keeps adapters in float32; see `others` for how the rest runs. Rounds go through all rows by
+turns; times are medians of the rounds' medians. "of ceiling" is the frozen step's matrix products,
+forward and to the input's gradient, by the row's time, as a share of what one large product
+reaches in the same process: the same work for all rows.
 """
 
 from __future__ import annotations
@@ -15,15 +28,26 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 sys.path.append(str(Path(__file__).parent))
 
-from common import build_unet, count_kernels, frozen, make_step, median_ms  # noqa: E402
+from common import (  # noqa: E402
+    build_unet,
+    count_kernels,
+    count_products,
+    frozen,
+    make_step,
+    median_ms,
+    product_ceiling,
+)
+from flow_models import FLOWS  # noqa: E402
 from others import (  # noqa: E402
     DENSE,
     LYCORIS,
@@ -60,11 +84,16 @@ EVERY = [
     "frozen-captured", *(f"peft-{m}" for m in PEFT), *(f"lycoris-{m}" for m in LYCORIS),
     *(f"dense-{m}" for m in DENSE), "diffusers-lora",
 ]  # fmt: skip
-UNETS = ("sd15", "sdxl", "embedded", "small", "tiny", "sdxl-small", "sdxl-tiny")
+UNETS = ("sd15", "sdxl", "embedded", "small", "tiny", "sdxl-small", "sdxl-tiny", *FLOWS)
 QUICK = [
     "ours-lora", "ours-delora", "ours-ether+", "unfused-delora", "eager-delora", "peft-lora",
     "peft-delora",
 ]  # fmt: skip
+FLOW = [
+    "frozen", "frozen-captured", "ours-lora", "ours-delora", "eager-lora", "eager-delora",
+    "diffusers-lora",
+]  # fmt: skip
+UNET_ONLY = ("lycoris", "dense")
 
 
 def make_call(case: str, unet: Any, batch: int, args: argparse.Namespace) -> Callable[[], None]:
@@ -78,7 +107,8 @@ def make_call(case: str, unet: Any, batch: int, args: argparse.Namespace) -> Cal
         _, step = make_step(
             unet, method, 1, batch, fused=fused, compiled=kind == "compiled", **options
         )
-        run: Any = step if kind == "eager" or args.device == "cpu" else CapturedStep(step)
+        plain = kind == "eager" or args.device == "cpu" or uncaptured(args.unet)
+        run: Any = step if plain else CapturedStep(step)
         counter = iter(range(10**9))
         return lambda: run(next(counter), 1.0)
     if kind == "frozen":
@@ -95,8 +125,19 @@ def make_call(case: str, unet: Any, batch: int, args: argparse.Namespace) -> Cal
     return plain_step(unet, add_dense(unet, method, args.rank), batch)
 
 
+def dtype_on(device: str) -> torch.dtype:
+    return torch.bfloat16 if device.startswith("cuda") else torch.float32
+
+
+def uncaptured(name: str) -> str:
+    """Why its family's steps are not captured; "" where they are."""
+    return FLOWS[name].family.uncaptured if name in FLOWS else ""
+
+
 def make_unet(args: argparse.Namespace) -> Any:
-    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    dtype = dtype_on(args.device)
+    if args.unet in FLOWS:
+        return FLOWS[args.unet].build(args.device, dtype)
     if args.unet == "embedded":
         return load_base("embedded", dtype=dtype, device=args.device).unet
     family = "sdxl" if args.unet.startswith("sdxl") else "sd"
@@ -105,10 +146,13 @@ def make_unet(args: argparse.Namespace) -> Any:
     return build_unet(size, device=args.device, dtype=dtype, family=family)
 
 
-def measure(case: str, batch: int, args: argparse.Namespace) -> tuple[float, float, int]:
+def measure(
+    case: str, batch: int, args: argparse.Namespace, count: bool
+) -> tuple[float, float, int]:
     """(median ms, peak GiB, kernels)."""
     cuda = args.device.startswith("cuda")
     if cuda:
+        gc.collect()
         torch.cuda.empty_cache()
     unet = make_unet(args)
     if cuda:
@@ -116,71 +160,113 @@ def measure(case: str, batch: int, args: argparse.Namespace) -> tuple[float, flo
     call = make_call(case, unet, batch, args)
     ms = median_ms(call, cuda, args.repeats)
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-    kernels = 0 if args.no_kernels else count_kernels(call, cuda)
-    return ms, peak, kernels
+    return ms, peak, count_kernels(call, cuda) if count else 0
 
 
-def main() -> int:
+def at_ceiling(batches: list[int], args: argparse.Namespace) -> dict[int, float]:
+    """Batch -> milliseconds of the frozen step's matrix products at the speed of a large one."""
+    ceiling = product_ceiling(args.device, dtype_on(args.device))
+    print(f"One large matrix product: {ceiling / 1e12:.4g} TFLOP/s.")
+    found, unet = {}, frozen(make_unet(args))
+    for batch in batches:
+        flops = count_products(plain_step(unet, [], batch))
+        print(f"The frozen step, batch {batch}: {flops / 1e12:.4g} TFLOP.")
+        found[batch] = flops / ceiling * 1e3
+    return found
+
+
+def rows_of(args: argparse.Namespace, error: Callable[[str], Any]) -> list[str]:
+    """The rows that are asked for, without those that cannot be here."""
+    flow = args.unet in FLOWS
+    usual = FLOW if flow else QUICK if args.quick else EVERY
+    cases = args.methods.split(",") if args.methods else usual
+    unknown = [c for c in cases if c not in EVERY]
+    if unknown:
+        error(f"unknown: {', '.join(unknown)}; there are {', '.join(EVERY)}")
+    if flow and (others := [c for c in cases if c.startswith(UNET_ONLY)]):
+        error(f"of UNets alone: {', '.join(others)}; --unet is {args.unet}")
+    if not args.device.startswith("cuda"):  # nothing is captured, or fused
+        kinds = ("eager", "frozen", "peft", "lycoris", "dense", "diffusers")
+        cases = [c for c in cases if c.split("-")[0] in kinds and c != "frozen-captured"]
+    elif why := uncaptured(args.unet):
+        print(f"No step is captured ({why}): `ours` runs as `eager`, without `frozen-captured`.")
+        cases = [c for c in cases if c != "frozen-captured"]
+    return cases
+
+
+def print_table(
+    cases: list[str], batches: list[int], args: argparse.Namespace
+) -> dict[tuple[str, int], float]:
+    """Rows as they are done, in the last round; returns milliseconds."""
+    cuda = args.device.startswith("cuda")
+    ideal = at_ceiling(batches, args)
+    print(f"\n| step | batch | ms | peak GiB | of ceiling | {'kernels' if cuda else 'operators'} |")
+    print("|---|---|---|---|---|---|")
+    found: dict[tuple[str, int], list[tuple[float, float, int]]] = defaultdict(list)
+    faults: dict[tuple[str, int], str] = {}
+    for turn in range(args.rounds):
+        for key in [(c, b) for c in cases for b in batches]:
+            last = turn == args.rounds - 1
+            try:
+                if key not in faults:
+                    found[key].append(measure(*key, args, last and not args.no_kernels))
+            except Exception as error:  # a table with a hole says more than none
+                faults[key] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]} | | |"
+            if not last:
+                continue
+            row = faults.get(key)
+            if row is None:
+                ms, peak = median(x[0] for x in found[key]), max(x[1] for x in found[key])
+                row = f"{ms:.1f} | {peak:.2f} | {ideal[key[1]] / ms:.3f} | {found[key][-1][2]}"
+            print(f"| {key[0]} | {key[1]} | {row} |", flush=True)
+    return {k: median(x[0] for x in v) for k, v in found.items() if k not in faults}
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--unet", default="sd15", choices=UNETS)
+    parser.add_argument("--unet", default="sd15", choices=UNETS, help="or a transformer")
     parser.add_argument("--batches", default="1,4,8,16")
     parser.add_argument("--methods", help=f"of {','.join(EVERY)} [default: all]")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=12, help="in a round")
+    parser.add_argument(
+        "--rounds", type=int, help="by turns [default: 3 of a transformer, 1 of a UNet]"
+    )
     parser.add_argument("--no-kernels", action="store_true", help="do not count kernels")
     parser.add_argument("--quick", action="store_true", help="few methods, batches 1 and 8")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    cuda = args.device.startswith("cuda")
+    args = parser.parse_args(argv)
     args.block = 8 if args.unet.endswith("tiny") else 32
+    if args.rounds is None:
+        args.rounds = 3 if args.unet in FLOWS else 1
+    if args.rounds < 1:
+        parser.error(f"--rounds must be 1 or more, got {args.rounds}")
     if args.quick:
         args.batches, args.repeats = "1,8", 6
-    cases = args.methods.split(",") if args.methods else QUICK if args.quick else EVERY
-    unknown = [c for c in cases if c not in EVERY]
-    if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(EVERY)}")
-    if not cuda:
-        kinds = (
-            "eager",
-            "frozen",
-            "peft",
-            "lycoris",
-            "dense",
-            "diffusers",
-        )  # nothing is captured, or fused
-        cases = [c for c in cases if c.split("-")[0] in kinds and c != "frozen-captured"]
+    cuda = args.device.startswith("cuda")
     print(torch.cuda.get_device_name() if cuda else "CPU", "torch", torch.__version__)
+    cases, batches = rows_of(args, parser.error), list(map(int, args.batches.split(",")))
+    print("`ours`: the trainer's default step, captured and fused where it can be; `equal`: with")
     print(
-        "`ours`: the trainer's default step, captured and fused; `equal`: with factors of --rank;"
+        "factors of --rank; `compiled`: the transformer blocks compiled; `unfused`; `eager`: fused,"
     )
-    print("`compiled`: the transformer blocks compiled; `unfused`; `eager`: fused, not captured.\n")
-    print(f"| step | batch | ms | peak GiB | {'kernels' if cuda else 'operators'} |")
-    print("|---|---|---|---|---|")
-    times: dict[tuple[str, int], float] = {}
-    for case in cases:
-        for batch in map(int, args.batches.split(",")):
-            try:
-                ms, peak, kernels = measure(case, batch, args)
-                times[case, batch] = ms
-                row = f"{ms:.1f} | {peak:.2f} | {kernels}"
-            except Exception as error:  # a table with a hole says more than none
-                row = f"{type(error).__name__}: {str(error).splitlines()[0][:120]} | |"
-            print(f"| {case} | {batch} | {row} |", flush=True)
-            gc.collect()
-    print_ratios(times)
+    print("not captured.")
+    times = print_table(cases, batches, args)
+    floors = {"ours": "frozen" if uncaptured(args.unet) else "frozen-captured"}
+    print_ratios(times, {**floors, "eager": "frozen", "compiled": ""})
     return 0
 
 
-def print_ratios(times: dict[tuple[str, int], float]) -> None:
+def print_ratios(times: dict[tuple[str, int], float], floors: dict[str, str]) -> None:
     """Each peer's time over that of our step of the same method and batch; and what ours adds to
-    its own frozen step, over what theirs adds to theirs.
+    its own frozen step, over what theirs adds to theirs. floors: kind of ours -> frozen step.
     """
     for (case, batch), ms in times.items():
         kind, _, method = case.partition("-")
         if kind not in ("peft", "lycoris", "dense", "diffusers"):
             continue
         theirs = times.get(("frozen", batch))
-        for ours, floor in (("ours", "frozen-captured"), ("eager", "frozen"), ("compiled", "")):
+        for ours, floor in floors.items():
             mine, own = times.get((f"{ours}-{method}", batch)), times.get((floor, batch))
             if mine:
                 print(f"{case} / {ours}-{method}, batch {batch}: {ms / mine:.2f}")

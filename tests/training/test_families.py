@@ -261,6 +261,31 @@ def test_a_merged_folder(family: str, folder: Path, tmp_path: Path) -> None:
         assert float((image(again) - wanted).abs().max()) < 1e-4
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", LATER)
+def test_captured_losses_are_the_eager_ones(
+    family: str, folder: Path, photo_dir: Path, tmp_path: Path
+) -> None:
+    """In float32, over steps with pictures between them; a family that is not captured says so."""
+    losses, modes = {}, ["off", "on"]
+    more = {"max_train_steps": 6, "validation_steps": 3, "mixed_precision": "no"}
+
+    def run(mode: str) -> Config:
+        return config(folder, photo_dir, tmp_path / mode, capture=mode, **more)
+
+    if why := load_base(str(folder)).uncaptured:
+        with pytest.raises(ValueError, match=why):
+            train(run("on"))
+        modes = ["off", "auto"]
+    for mode in modes:
+        result = train(run(mode))
+        losses[mode] = [entry["loss"] for entry in result.history if entry["step"]]
+        assert len(generate(result.run_dir, ["a sks dog"], output_dir=tmp_path / f"{mode}-out"))
+    eager, other = losses.values()
+    assert len(eager) == 2 and np.isfinite(eager).all()
+    assert other == pytest.approx(eager, rel=1e-4)
+
+
 def same(a: Path, b: Path, tolerance: float) -> bool:
     x, y = load_file(a), load_file(b)
     return x.keys() == y.keys() and all(
