@@ -231,6 +231,7 @@ def test_a_key_is_asked_for_once_and_an_end_is_told(
     page: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(API_KEY, KEY)
+    page.clock.install()
     with served(Blank()) as url:
         page.goto(url)
         page.wait_for_selector("#key-dialog[open]")
@@ -251,6 +252,7 @@ def test_a_key_is_asked_for_once_and_an_end_is_told(
     page.wait_for_selector("#offline:visible")
     assert "The server cannot be reached." in page.text_content("#results .tile.bad")
     with served(Blank(), port=int(url.rpartition(":")[2])):
+        page.clock.fast_forward(5000)  # it looks for the server of itself
         page.wait_for_selector("#offline", state="hidden")
         page.click("button:text-is('Draw')")
         page.wait_for_selector("#results .tile img")

@@ -85,7 +85,7 @@ export class Photos {
     for (const [name, id] of [["prompt", "train-prompt"], ["identifier", "train-identifier"]]) {
       if ($(id).value.trim()) form.append(name, $(id).value);
     }
-    if (news.length) say($("check-status"), `Looking at ${news.length} photos…`);
+    if (news.length) say($("check-status"), `Looking at ${photos(news.length)}…`);
     try {
       const found = await json("/photos/check", { method: "POST", body: form, signal });
       sent.forEach((file, i) => this.seen.set(file, found.photos[i]));
@@ -99,9 +99,9 @@ export class Photos {
 
   tell() {
     const bad = this.files.length - this.good.length;
-    const count = `${this.good.length} ${this.good.length === 1 ? "photo" : "photos"}`;
     const wrong = bad ? `, ${bad} cannot be used` : ", as training sees them";
-    say($("check-status"), this.files.length ? `${this.left ?? ""}${count}${wrong}.` : "");
+    const told = this.good.length ? `${photos(this.good.length)}${wrong}.` : "None of these can be used.";
+    say($("check-status"), this.files.length ? `${this.left ?? ""}${told}` : "");
     const { words } = this;
     if (!words) return;
     const text = words.error
@@ -120,11 +120,15 @@ export class Photos {
     const picture = seen?.crop
       ? el("img", { src: `data:image/png;base64,${seen.crop}`, alt: `${file.name}, ${seen.size}` })
       : el("span", { class: "blank" }, seen ? "" : "…");
-    const why = seen?.error ? el("span", { class: "error small" }, `${file.name}: ${seen.error}.`) : null;
+    const name = seen?.error
+      ? el("span", { class: "error small" }, `${file.name}: ${seen.error}.`)
+      : el("span", { class: "name small soft", title: file.name }, file.name);
     const remove = el("button", {
-      type: "button", class: "corner", "aria-label": `Leave out ${file.name}`,
+      type: "button", class: "quiet", "aria-label": `Leave out ${file.name}`,
       onclick: () => this.remove(file),
     }, "×");
-    return el("li", { class: seen?.error ? "bad" : "" }, picture, why, remove);
+    return el("li", { class: seen?.error ? "bad" : "" }, picture, name, remove);
   }
 }
+
+const photos = (count) => `${count} ${count === 1 ? "photo" : "photos"}`;

@@ -68,7 +68,7 @@ async function submit(photos, show) {
   const button = $("train").querySelector("button.primary");
   if (button.disabled) return;
   if (!photos.good.length) {
-    say(status, "Choose at least one photo first.", "error");
+    say(status, "Choose at least one photo that can be used first.", "error");
     $("photos").focus();
     return;
   }
@@ -81,7 +81,7 @@ async function submit(photos, show) {
   say(status, "Sending the photos…");
   try {
     const job = await json("/train", { method: "POST", body: form });
-    say(status, `${job.name} is in the queue.`);
+    say(status, `The photos of ${job.name} are sent; how it trains is told below.`);
     show(job);
     photos.clear();
     Object.assign($("train-name"), { value: "" }).dataset.own = "";
