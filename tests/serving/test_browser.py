@@ -40,7 +40,7 @@ PHONE = {"width": 360, "height": 740}
 @contextlib.contextmanager
 def served(engine: Any, jobs: Jobs | None = None, port: int = 0) -> Iterator[str]:
     """The address of a server of it."""
-    settings = Settings(adapters="a", port=port, num_inference_steps=2, timeout_s=60.0)
+    settings = Settings(adapters="a", port=port, num_inference_steps=1, timeout_s=60.0)
     app = make_app(settings, engine, jobs)
     with bound(settings) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
@@ -56,10 +56,19 @@ def served(engine: Any, jobs: Jobs | None = None, port: int = 0) -> Iterator[str
             thread.join(PATIENCE)
 
 
+def import_scorers() -> None:
+    """What a training imports at its first scoring and its end; a fork of this process has it."""
+    import matplotlib.figure  # noqa: F401
+    import open_clip  # noqa: F401
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    beside = threading.Thread(target=import_scorers)  # while Chromium starts
+    beside.start()
     with playwright.sync_playwright() as found:
         chromium = found.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        beside.join()
         yield chromium
         chromium.close()
 
@@ -68,7 +77,7 @@ def browser() -> Iterator[Any]:
 def page(browser: Any) -> Iterator[Any]:
     """A page whose every error, refused script and request to others fails the test."""
     wrong: list[str] = []
-    context = browser.new_context()
+    context = browser.new_context(reduced_motion="reduce")
     found = context.new_page()
     found.set_default_timeout(PATIENCE * 1e3)
     found.on("pageerror", lambda error: wrong.append(str(error)))
@@ -121,7 +130,7 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
 def jobs(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
     Children().into(monkeypatch)
     settings = {
-        "validation_prompt": ["a {}"], "validation_steps": 2, "num_inference_steps": 2,
+        "validation_prompt": ["a {}"], "validation_steps": 2, "num_inference_steps": 1,
         "train_batch_size": 1, "options": {"rank": 2}, "device": "cpu",
     }  # fmt: skip
     taken = lambda: list(engine.adapters)  # noqa: E731

@@ -102,10 +102,11 @@ export class Photos {
     const wrong = bad ? `, ${bad} cannot be used` : ", as training sees them";
     const told = this.good.length ? `${photos(this.good.length)}${wrong}.` : "None of these can be used.";
     say($("check-status"), this.files.length ? `${this.left ?? ""}${told}` : "");
+    say($("train-status"), ""); // of what was before
     const { words } = this;
     if (!words) return;
     const text = words.error
-      ? `Not yet: ${words.error}`
+      ? `Not yet: ${labelled(words.error)}`
       : `Learned as ${words.summary.replaceAll("`", "")}. Pictures to come: “${words.first_prompt}”.`;
     say($("words"), text, words.error ? "error" : "");
     this.onWords(words.error ? null : words);
@@ -131,4 +132,6 @@ export class Photos {
   }
 }
 
+/** An error with the page's label for the form's field. */
+export const labelled = (text) => text.replaceAll("`identifier`", "“Rare word” under “More settings”");
 const photos = (count) => `${count} ${count === 1 ? "photo" : "photos"}`;

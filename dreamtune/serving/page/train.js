@@ -2,7 +2,7 @@
 
 import { $, el, say } from "./dom.js";
 import { json } from "./api.js";
-import { Photos } from "./photos.js";
+import { labelled, Photos } from "./photos.js";
 import { JobCard } from "./job.js";
 
 const SHOWN = 6; // jobs that are over, beside those that are not
@@ -86,7 +86,7 @@ async function submit(photos, show) {
     photos.clear();
     Object.assign($("train-name"), { value: "" }).dataset.own = "";
   } catch (error) {
-    if (error.name !== "AbortError") say(status, error.message, "error");
+    if (error.name !== "AbortError") say(status, labelled(error.message), "error");
   } finally {
     button.disabled = false;
   }
