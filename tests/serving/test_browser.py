@@ -131,11 +131,12 @@ def jobs(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     Children().into(monkeypatch)
     settings = {
         "validation_prompt": ["a {}"], "validation_steps": 2, "num_inference_steps": 1,
-        "train_batch_size": 1, "options": {"rank": 2}, "device": "cpu",
+        "train_batch_size": 1, "options": {"rank": 2}, "device": "cpu", "checkpointing_steps": 0,
     }  # fmt: skip
     taken = lambda: list(engine.adapters)  # noqa: E731
     folder = tmp_path / "jobs"
-    with Jobs(folder, "embedded", engine.add, settings=settings, taken=taken, gather=0) as found:
+    quick = {"gather": 0, "poll": 0.02}
+    with Jobs(folder, "embedded", engine.add, settings=settings, taken=taken, **quick) as found:
         yield found
 
 
@@ -153,6 +154,15 @@ def test_from_photos_to_pictures(page: Any, engine: Engine, jobs: Jobs, tmp_path
         page.click("text=More settings")
         page.fill("#train-steps", "4")
         page.click("button:text-is('Train')")
+        page.wait_for_selector(".job")
+        page.fill(".row .prompt", "a sks cat in the snow")  # while it trains
+        page.fill(".row .seed", "7")
+        page.click("text=Add a row")
+        second = page.locator(".row").nth(1)
+        second.locator("select").select_option(EVIL)
+        second.locator("input[type=range]").fill("0.5")
+        second.locator(".prompt").fill(EVIL)
+        assert is_text(page, EVIL)
         page.wait_for_selector(
             ".job[data-state=done] .samples figure:nth-child(3) img", timeout=SLOW
         )
@@ -163,20 +173,18 @@ def test_from_photos_to_pictures(page: Any, engine: Engine, jobs: Jobs, tmp_path
 
         sent = bodies(page)
         page.select_option(".row select", "robot")
-        assert page.input_value(".row .prompt") == "a sks robot"
-        page.fill(".row .seed", "7")
-        page.click("text=Add a row")
-        second = page.locator(".row").nth(1)
-        second.locator("select").select_option(EVIL)
-        second.locator("input[type=range]").fill("0.5")
-        second.locator(".prompt").fill(EVIL)
-        assert is_text(page, EVIL)
+        assert page.input_value(".row .prompt") == "a sks robot in the snow"
         page.click("text=Draw 2 pictures")
         page.wait_for_selector("#results .tile:nth-child(2) img", timeout=SLOW)
         page.wait_for_selector("#past .tile:nth-child(2) img")
         assert sorted(sent, key=lambda body: body["prompt"]) == [
             {"prompt": EVIL, "adapter": {EVIL: 0.5}, "seed": 7, "size": engine.sizes[0]},
-            {"prompt": "a sks robot", "adapter": "robot", "seed": 7, "size": engine.sizes[0]},
+            {
+                "prompt": "a sks robot in the snow",
+                "adapter": "robot",
+                "seed": 7,
+                "size": engine.sizes[0],
+            },
         ]
         width = "document.querySelector('#results img').naturalWidth"
         assert page.evaluate(width) == engine.sizes[0]
