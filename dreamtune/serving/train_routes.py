@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine
 from typing import Any
@@ -61,9 +62,16 @@ def explained(route: Answer) -> Answer:
         except Over as error:
             return answer(Refused(409, str(error)))
         except ValueError as error:
-            return answer(Refused(422, str(error)))
+            return answer(Refused(422, in_fields(str(error))))
 
     return explaining
+
+
+def in_fields(text: str) -> str:
+    """An error of `dreamtune train` with the form's fields for the command's options."""
+    for field, option in TRAIN.items():
+        text = re.sub(rf"--{option}\b", f"`{field}`", text)
+    return text
 
 
 def make_router(jobs: Jobs) -> APIRouter:
@@ -106,7 +114,10 @@ def make_router(jobs: Jobs) -> APIRouter:
             with_lock = functools.partial(preview.crops, photos, limits, jobs.checking)
             found: dict[str, Any] = {"photos": await run_in_threadpool(with_lock)}
         if prompt is not None:
-            found["words"] = preview.words(prompt, fields, jobs.common, limits)
+            words = preview.words(prompt, fields, jobs.common, limits)
+            if "error" in words:
+                words["error"] = in_fields(words["error"])
+            found["words"] = words
         return JSONResponse(found)
 
     @router.get("/jobs")

@@ -40,7 +40,7 @@ PHONE = {"width": 360, "height": 740}
 @contextlib.contextmanager
 def served(engine: Any, jobs: Jobs | None = None, port: int = 0) -> Iterator[str]:
     """The address of a server of it."""
-    settings = Settings(adapters="a", port=port, num_inference_steps=2, timeout_s=60.0)
+    settings = Settings(adapters="a", port=port, num_inference_steps=1, timeout_s=60.0)
     app = make_app(settings, engine, jobs)
     with bound(settings) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
@@ -56,10 +56,19 @@ def served(engine: Any, jobs: Jobs | None = None, port: int = 0) -> Iterator[str
             thread.join(PATIENCE)
 
 
+def import_scorers() -> None:
+    """What a training imports at its first scoring and its end; a fork of this process has it."""
+    import matplotlib.figure  # noqa: F401
+    import open_clip  # noqa: F401
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    beside = threading.Thread(target=import_scorers)  # while Chromium starts
+    beside.start()
     with playwright.sync_playwright() as found:
         chromium = found.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        beside.join()
         yield chromium
         chromium.close()
 
@@ -68,7 +77,7 @@ def browser() -> Iterator[Any]:
 def page(browser: Any) -> Iterator[Any]:
     """A page whose every error, refused script and request to others fails the test."""
     wrong: list[str] = []
-    context = browser.new_context()
+    context = browser.new_context(reduced_motion="reduce")
     found = context.new_page()
     found.set_default_timeout(PATIENCE * 1e3)
     found.on("pageerror", lambda error: wrong.append(str(error)))
@@ -121,12 +130,13 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
 def jobs(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
     Children().into(monkeypatch)
     settings = {
-        "validation_prompt": ["a {}"], "validation_steps": 2, "num_inference_steps": 2,
-        "train_batch_size": 1, "options": {"rank": 2}, "device": "cpu",
+        "validation_prompt": ["a {}"], "validation_steps": 2, "num_inference_steps": 1,
+        "train_batch_size": 1, "options": {"rank": 2}, "device": "cpu", "checkpointing_steps": 0,
     }  # fmt: skip
     taken = lambda: list(engine.adapters)  # noqa: E731
     folder = tmp_path / "jobs"
-    with Jobs(folder, "embedded", engine.add, settings=settings, taken=taken, gather=0) as found:
+    quick = {"gather": 0, "poll": 0.02}
+    with Jobs(folder, "embedded", engine.add, settings=settings, taken=taken, **quick) as found:
         yield found
 
 
@@ -144,6 +154,15 @@ def test_from_photos_to_pictures(page: Any, engine: Engine, jobs: Jobs, tmp_path
         page.click("text=More settings")
         page.fill("#train-steps", "4")
         page.click("button:text-is('Train')")
+        page.wait_for_selector(".job")
+        page.fill(".row .prompt", "a sks cat in the snow")  # while it trains
+        page.fill(".row .seed", "7")
+        page.click("text=Add a row")
+        second = page.locator(".row").nth(1)
+        second.locator("select").select_option(EVIL)
+        second.locator("input[type=range]").fill("0.5")
+        second.locator(".prompt").fill(EVIL)
+        assert is_text(page, EVIL)
         page.wait_for_selector(
             ".job[data-state=done] .samples figure:nth-child(3) img", timeout=SLOW
         )
@@ -154,20 +173,18 @@ def test_from_photos_to_pictures(page: Any, engine: Engine, jobs: Jobs, tmp_path
 
         sent = bodies(page)
         page.select_option(".row select", "robot")
-        assert page.input_value(".row .prompt") == "a sks robot"
-        page.fill(".row .seed", "7")
-        page.click("text=Add a row")
-        second = page.locator(".row").nth(1)
-        second.locator("select").select_option(EVIL)
-        second.locator("input[type=range]").fill("0.5")
-        second.locator(".prompt").fill(EVIL)
-        assert is_text(page, EVIL)
+        assert page.input_value(".row .prompt") == "a sks robot in the snow"
         page.click("text=Draw 2 pictures")
         page.wait_for_selector("#results .tile:nth-child(2) img", timeout=SLOW)
         page.wait_for_selector("#past .tile:nth-child(2) img")
         assert sorted(sent, key=lambda body: body["prompt"]) == [
             {"prompt": EVIL, "adapter": {EVIL: 0.5}, "seed": 7, "size": engine.sizes[0]},
-            {"prompt": "a sks robot", "adapter": "robot", "seed": 7, "size": engine.sizes[0]},
+            {
+                "prompt": "a sks robot in the snow",
+                "adapter": "robot",
+                "seed": 7,
+                "size": engine.sizes[0],
+            },
         ]
         width = "document.querySelector('#results img').naturalWidth"
         assert page.evaluate(width) == engine.sizes[0]
@@ -231,6 +248,7 @@ def test_a_key_is_asked_for_once_and_an_end_is_told(
     page: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(API_KEY, KEY)
+    page.clock.install()
     with served(Blank()) as url:
         page.goto(url)
         page.wait_for_selector("#key-dialog[open]")
@@ -251,6 +269,7 @@ def test_a_key_is_asked_for_once_and_an_end_is_told(
     page.wait_for_selector("#offline:visible")
     assert "The server cannot be reached." in page.text_content("#results .tile.bad")
     with served(Blank(), port=int(url.rpartition(":")[2])):
+        page.clock.fast_forward(5000)  # it looks for the server of itself
         page.wait_for_selector("#offline", state="hidden")
         page.click("button:text-is('Draw')")
         page.wait_for_selector("#results .tile img")

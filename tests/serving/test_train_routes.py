@@ -194,5 +194,7 @@ def test_what_training_would_see(client: TestClient, jobs: Jobs) -> None:
     assert seen["words"]["summary"] == "`ohwx toy robot` (identifier `ohwx`, class `toy robot`)"
     lost = send(client, {"prompt": "a dog"}, path="/photos/check").json()["words"]
     assert "the identifier `sks` is not in the prompt" in lost["error"]
+    assert lost["error"].endswith("with `identifier`.")  # the form's field, no option of a command
+    assert send(client, {"prompt": "a dog"}).json()["error"] == lost["error"]
     assert "words" not in send(client, {}, path="/photos/check").json()
     assert jobs.list() == []

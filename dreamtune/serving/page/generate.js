@@ -2,7 +2,7 @@
 
 import { $, el, say, seconds } from "./dom.js";
 import { post, wait } from "./api.js";
-import { Row } from "./rows.js";
+import { reworded, Row } from "./rows.js";
 import { History } from "./history.js";
 import { Tile } from "./tile.js";
 
@@ -76,13 +76,10 @@ export class Generator {
   /** The first row's prompt for each subject, in that one's own words. */
   each() {
     const { prompt, seed } = this.rows[0].state;
-    const first = Object.keys(this.rows[0].adapters)[0];
-    const own = this.adapters.find(({ name }) => name === first)?.prompt;
     for (const row of this.rows) row.node.remove();
     this.rows = [];
     for (const adapter of this.adapters) {
-      const same = own && adapter.prompt && prompt.includes(own);
-      const words = same ? prompt.replace(own, () => adapter.prompt) : prompt || adapter.prompt || "";
+      const words = reworded(prompt, this.adapters, adapter);
       this.add({ prompt: words, adapters: { [adapter.name]: 1 }, seed });
     }
     this.rows[0].prompt.focus();
@@ -99,7 +96,7 @@ export class Generator {
       $(id).value = settings[name] ?? "";
     }
     if (this.about.sizes.includes(settings.size)) $("size").value = settings.size;
-    say($("draw-status"), `The settings of that picture are in row ${this.rows.length}.`);
+    say($("draw-status"), `Picture ${this.rows.length} has the settings of that one.`);
     row.prompt.focus();
   }
 
@@ -132,8 +129,9 @@ export class Generator {
     const count = made.filter(Boolean).length;
     const took = seconds((performance.now() - began) / 1000);
     const failed = signal.aborted ? "stopped" : `${tiles.length - count} failed`;
+    const drawn = count ? `${count} of ${tiles.length} drawn in ${took}` : "Nothing was drawn";
     const rest = count < tiles.length ? `, ${failed}` : "";
-    say($("draw-status"), `${count} of ${tiles.length} drawn in ${took}${rest}.`, rest && "error");
+    say($("draw-status"), `${drawn}${rest}.`, rest && "error");
     $("draw").disabled = false;
     $("stop").hidden = true;
     this.running = null;

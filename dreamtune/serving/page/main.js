@@ -9,11 +9,13 @@ const EVERY = 5000; // milliseconds between looks at the server
 let adapters = [];
 let generator = null;
 
-onReach((reached) => {
+function reach(reached) {
   $("offline").hidden = reached;
   say($("offline"), reached ? "" : "The server cannot be reached. What you wrote stays here; asking again…");
-  if (!reached) say($("server"), "offline");
-});
+  if (!reached) say($("server"), "offline", "error");
+}
+
+onReach(reach);
 
 onKey((wrong) => new Promise((resolve) => {
   const dialog = $("key-dialog");
@@ -39,16 +41,14 @@ async function trained(name, isNew) {
 async function look() {
   try {
     const found = await (await fetch("/health", { cache: "no-store" })).json();
-    $("offline").hidden = true;
+    reach(true);
     const count = `${found.adapters} ${found.adapters === 1 ? "subject" : "subjects"}`;
     const queue = found.queue ? `, ${found.queue} waiting` : "";
     const state = found.ready ? `ready${queue}` : found.live ? "shutting down" : "cannot draw";
     say($("server"), `${count} · ${found.device} · ${state}`, found.ready ? "" : "error");
     return true;
   } catch {
-    $("offline").hidden = false;
-    say($("offline"), "The server cannot be reached. What you wrote stays here; asking again…");
-    say($("server"), "offline");
+    reach(false);
     return false;
   }
 }

@@ -85,7 +85,7 @@ export class Photos {
     for (const [name, id] of [["prompt", "train-prompt"], ["identifier", "train-identifier"]]) {
       if ($(id).value.trim()) form.append(name, $(id).value);
     }
-    if (news.length) say($("check-status"), `Looking at ${news.length} photos…`);
+    if (news.length) say($("check-status"), `Looking at ${photos(news.length)}…`);
     try {
       const found = await json("/photos/check", { method: "POST", body: form, signal });
       sent.forEach((file, i) => this.seen.set(file, found.photos[i]));
@@ -99,13 +99,14 @@ export class Photos {
 
   tell() {
     const bad = this.files.length - this.good.length;
-    const count = `${this.good.length} ${this.good.length === 1 ? "photo" : "photos"}`;
     const wrong = bad ? `, ${bad} cannot be used` : ", as training sees them";
-    say($("check-status"), this.files.length ? `${this.left ?? ""}${count}${wrong}.` : "");
+    const told = this.good.length ? `${photos(this.good.length)}${wrong}.` : "None of these can be used.";
+    say($("check-status"), this.files.length ? `${this.left ?? ""}${told}` : "");
+    say($("train-status"), ""); // of what was before
     const { words } = this;
     if (!words) return;
     const text = words.error
-      ? `Not yet: ${words.error}`
+      ? `Not yet: ${labelled(words.error)}`
       : `Learned as ${words.summary.replaceAll("`", "")}. Pictures to come: “${words.first_prompt}”.`;
     say($("words"), text, words.error ? "error" : "");
     this.onWords(words.error ? null : words);
@@ -120,11 +121,17 @@ export class Photos {
     const picture = seen?.crop
       ? el("img", { src: `data:image/png;base64,${seen.crop}`, alt: `${file.name}, ${seen.size}` })
       : el("span", { class: "blank" }, seen ? "" : "…");
-    const why = seen?.error ? el("span", { class: "error small" }, `${file.name}: ${seen.error}.`) : null;
+    const name = seen?.error
+      ? el("span", { class: "error small" }, `${file.name}: ${seen.error}.`)
+      : el("span", { class: "name small soft", title: file.name }, file.name);
     const remove = el("button", {
-      type: "button", class: "corner", "aria-label": `Leave out ${file.name}`,
+      type: "button", class: "quiet", "aria-label": `Leave out ${file.name}`,
       onclick: () => this.remove(file),
     }, "×");
-    return el("li", { class: seen?.error ? "bad" : "" }, picture, why, remove);
+    return el("li", { class: seen?.error ? "bad" : "" }, picture, name, remove);
   }
 }
+
+/** An error with the page's label for the form's field. */
+export const labelled = (text) => text.replaceAll("`identifier`", "“Rare word” under “More settings”");
+const photos = (count) => `${count} ${count === 1 ? "photo" : "photos"}`;

@@ -4,6 +4,14 @@ import { el, fresh } from "./dom.js";
 
 const STRONGEST = 1.5;
 
+/** The prompt with the words of one subject in the place of another's; an empty one becomes them. */
+export function reworded(prompt, adapters, own) {
+  if (!own?.prompt) return prompt;
+  const found = adapters.map((adapter) => adapter.prompt).filter((words) => words && prompt.includes(words));
+  const [longest] = found.sort((a, b) => b.length - a.length);
+  return longest ? prompt.replace(longest, () => own.prompt) : prompt || own.prompt;
+}
+
 export class Row {
   /**
    * known: () => adapters that are served; most: of them in a picture; changed: called when the
@@ -69,8 +77,8 @@ export class Row {
     const name = this.choice.value;
     if (!name) return;
     const own = this.known().find((adapter) => adapter.name === name);
+    if (!this.strengths.size) this.prompt.value = reworded(this.prompt.value, this.known(), own);
     this.strengths.set(name, 1);
-    if (!this.prompt.value && own?.prompt) this.prompt.value = own.prompt;
     this.draw();
     this.choice.focus();
     this.changed();
@@ -81,7 +89,7 @@ export class Row {
     const names = this.known().map((adapter) => adapter.name);
     const left = names.filter((name) => !this.strengths.has(name));
     const full = this.strengths.size >= this.most;
-    const first = this.strengths.size ? (full ? "no more" : "and another…") : "none, the base";
+    const first = this.strengths.size ? (full ? "no more" : "one more…") : "the base";
     this.choice.replaceChildren(
       el("option", { value: "" }, first),
       ...(full ? [] : left.map((name) => el("option", { value: name }, name))),

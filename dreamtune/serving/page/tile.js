@@ -45,8 +45,8 @@ export class Tile {
     const { asked, image, took, batch, warning } = record;
     const url = `data:image/png;base64,${image}`;
     const text = `${asked.prompt}, ${adapterText(asked.adapter)}, seed ${asked.seed}`;
-    const beside = batch > 1 ? `, ${batch} at once` : "";
-    const facts = el("span", { class: "small soft" }, `seed ${asked.seed} · ${seconds(took)}${beside}`);
+    const facts = el("span", { class: "small soft" }, `seed ${asked.seed} · ${seconds(took)}`);
+    const beside = batch > 1 ? el("span", { class: "small soft beside" }, `${batch} at once`) : null;
     const save = el("a", {
       href: url, download: `dreamtune-${asked.seed}.png`, class: "small", "aria-label": `Save: ${text}`,
     }, "Save");
@@ -56,7 +56,7 @@ export class Tile {
         "aria-label": `Use these settings again: ${text}`, onclick: () => this.reuse(record),
       }, el("img", { src: url, alt: "" })),
       caption(asked),
-      el("p", { class: "facts" }, facts, save),
+      el("p", { class: "facts" }, facts, save, beside),
       ...(warning ? [el("p", { class: "small error" }, warning)] : []),
     );
     this.node.removeAttribute("aria-busy");

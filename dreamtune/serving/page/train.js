@@ -2,7 +2,7 @@
 
 import { $, el, say } from "./dom.js";
 import { json } from "./api.js";
-import { Photos } from "./photos.js";
+import { labelled, Photos } from "./photos.js";
 import { JobCard } from "./job.js";
 
 const SHOWN = 6; // jobs that are over, beside those that are not
@@ -68,7 +68,7 @@ async function submit(photos, show) {
   const button = $("train").querySelector("button.primary");
   if (button.disabled) return;
   if (!photos.good.length) {
-    say(status, "Choose at least one photo first.", "error");
+    say(status, "Choose at least one photo that can be used first.", "error");
     $("photos").focus();
     return;
   }
@@ -81,12 +81,12 @@ async function submit(photos, show) {
   say(status, "Sending the photos…");
   try {
     const job = await json("/train", { method: "POST", body: form });
-    say(status, `${job.name} is in the queue.`);
+    say(status, `The photos of ${job.name} are sent; how it trains is told below.`);
     show(job);
     photos.clear();
     Object.assign($("train-name"), { value: "" }).dataset.own = "";
   } catch (error) {
-    if (error.name !== "AbortError") say(status, error.message, "error");
+    if (error.name !== "AbortError") say(status, labelled(error.message), "error");
   } finally {
     button.disabled = false;
   }
