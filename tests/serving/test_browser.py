@@ -159,7 +159,10 @@ def test_from_photos_to_pictures(page: Any, engine: Engine, jobs: Jobs, tmp_path
         page.fill(".row .seed", "7")
         page.click("text=Add a row")
         second = page.locator(".row").nth(1)
+        assert second.locator(".prompt").input_value() == "a sks cat in the snow"
+        second.locator(".prompt").fill("")
         second.locator("select").select_option(EVIL)
+        assert second.locator(".prompt").input_value() == "a sks cat"
         second.locator("input[type=range]").fill("0.5")
         second.locator(".prompt").fill(EVIL)
         assert is_text(page, EVIL)
