@@ -125,7 +125,7 @@ def test_base_can_be_a_folder_or_a_pipeline(tmp_path):
     changes = [f[f"unet.{name}.lora_B.weight"] @ f[f"unet.{name}.lora_A.weight"] for f in files]
     for change in changes:
         torch.testing.assert_close(change, changes[0], rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match="`base` must be a UNet, a pipeline, a folder"):
+    with pytest.raises(ValueError, match="`base` must be a network, a pipeline, a folder"):
         dreamtune.export(native, tmp_path / "x", base=3)
 
 
