@@ -137,7 +137,7 @@ class Config:
         None,
         "optimizer steps",
         "training",
-        "60 to 180 by method with the package's base, else 240 up to 256 px and 1000 above",
+        "45 to 120 by method with the package's base, else 240 up to 256 px and 1000 above",
         resume=constant_rate,
     )
     learning_rate: Above0 | None = opt(
@@ -240,11 +240,11 @@ class Config:
         "the base's own for XL, flow matching, and if its terminal SNR is zero, else dpm++",
     )
     num_inference_steps: Count | None = opt(
-        None, "sampling steps", "scoring", "15 with the package's base, else 25"
+        None, "sampling steps", "scoring", "12 with the package's base, else 25"
     )
     guidance_scale: AtLeast0 | None = opt(
         None,
-        "classifier-free guidance; up to 1: none",
+        "classifier-free guidance; up to 1 none, of Z-Image 0",
         "scoring",
         "by the base: 5 for XL, 4 for Flux.2 klein; for 1.x and 2.x 4 up to 256 px and 7.5 above",
     )

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from dreamtune.injection.targets import TARGET_MODULES
 from dreamtune.models.base import Latents, Parts, SamplingDefaults
-from dreamtune.models.clip_text import unseen
 from dreamtune.models.conditioning import Conditioning
 from dreamtune.models.folder import ModelFolder
 from dreamtune.models.prefixes import TRANSFORMER, Prefixes
 from dreamtune.models.rules import Flag, rules
+from dreamtune.models.text import unseen_in_chat
 from dreamtune.models.transformer import TransformerBase
 
 DISTILLED = "is_distilled"
@@ -88,14 +88,7 @@ class Flux2Klein(TransformerBase):
         return 1
 
     def unseen(self, prompt: str) -> str:
-        tokenizer = self.parts["tokenizer"]
-        chat = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,
-        )
-        return unseen([tokenizer], chat, TOKENS)
+        return unseen_in_chat(self.parts["tokenizer"], prompt, TOKENS, thinking=False)
 
     def encoded_by(self, pipe: Any, prompts: list[str], guided: bool) -> Sequence[Any]:
         own, none = (

@@ -45,6 +45,17 @@ def load_tokenizer(folder: ModelFolder, part: str, kind_name: str) -> Any:
         )
 
 
+def unseen_in_chat(tokenizer: Any, prompt: str, length: int, thinking: bool) -> str:
+    """As `clip_text.unseen`, of a prompt in the chat that Qwen's pipelines make of it."""
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=thinking,
+    )
+    return clip_text.unseen([tokenizer], chat, length)
+
+
 def fit(tokenizer: Any, encoder: Any, folder: ModelFolder, part: str) -> None:
     """Raises UnreadableFile for a tokenizer whose ids are not the encoder's."""
     if type(encoder).__name__.startswith("CLIP"):

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dreamtune.models.base import Parts, SamplingDefaults
-from dreamtune.models.clip_text import unseen
 from dreamtune.models.conditioning import Arguments, Conditioning
 from dreamtune.models.latent import AUTOENCODERS
 from dreamtune.models.prefixes import TRANSFORMER, Prefixes
+from dreamtune.models.text import unseen_in_chat
 from dreamtune.models.transformer import TransformerBase
 
 PATCH = 2  # latents a side
@@ -74,14 +74,7 @@ class ZImage(TransformerBase):
         return 2 if guidance_scale > 0 else 1
 
     def unseen(self, prompt: str) -> str:
-        tokenizer = self.parts["tokenizer"]
-        chat = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=True,
-        )
-        return unseen([tokenizer], chat, TOKENS)
+        return unseen_in_chat(self.parts["tokenizer"], prompt, TOKENS, thinking=True)
 
     def conditioning_of(self, encoded: Arguments) -> Conditioning:
         """Filled up with zeros, and the number of tokens (n,)."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import logging
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,8 @@ from dreamtune.fast.watch import why_not_recorded
 from dreamtune.injection.bank import Bank, check_free, owners
 from dreamtune.injection.inject import InjectedAdapter
 from dreamtune.pipeline.load import network_of
+
+_log = logging.getLogger("dreamtune")
 
 
 def speed_up(pipe: Any) -> None:
@@ -55,10 +58,14 @@ def speed_up(pipe: Any) -> None:
         adapter.speed_up()
 
 
-def speed_up_where_possible(pipe: Any) -> None:
-    """For a pipeline that nobody else has: the same pictures, faster where `speed_up` can."""
-    with suppress(ValueError):
+def speed_up_where_possible(pipe: Any, tell: Callable[[str], None] = _log.warning) -> None:
+    """For a pipeline that nobody else has: the same pictures, faster where `speed_up` can; else why
+    they are not is told.
+    """
+    try:
         speed_up(pipe)
+    except ValueError as error:
+        tell(f"Pictures are drawn as fast as diffusers draws them: {error}")
 
 
 def slow_down(pipe: Any) -> None:

@@ -22,7 +22,7 @@ from dreamtune.models.sample import sample
 from dreamtune.pipeline.adapters import get_adapters, route, unload
 from dreamtune.pipeline.load import network_of
 from dreamtune.pipeline.many import load_many
-from dreamtune.pipeline.speed import speed_up
+from dreamtune.pipeline.speed import speed_up_where_possible
 from dreamtune.serving.backend import Adapter, Backend, Known, Row, Shape
 from dreamtune.serving.folder import look
 from dreamtune.serving.settings import Settings
@@ -96,10 +96,7 @@ class Engine(Backend):
             engine = cls(base, pipe, settings.resolution, settings.max_batch, tell)
             engine.add_all(folder)
             if engine.on_gpu:
-                try:
-                    speed_up(pipe)
-                except ValueError as error:
-                    tell(f"Pictures are drawn as fast as diffusers draws them: {error}")
+                speed_up_where_possible(pipe, tell)
             yield engine
 
     @property
