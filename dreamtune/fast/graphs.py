@@ -67,7 +67,7 @@ class CapturedStep:
     pool: memory shared with other graphs, whose replays must be over when this one runs.
     """
 
-    def __init__(self, step: StaticStep, pool: Any = None) -> None:
+    def __init__(self, step: StaticStep, pool: Pool | None = None) -> None:
         self.step, self.pool = step, pool
         self.graph: Any = None
         self._addresses: list[int] = []
@@ -116,9 +116,22 @@ class CapturedStep:
         for generator in self.step.generators:
             graph.register_generator_state(generator)
         self.step.prepare(k, multiplier)
-        with recording(graph, "training step", self.pool, stream):
+        pool = None if self.pool is None else self.pool.handle
+        with recording(graph, "training step", pool, stream):
             self.step.body()
         return graph
+
+
+class Pool:
+    """Memory that graphs share; one whose last graph is gone cannot be recorded into again, so
+    whoever lets graphs go renews it.
+    """
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
 
 
 Replayed = Callable[[], AbstractContextManager[None]]
@@ -176,7 +189,7 @@ class CapturedForward:
 
     def __init__(self, adapter: InjectedAdapter) -> None:
         self.adapter, self.model = adapter, adapter.model
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool = Pool()
         self.graphs: dict[object, Recorded | None] = {}
         self._addresses: list[int] = []
 
@@ -186,6 +199,7 @@ class CapturedForward:
         addresses = [p.data_ptr() for p in model.parameters()]
         if addresses != self._addresses:
             self.graphs, self._addresses = {}, addresses
+            self.pool.renew()
         with torch.no_grad():
             self.adapter.refresh()  # into the places that a graph reads
         self.eager, own = model.forward, model.__dict__.get("forward")
@@ -230,7 +244,7 @@ class CapturedForward:
     ) -> tuple[Callable[[], None], tuple[Sequence[Any], Any]]:
         """(what does its work again, what it gave)."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), recording(graph, "forward of sampling", self.pool):
+        with torch.cuda.device(device), recording(graph, "forward of sampling", self.pool.handle):
             found = run()
         return graph.replay, found
 

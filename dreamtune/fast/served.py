@@ -1,5 +1,5 @@
-"""Sampling by recorded forwards: each kind of call is a CUDA graph, with fused kernels in a UNet,
-and adapters, strengths and routes are values in places that it reads.
+"""Sampling by recorded forwards: each kind of call is a CUDA graph, with fused kernels, and
+adapters, strengths and routes are values in places that it reads.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dreamtune.fast.graphs import Recorded, kind_of, placed, recording
+from dreamtune.fast.fuse import patched
+from dreamtune.fast.graphs import Pool, Recorded, kind_of, placed, recording
 from dreamtune.fast.ops import why_not_fused
-from dreamtune.fast.unet import patched
 from dreamtune.fast.watch import Watch
 from dreamtune.injection.bank import Bank
 from dreamtune.injection.placing import Placing
@@ -41,12 +41,10 @@ class Served:
         self.own = model.__dict__.get("forward")
         names = list(inspect.signature(type(model).forward).parameters)
         self.timestep = names.index("timestep") - 1 if "timestep" in names else -1
-        # the blocks that fused kernels stand for
-        device = next(model.parameters()).device
-        self.unet = type(model).__name__ == "UNet2DConditionModel" and not why_not_fused(device)
-        if self.unet:
+        self.fused = not why_not_fused(next(model.parameters()).device)
+        if self.fused:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.pool: Any = None
+        self.pool = Pool()
         self.graphs: OrderedDict[object, Recorded | None] = OrderedDict()
         self.placing = Placing(model, bank)
         self.replays = 0
@@ -62,7 +60,7 @@ class Served:
             del model.forward
             if self.own is not None:
                 model.forward = self.own
-        if self.unet:
+        if self.fused:
             model.to(memory_format=torch.contiguous_format)
         self.graphs.clear()
         self.placing.kept.clear()
@@ -71,6 +69,7 @@ class Served:
     def _look(self) -> None:
         """Sees the model as it is now, with the layers that are adapted."""
         self.graphs.clear()
+        self.pool.renew()
         self.placing.look()
         self.watch = Watch(self.model)
 
@@ -144,21 +143,19 @@ class Served:
         self, run: Callable[[], tuple[Sequence[Any], Any]]
     ) -> tuple[Callable[[], None], tuple[Sequence[Any], Any]]:
         """(what does its work again, what it gave)."""
-        if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         device = next(self.model.parameters()).device
         # Other threads may use the GPU meanwhile: only this one is recorded.
         with (
             torch.cuda.device(device),
-            recording(graph, "forward", self.pool, mode="thread_local", way_out=WAY_OUT),
+            recording(graph, "forward", self.pool.handle, mode="thread_local", way_out=WAY_OUT),
         ):
             found = run()
         return graph.replay, found
 
     @contextmanager
     def _placed(self, tables: Tables) -> Iterator[None]:
-        with tables.placed(), patched(self.model) if self.unet else nullcontext():
+        with tables.placed(), patched(self.model) if self.fused else nullcontext():
             yield
 
 

@@ -2,114 +2,38 @@
 
 Stock diffusers runs a norm, an activation and each sum as kernels of their own, and copies pictures
 between two memory layouts around every one of them: in a captured training step most of the time.
-`fuse` gives the blocks that it knows (`ResnetBlock2D`, `Transformer2DModel` and its
-`BasicTransformerBlock`s as Stable Diffusion has them) a forward through `fused_ops`; a block that
-it does not know, or a call with arguments that it does not know, runs as diffusers wrote it.
+Known are `ResnetBlock2D`, `Transformer2DModel` and its `BasicTransformerBlock`s as Stable Diffusion
+has them; a block that is not known, or a call with arguments that are not, runs as diffusers wrote
+it.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamtune.fast import ops as ops
 
 
-class Fused:
-    """What `fuse` did, counted; `undo` takes it back."""
-
-    def __init__(self) -> None:
-        self.modules: list[nn.Module] = []
-        self.left: list[str] = []  # blocks that run as diffusers wrote them
-
-    def patch(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        module.forward = forward
-        self.modules.append(module)
-
-    def undo(self) -> None:
-        for module in self.modules:
-            module.__dict__.pop("forward", None)
-        self.modules = []
-
-
-def fuse(unet: nn.Module) -> Fused:
-    """Patches the forward of the blocks it knows, for as long as weights stay where they are.
-
-    The convolutions' weights become channels-last. Weights get no gradient through fused blocks:
-    call it on a frozen model.
-    """
-    if any(p.requires_grad for p in unet.parameters()):
-        raise ValueError("`unet` must be frozen: fused blocks give its weights no gradient")
-    unet.to(memory_format=torch.channels_last)
-    return _patch(unet)
-
-
-@contextmanager
-def patched(unet: nn.Module) -> Iterator[Fused]:
-    """The same inside the block, for calls without gradients of a model that is channels-last."""
-    done = _patch(unet)
-    try:
-        yield done
-    finally:
-        done.undo()
-
-
-def _patch(unet: nn.Module) -> Fused:
+def plan(module: nn.Module, shared: SiLU) -> tuple[bool, Callable[..., Any]] | None:
+    """Whether the block is known, and its fused forward; None for what is no such block."""
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
-    done, shared = Fused(), _SiLU()
-    for name, module in unet.named_modules():
-        if type(module) is ResnetBlock2D:
-            known = knows_resnet(module)
-            bias = time_bias(module) if known else None
-            forward = partial(resnet, module, module.forward, shared, bias)
-        elif type(module) is Transformer2DModel:
-            known = knows_transformer(module)
-            forward = partial(transformer, module, module.forward)
-        elif type(module) is BasicTransformerBlock:
-            known = knows_block(module)
-            forward = partial(block, module, module.forward)
-        else:
-            continue
-        if known and "forward" not in module.__dict__:
-            done.patch(module, forward)
-        else:
-            done.left.append(name)
-    norm = getattr(unet, "conv_norm_out", None)
-    if knows_norm(norm):
-        done.patch(norm, lambda x: apply_norm(norm, x)[0])  # type: ignore[arg-type]
-    return done
-
-
-def compile_blocks(unet: nn.Module) -> int:
-    """torch.compile for each transformer block, by what the model's class says of itself: blocks of
-    one shape share what was compiled. Returns how many there are.
-
-    A block's kernels are kept on disk, for the next process.
-    """
-    names = getattr(unet, "_repeated_blocks", None) or getattr(unet, "_no_split_modules", None)
-    blocks = [m for m in unet.modules() if type(m).__name__ in (names or ())]
-    if not blocks:
-        return 0
-    folder = Path(torch.hub.get_dir()).parent / "inductor"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-    from torch._dynamo import config
-
-    config.recompile_limit = max(64, config.recompile_limit)  # one for each width and picture size
-    for module in blocks:
-        module.__dict__.pop("forward", None)
-        module.compile(dynamic=False)
-    return len(blocks)
+    if type(module) is ResnetBlock2D:
+        known = knows_resnet(module)
+        bias = time_bias(module) if known else None
+        return known, partial(resnet, module, module.forward, shared, bias)
+    if type(module) is Transformer2DModel:
+        return knows_transformer(module), partial(transformer, module, module.forward)
+    if type(module) is BasicTransformerBlock:
+        return knows_block(module), partial(block, module, module.forward)
+    return None
 
 
 def knows_norm(norm: Any) -> bool:
@@ -126,7 +50,7 @@ def apply_norm(
     return ops.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, add)
 
 
-class _SiLU:
+class SiLU:
     """silu(x), computed once for the same tensor: all blocks of a forward get one embedding."""
 
     def __init__(self) -> None:
@@ -176,7 +100,7 @@ def plain(*layers: Any) -> bool:
 
 
 def resnet(
-    m: Any, original: Callable[..., Tensor], silu: _SiLU, bias: Any, x: Tensor, temb: Tensor
+    m: Any, original: Callable[..., Tensor], silu: SiLU, bias: Any, x: Tensor, temb: Tensor
 ) -> Tensor:
     """`ResnetBlock2D.forward`."""
     if not plain(m.conv1, m.conv2, m.conv_shortcut, m.time_emb_proj):

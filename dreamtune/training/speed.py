@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dreamtune.config import Config
-from dreamtune.fast import graphs, ops, unet
+from dreamtune.fast import fuse, graphs, ops
 from dreamtune.models.base import Base
 from dreamtune.models.quiet import quiet_diffusers
 from dreamtune.training.defaults import device_and_dtype
@@ -70,7 +70,7 @@ def speed_up(base: Base, speed: Speed) -> None:
         base.network.to(memory_format=torch.channels_last)
     if speed.fused and not base.fused:
         with quiet_diffusers():
-            done = unet.fuse(base.network)
+            done = fuse.fuse(base.network)
         base.fused = True
         if not done.modules:
             kind = type(base.network).__name__
@@ -78,7 +78,7 @@ def speed_up(base: Base, speed: Speed) -> None:
         elif done.left:
             say(f"{len(done.left)} blocks of the network run unfused, `{done.left[0]}` first.")
     if speed.compiled and not base.compiled:
-        if not unet.compile_blocks(base.network):
+        if not fuse.compile_blocks(base.network):
             kind = type(base.network).__name__
             raise ValueError(f"`compile` knows no block of a {kind}: leave it out.")
         base.compiled = True

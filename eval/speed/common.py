@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT / "eval"), str(ROOT)]
 import flow_models  # noqa: E402
 from random_models import build_unet  # noqa: E402, F401
 
-from dreamtune.fast import unet as fast_unet  # noqa: E402
+from dreamtune.fast import fuse  # noqa: E402
 from dreamtune.injection.inject import inject  # noqa: E402
 from dreamtune.models import stable_diffusion, stable_diffusion_xl  # noqa: E402
 from dreamtune.models.base import Process  # noqa: E402
@@ -107,9 +107,9 @@ def make_step(
     )
     if fused or (fused is None and weight.device.type == "cuda"):
         with quiet_diffusers():
-            fast_unet.fuse(unet)
+            fuse.fuse(unet)
     if compiled:
-        fast_unet.compile_blocks(unet)
+        fuse.compile_blocks(unet)
     unet.eval()  # as the trainer does
     groups = [adapter.parameter_groups(None, 0.01) for _ in range(slots)]
     pools = [[torch.arange(entries, device=device) + s * entries for s in range(slots)]]

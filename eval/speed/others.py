@@ -20,7 +20,7 @@ from flow_models import flow_of, targets
 from flow_peer import flow_loss
 from torch import Tensor, nn
 
-from dreamtune.fast import unet as fast_unet
+from dreamtune.fast import fuse
 from dreamtune.fast.graphs import CapturedStep
 from dreamtune.injection.targets import find_targets
 
@@ -97,7 +97,7 @@ class FrozenStep:
     generators = ()
 
     def __init__(self, unet: Any, batch: int) -> None:
-        fast_unet.fuse(unet)
+        fuse.fuse(unet)
         self.run, self.unet = plain_step(unet, [], batch, keep=True), unet
         unet.eval()
 

@@ -4,6 +4,7 @@ loopback, to a server that draws routed batches and to one that draws one adapte
     python eval/speed/server.py                # the embedded base, adapters that it trains before
     python eval/speed/server.py --model full   # on a GPU: SD 1.5's shapes, random weights and LoRAs
     python eval/speed/server.py --kill         # the process of a training job is killed meanwhile
+    python eval/speed/server.py --kill --replicas 2          # and one of two that draw, by Ray
 
 Each server is the command, in a process of its own. Of the embedded base every picture is scored
 against the photos of each subject, and compared with the same request's picture of the other
@@ -173,9 +174,14 @@ def measure_killed(args: argparse.Namespace, adapters: Path, work: Path) -> None
     names = sorted(path.stem for path in adapters.iterdir())
     bodies = requests(args.requests, names)
     photos, jobs = embedded.subject(SUBJECTS[0]).photos, work / "jobs"
-    with server(EMBEDDED, adapters, args.steps, ["--jobs", str(jobs)]) as place:
+    more = ["--replicas", str(args.replicas)] if args.replicas else []
+    with server(EMBEDDED, adapters, args.steps, ["--jobs", str(jobs), *more]) as place:
         burst(place, bodies[: 2 * len(names)], args.limit)
-        measure_kill(place, jobs, photos, bodies, args.job_steps, args.limit)
+        answers = measure_kill(
+            place, jobs, photos, bodies, args.job_steps, args.limit, args.replicas
+        )
+    wrong, count = strangers(answers, bodies)
+    print(f"{wrong} of {count} pictures nearest to another subject, by DINO")
 
 
 def main() -> int:
@@ -191,11 +197,16 @@ def main() -> int:
     parser.add_argument(
         "--kill", action="store_true", help="kill the process of a training job, and nothing else"
     )
+    parser.add_argument(
+        "--replicas", type=int, default=0, help="with --kill: this many draw, and one is killed too"
+    )
     parser.add_argument("--job_steps", type=int, default=240, help="of that job")
     parser.add_argument("--limit", type=float, default=900, help="seconds for a burst")
     args = parser.parse_args()
     if args.kill and args.model != EMBEDDED:
         parser.error(f"--kill trains on the embedded base: leave out --model {args.model}")
+    if args.replicas and not args.kill:
+        parser.error("--replicas is of --kill")
     with tempfile.TemporaryDirectory() as place:
         work, adapters = Path(place), Path(place) / "adapters"
         adapters.mkdir()

@@ -1,12 +1,15 @@
-"""A burst of requests in the middle of which the process that trains is killed (SIGKILL), and what
-became of the requests and of the job. That a resumed run is the run that was never stopped, bit for
-bit, is a test's (`tests/serving/test_jobs.py`).
+"""A burst of requests in the middle of which the process that trains is killed (SIGKILL), and with
+replicas one of those that draw; what became of the requests and of the job. That a resumed run is
+the run that was never stopped, bit for bit, is a test's (`tests/serving/test_jobs.py`).
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import secrets
+import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 from load_client import HEAD, RULE, Answer, Form, ask, burst, differences, report
 
 from dreamtune.serving.jobs.process import Child
@@ -23,18 +27,21 @@ from dreamtune.training.run_folder import checkpoints, step_of
 NAME = "killed"  # of the job's adapter
 SAME = 1.0  # mean difference in 8 bits, up to which two pictures are of one request
 POLL = 0.1  # seconds
+BACK = 120.0  # seconds in which a replica must have been replaced
+REPLICA = "ray::ServeReplica:dreamtune-"  # what Ray calls its process
 
 Place = tuple[str, int]
 
 
 class Kill(NamedTuple):
     """answered: requests of the burst that were; saved: the job's step that a process goes on from,
-    at least.
+    at least; replica: the process that drew and was killed too, 0 for none.
     """
 
     pid: int
     answered: int
     saved: int
+    replica: int = 0
 
 
 def form(fields: Mapping[str, str], photos: Sequence[Path]) -> Form:
@@ -64,14 +71,39 @@ def process_of(jobs: Path, id: str) -> Child | None:
     return next((c for c in found if c and id in c.record["jobs"] and c.alive()), None)
 
 
-def saved_step(jobs: Path, id: str) -> int:
+def kill_replica() -> int:
+    """The number of one that draws on this machine, which is no more."""
+    for process in psutil.process_iter(["cmdline"]):
+        if "".join(process.info["cmdline"] or ()).startswith(REPLICA):
+            os.kill(process.pid, signal.SIGKILL)
+            return int(process.pid)
+    raise SystemExit(f"there is no process `{REPLICA}...`: are there replicas?")
+
+
+def replaced(place: Place, replicas: int, limit: float) -> tuple[int, int]:
+    """How many draw again, once it is all of them or BACK has passed; and batches sent again."""
+    until = time.monotonic() + BACK
+    running = 0
+    while running < replicas and time.monotonic() < until:
+        time.sleep(POLL)
+        running = ask(place, "GET", "/health", None, limit).body.get("replicas", 0)
+    told = ask(place, "GET", "/metrics", None, limit).body.get("text", "")
+    found = re.search(r"^dreamtune_resends_total (\S+)", told, re.MULTILINE)
+    return running, int(float(found[1])) if found else 0
+
+
+def saved_before_the_end(place: Place, jobs: Path, id: str, limit: float) -> int:
+    """The job's last saved step, 0 before the first. Raises SystemExit once it has ended."""
+    state = ask(place, "GET", f"/jobs/{id}", None, limit).body.get("state")
+    if state in ENDED:
+        raise SystemExit(f"the job was {state} before the kill: more --job_steps")
     return max(map(step_of, checkpoints(jobs / id / RUN)), default=0)
 
 
 def kill_under_load(
-    place: Place, jobs: Path, id: str, bodies: Sequence[Any], limit: float
+    place: Place, jobs: Path, id: str, bodies: Sequence[Any], limit: float, replicas: int = 0
 ) -> tuple[Kill, list[Answer], float]:
-    """The burst, and the kill: once a quarter of it is answered and the job has saved a step."""
+    """The burst once the job has saved a step, and the kill once a quarter of it is answered."""
     answered = 0
     counting = threading.Lock()
 
@@ -80,21 +112,21 @@ def kill_under_load(
         with counting:
             answered += 1
 
+    while not saved_before_the_end(place, jobs, id, limit):
+        time.sleep(POLL)
     with ThreadPoolExecutor(1) as pool:
         load = pool.submit(burst, place, bodies, limit, count)
         while True:
             time.sleep(POLL)
-            state = ask(place, "GET", f"/jobs/{id}", None, limit).body.get("state")
-            if state in ENDED:
-                raise SystemExit(f"the job was {state} before the kill: more --job_steps")
-            if load.done():
-                raise SystemExit("the load was over before the job had saved: more --requests")
-            if 4 * answered < len(bodies) or not (saved := saved_step(jobs, id)):
-                continue
-            if child := process_of(jobs, id):
-                kill = Kill(child.pid, answered, saved)
+            saved = saved_before_the_end(place, jobs, id, limit)
+            child = process_of(jobs, id)
+            if 4 * answered >= len(bodies) and child:
                 child.kill()
+                drew = kill_replica() if replicas else 0
+                kill = Kill(child.pid, answered, saved, drew)
                 break
+            if load.done():
+                raise SystemExit("the load was over before a kill: more --requests")
         return (kill, *load.result())
 
 
@@ -121,12 +153,12 @@ def faults_of(kill: Kill, events: Sequence[dict[str, Any]]) -> list[str]:
 
 def measure_kill(
     place: Place, jobs: Path, photos: Sequence[Path], bodies: Sequence[Any], steps: int,
-    limit: float,
-) -> None:  # fmt: skip
-    """Prints what became of it. Raises SystemExit where anything was lost."""
+    limit: float, replicas: int = 0,
+) -> list[Answer]:  # fmt: skip
+    """Prints what became of it; the answers of the burst. Raises SystemExit where one was lost."""
     began = time.monotonic()
     id = submit(place, photos, "a sks fox", steps, limit)
-    kill, answers, seconds = kill_under_load(place, jobs, id, bodies, limit)
+    kill, answers, seconds = kill_under_load(place, jobs, id, bodies, limit, replicas)
     events = events_of(place, id, limit)
     whole = time.monotonic() - began
     body = {"prompt": "a sks fox", "adapter": NAME, "seed": 0}
@@ -140,6 +172,11 @@ def measure_kill(
         f" saved step {kill.saved} of {steps}"
     )
     faults = faults_of(kill, events)
+    if replicas:
+        running, resends = replaced(place, replicas, limit)
+        print(f"replica {kill.replica} was killed too: {resends} batches were sent again")
+        if running < replicas:
+            faults.append(f"{running} of {replicas} replicas draw again")
     if any(answer.status != 200 for answer in (*answers, *again)):
         faults.append("not all requests were answered by a picture")
     elif (apart := differences(answers, again)).max() > SAME:
@@ -155,3 +192,4 @@ def measure_kill(
         f"the job went on from step {went_on} and was done after {whole:.0f} s, best step"
         f" {events[-1]['best_step']}; its adapter is served"
     )
+    return answers

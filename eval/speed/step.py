@@ -48,6 +48,7 @@ from common import (  # noqa: E402
     product_ceiling,
 )
 from flow_models import FLOWS  # noqa: E402
+from kernel_kinds import kernel_kinds, print_kinds  # noqa: E402
 from others import (  # noqa: E402
     DENSE,
     LYCORIS,
@@ -147,7 +148,7 @@ def make_unet(args: argparse.Namespace) -> Any:
 
 
 def measure(
-    case: str, batch: int, args: argparse.Namespace, count: bool
+    case: str, batch: int, args: argparse.Namespace, last: bool
 ) -> tuple[float, float, int]:
     """(median ms, peak GiB, kernels)."""
     cuda = args.device.startswith("cuda")
@@ -159,8 +160,10 @@ def measure(
         torch.cuda.reset_peak_memory_stats()
     call = make_call(case, unet, batch, args)
     ms = median_ms(call, cuda, args.repeats)
+    if last and args.profile:
+        args.kinds[f"{case}, batch {batch}"] = kernel_kinds(call)
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-    return ms, peak, count_kernels(call, cuda) if count else 0
+    return ms, peak, count_kernels(call, cuda) if last and not args.no_kernels else 0
 
 
 def at_ceiling(batches: list[int], args: argparse.Namespace) -> dict[int, float]:
@@ -209,7 +212,7 @@ def print_table(
             last = turn == args.rounds - 1
             try:
                 if key not in faults:
-                    found[key].append(measure(*key, args, last and not args.no_kernels))
+                    found[key].append(measure(*key, args, last))
             except Exception as error:  # a table with a hole says more than none
                 faults[key] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]} | | |"
             if not last:
@@ -233,6 +236,7 @@ def main(argv: list[str] | None = None) -> int:
         "--rounds", type=int, help="by turns [default: 3 of a transformer, 1 of a UNet]"
     )
     parser.add_argument("--no-kernels", action="store_true", help="do not count kernels")
+    parser.add_argument("--profile", action="store_true", help="kernels by kind, on a GPU")
     parser.add_argument("--quick", action="store_true", help="few methods, batches 1 and 8")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
@@ -244,6 +248,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.quick:
         args.batches, args.repeats = "1,8", 6
     cuda = args.device.startswith("cuda")
+    if args.profile and not cuda:
+        parser.error(f"--profile is of kernels on a GPU; --device is {args.device}")
+    args.kinds = {}
     print(torch.cuda.get_device_name() if cuda else "CPU", "torch", torch.__version__)
     cases, batches = rows_of(args, parser.error), list(map(int, args.batches.split(",")))
     print("`ours`: the trainer's default step, captured and fused where it can be; `equal`: with")
@@ -252,6 +259,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     print("not captured.")
     times = print_table(cases, batches, args)
+    if args.profile:
+        print_kinds(args.kinds)
     floors = {"ours": "frozen" if uncaptured(args.unet) else "frozen-captured"}
     print_ratios(times, {**floors, "eager": "frozen", "compiled": ""})
     return 0

@@ -13,8 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from steps import make
 
-from dreamtune.fast import ops
-from dreamtune.fast import unet as fast_unet
+from dreamtune.fast import fuse, ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -97,7 +96,7 @@ def test_a_fused_step_is_the_step() -> None:
     plain_adapter, plain = make("delora", [0, 1], device=DEVICE, **small)
     adapter, step = make("delora", [0, 1], device=DEVICE, **small)
     before = adapter.state_dict(0)
-    done = fast_unet.fuse(adapter.model)
+    done = fuse.fuse(adapter.model)
     assert not done.left and len(done.modules) > 10
     plain(0, 1.0)
     step(0, 1.0)

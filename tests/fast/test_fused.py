@@ -19,8 +19,7 @@ from steps import make
 from tiny import disturb, tiny_unet, tiny_xl_unet, unet_inputs, xl_inputs
 
 from dreamtune.config import Config
-from dreamtune.fast import ops
-from dreamtune.fast import unet as fast_unet
+from dreamtune.fast import fuse, ops
 from dreamtune.injection.attention import JointProjections
 from dreamtune.training.run import Run
 
@@ -28,9 +27,10 @@ pytest.importorskip("triton", reason="triton is not on this platform")
 ROOT = Path(ops.__file__).parent
 
 
-def load_kernels(name: str) -> ModuleType:
+def load_kernels(module_name: str) -> ModuleType:
     """A copy of the module of its own."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "kernels.py")
+    name = f"compiled_{module_name}"
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{module_name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -46,14 +46,15 @@ def test_kernels_compile(target: int, lanes: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    module = load_kernels("compiled_kernels")
     constants = {"GROUPS": 32, "LANES": lanes, "ROWS": 8, "PARTS": 128, "ACC": tl.float32}
-    names = [
-        "group_sums", "group_apply", "group_sums_back", "group_apply_back", "layer_norm",
-        "layer_norm_back", "geglu", "geglu_back", "add_bias",
-    ]  # fmt: skip
-    for name in names:
-        kernel = getattr(module, name)
+    kernels = [
+        kernel
+        for module in map(load_kernels, ("kernels", "row_kernels"))
+        for name, kernel in vars(module).items()
+        if hasattr(kernel, "params") and not name.startswith("_")
+    ]
+    assert len(kernels) == 16
+    for kernel in kernels:
         declared = {p.name: p.annotation_type for p in kernel.params}
         assert declared.get("eps", "fp64") == "fp64", "a Python float goes in as float32"
         kinds: dict[str, str] = {}
@@ -78,8 +79,9 @@ INTERPRETED = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 def test_kernels_equal_torch(more: dict[str, str]) -> None:
     environment = {**os.environ, **more}
     command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider"]
+    files = [str(Path(__file__).parent / f"{name}_parity.py") for name in ("kernel", "row")]
     done = subprocess.run(
-        [*command, str(Path(__file__).parent / "kernel_parity.py")],
+        [*command, *files],
         env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr
@@ -88,11 +90,11 @@ def test_kernels_equal_torch(more: dict[str, str]) -> None:
 def test_a_trainable_or_unknown_unet_is_left_alone() -> None:
     unet = tiny_unet()
     with pytest.raises(ValueError, match="must be frozen"):
-        fast_unet.fuse(unet.requires_grad_(True))
+        fuse.fuse(unet.requires_grad_(True))
     unet.requires_grad_(False)
     resnets = [m for m in unet.modules() if type(m).__name__ == "ResnetBlock2D"]
     resnets[0].dropout.p = 0.1
-    done = fast_unet.fuse(unet)
+    done = fuse.fuse(unet)
     assert len(done.left) == 1 and unet.get_submodule(done.left[0]) is resnets[0]
     assert "forward" not in resnets[0].__dict__ and "forward" in resnets[1].__dict__
 
@@ -202,7 +204,7 @@ def test_a_fused_block_leaves_no_change_out(
     args, kwargs = given if family == "xl" else (given, {})
     for fused in (False, True):
         unet = make_unet(torch.float64).requires_grad_(False)
-        done = fast_unet.fuse(unet) if fused else None
+        done = fuse.fuse(unet) if fused else None
         assert done is None or not done.left
         adapter = dreamtune.inject(unet, "lora", target_modules=[target], rank=2, _fast=True)
         outputs.append(unet(*args, **kwargs).sample)
@@ -225,7 +227,7 @@ def test_compiled_blocks_are_the_blocks(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    fast_unet.compile_blocks(adapter.model)
+    fuse.compile_blocks(adapter.model)
     assert {type(m).__name__ for m in compiled} == {"BasicTransformerBlock"}
     for k in range(2):
         plain(k, 1.0)

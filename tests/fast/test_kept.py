@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from kept import bytes_kept, storages_kept
 from torch import nn
 
-from dreamtune.fast import ops
+from dreamtune.fast import fuse, ops
 from dreamtune.fast import unet as fast_unet
 
 N, SIDE, TIME = 2, 9, 24
@@ -58,7 +58,7 @@ def test_a_resnet_keeps_what_its_norms_read(out: int, monkeypatch: pytest.Monkey
     block = ResnetBlock2D(in_channels=32, out_channels=out, temb_channels=TIME, groups=8)
     block.requires_grad_(False)
     holder = nn.ModuleList([block])
-    assert fast_unet.fuse(holder).modules == [block]
+    assert fuse.fuse(holder).modules == [block]
     shape = N, 32, SIDE, SIDE
     x = torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_()
     own = {p.nbytes for p in block.parameters()}

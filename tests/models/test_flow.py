@@ -14,7 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.training_utils import compute_density_for_timestep_sampling
 
 from dreamtune.config import Config
-from dreamtune.fast.unet import compile_blocks
+from dreamtune.fast.fuse import compile_blocks
 from dreamtune.fast.watch import why_not_recorded
 from dreamtune.models.flow import FlowMatching
 from dreamtune.models.load import load_base
