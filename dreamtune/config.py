@@ -173,7 +173,7 @@ class Config:
     )
     fused: Switch = opt(
         "auto",
-        "run the frozen UNet's norms, activations and sums as fused kernels; auto: on a GPU with "
+        "run the frozen network through fused kernels (norms, sums, ...); auto: on a GPU with "
         "triton, without --gradient_checkpointing",
         "training",
         resume=True,
