@@ -60,6 +60,7 @@ from others import (  # noqa: E402
     diffusers_step,
     plain_step,
 )
+from step_report import Measured, keep, print_ratios  # noqa: E402
 
 from dreamtune.adapters import METHODS  # noqa: E402
 from dreamtune.adapters.base import options_of  # noqa: E402
@@ -199,8 +200,8 @@ def rows_of(args: argparse.Namespace, error: Callable[[str], Any]) -> list[str]:
 
 def print_table(
     cases: list[str], batches: list[int], args: argparse.Namespace
-) -> dict[tuple[str, int], float]:
-    """Rows as they are done, in the last round; returns milliseconds."""
+) -> dict[tuple[str, int], Measured]:
+    """Rows as they are done, in the last round."""
     cuda = args.device.startswith("cuda")
     ideal = at_ceiling(batches, args)
     print(f"\n| step | batch | ms | peak GiB | of ceiling | {'kernels' if cuda else 'operators'} |")
@@ -222,7 +223,11 @@ def print_table(
                 ms, peak = median(x[0] for x in found[key]), max(x[1] for x in found[key])
                 row = f"{ms:.1f} | {peak:.2f} | {ideal[key[1]] / ms:.3f} | {found[key][-1][2]}"
             print(f"| {key[0]} | {key[1]} | {row} |", flush=True)
-    return {k: median(x[0] for x in v) for k, v in found.items() if k not in faults}
+    return {
+        k: Measured(median(x[0] for x in v), max(x[1] for x in v), ideal[k[1]])
+        for k, v in found.items()
+        if k not in faults
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -237,6 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--no-kernels", action="store_true", help="do not count kernels")
     parser.add_argument("--profile", action="store_true", help="kernels by kind, on a GPU")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="write the rows there, as JSON")
     parser.add_argument("--quick", action="store_true", help="few methods, batches 1 and 8")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
@@ -258,31 +264,15 @@ def main(argv: list[str] | None = None) -> int:
         "factors of --rank; `compiled`: the transformer blocks compiled; `unfused`; `eager`: fused,"
     )
     print("not captured.")
-    times = print_table(cases, batches, args)
+    measured = print_table(cases, batches, args)
+    times = {key: found.ms for key, found in measured.items()}
     if args.profile:
         print_kinds(args.kinds)
+    if args.keep:
+        keep(args.keep, args.unet, args.device, measured)
     floors = {"ours": "frozen" if uncaptured(args.unet) else "frozen-captured"}
     print_ratios(times, {**floors, "eager": "frozen", "compiled": ""})
     return 0
-
-
-def print_ratios(times: dict[tuple[str, int], float], floors: dict[str, str]) -> None:
-    """Each peer's time over that of our step of the same method and batch; and what ours adds to
-    its own frozen step, over what theirs adds to theirs. floors: kind of ours -> frozen step.
-    """
-    for (case, batch), ms in times.items():
-        kind, _, method = case.partition("-")
-        if kind not in ("peft", "lycoris", "dense", "diffusers"):
-            continue
-        theirs = times.get(("frozen", batch))
-        for ours, floor in floors.items():
-            mine, own = times.get((f"{ours}-{method}", batch)), times.get((floor, batch))
-            if mine:
-                print(f"{case} / {ours}-{method}, batch {batch}: {ms / mine:.2f}")
-            if mine and own and theirs:
-                added = f"{mine - own:.2f} ms for {ms - theirs:.2f} ms"
-                share = (mine - own) / (ms - theirs)
-                print(f"  above the frozen step: {added}, {share:.3f} of it")
 
 
 if __name__ == "__main__":
