@@ -193,7 +193,10 @@ class LatentBase(Base):
 
 
 def cast(rows: Tensor | list[Tensor], dtype: torch.dtype) -> Tensor | list[Tensor]:
-    return [row.to(dtype) for row in rows] if isinstance(rows, list) else rows.to(dtype)
+    """But for masks, which are no numbers."""
+    if isinstance(rows, list):
+        return [row.to(dtype) for row in rows]
+    return rows.to(dtype) if rows.is_floating_point() else rows
 
 
 def tokenizer_of(encoder: str) -> str:

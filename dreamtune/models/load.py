@@ -32,7 +32,7 @@ class Family(NamedTuple):
         title: as users know it.
         module, name: its module in this folder, and its class there.
         pipelines: their names in a model_index.json, those of the same parts.
-        since: the diffusers that has the first of these.
+        since: the diffusers that has the first of these, as it is used here.
         kinds: of single files, as `checkpoint.KINDS` names them.
     """
 
@@ -74,6 +74,7 @@ FAMILIES = (
         ("StableDiffusion3Pipeline",),
         "0.29.0",
     ),
+    Family("Flux.1", "flux", "Flux", ("FluxPipeline",), "0.30.0"),
     Family("Flux.2 klein", "flux2_klein", "Flux2Klein", ("Flux2KleinPipeline",), "0.37.0"),
     Family("Z-Image", "z_image", "ZImage", ("ZImagePipeline",), "0.36.0"),
 )
@@ -168,12 +169,16 @@ def family_of_network(folder: ModelFolder) -> Family:
 
 
 def installed(family: Family) -> Family:
-    """Raises ValueError where the diffusers that is installed has no such pipeline."""
+    """Raises ValueError where the diffusers that is installed has no such pipeline, or an older
+    one.
+    """
     import diffusers
+    from packaging.version import Version
 
-    if not hasattr(diffusers, family.pipelines[0]):
+    there = Version(diffusers.__version__).release >= Version(family.since).release
+    if not there or not hasattr(diffusers, family.pipelines[0]):
         raise ValueError(
-            f"{family.title} needs diffusers {family.since} or newer, which has "
+            f"{family.title} needs diffusers {family.since} or newer, with its "
             f"{family.pipelines[0]}; installed is {diffusers.__version__}: pip install --upgrade "
             "diffusers."
         )

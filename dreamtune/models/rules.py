@@ -24,6 +24,7 @@ def exactly_two(values: list[Any]) -> list[Any]:
 Flag = Annotated[bool, Strict()]
 Whole = Annotated[int, Strict(), Field(ge=1, le=1 << 20)]
 Depth = Annotated[int, Strict(), Field(ge=1, le=200)]  # layers are built before weights are missed
+DepthOr0 = Annotated[int, Strict(), Field(ge=0, le=200)]
 Token = Annotated[int, Strict(), Field(ge=0)]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Positive = Annotated[float, Strict(), Field(gt=0, le=1e6, allow_inf_nan=False)]
@@ -129,7 +130,7 @@ TRANSFORMER = rules(
     joint_attention_dim=Whole, caption_projection_dim=Whole, pooled_projection_dim=Whole,
     pos_embed_max_size=Pixels | None, dual_attention_layers=list[Token], qk_norm=Text | None | Flag,
     dim=Whole, n_layers=Depth, n_refiner_layers=Depth, n_heads=Depth, n_kv_heads=Depth,
-    num_single_layers=Depth, mlp_ratio=Positive, axes_dims_rope=Wholes, guidance_embeds=Flag,
+    num_single_layers=DepthOr0, mlp_ratio=Positive, axes_dims_rope=Wholes, guidance_embeds=Flag,
     timestep_guidance_channels=Whole, cap_feat_dim=Whole, siglip_feat_dim=None,
     rope_theta=Positive, t_scale=Positive, axes_dims=Wholes, axes_lens=Wholes,
     all_patch_size=Depths, all_f_patch_size=Depths,

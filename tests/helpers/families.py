@@ -15,6 +15,7 @@ from conftest import (
     write_xl_pipeline,
     write_z_image_pipeline,
 )
+from family_folders import write_flux_pipeline
 from torch import Tensor
 
 Said = Callable[[Tensor, Tensor], Tensor]
@@ -54,6 +55,14 @@ def _z_flow(pipe: Any, x: Tensor, drawn: Any, said: Said) -> Tensor:
     return (-said(noisy, (1000 - t) / 1000) - (drawn.noise - x)).square()
 
 
+def _even_flow(pipe: Any, x: Tensor, drawn: Any, said: Said) -> Tensor:
+    """In a table without a shift: that is the pipeline's, by the size of pictures."""
+    x = (x - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+    sigma = (drawn.timestep / 1000).view(-1, 1, 1, 1)
+    noisy = (1 - sigma) * x + sigma * drawn.noise
+    return (said(noisy, drawn.timestep / 1000) - (drawn.noise - x)).square()
+
+
 def _klein_flow(pipe: Any, x: Tensor, drawn: Any, said: Said) -> Tensor:
     """Of patches by the autoencoder's statistics, in a table without a shift."""
     n, c, h, w = x.shape
@@ -81,13 +90,36 @@ def _sd3(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tenso
     return network(x, told[0], told[2], t).sample  # type: ignore[no-any-return]
 
 
-def _klein(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
-    """Places are (0, down, across, 0); tokens go row by row."""
+def _places(height: int, width: int, axes: int) -> Tensor:
+    """(0, down, across, ...) of the patches, row by row."""
+    places = torch.zeros(height, width, axes)
+    places[..., 1], places[..., 2] = torch.arange(height)[:, None], torch.arange(width)
+    return places.reshape(-1, axes)
+
+
+def _packed(x: Tensor) -> Tensor:
+    """Of 2 latents a side: channel, down and across are one, in this order."""
     n, c, h, w = x.shape
-    places = torch.zeros(h, w, 4)
-    places[..., 1], places[..., 2] = torch.arange(h)[:, None], torch.arange(w)
+    x = x.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(n, h * w // 4, c * 4)
+
+
+def _unpacked(x: Tensor, like: Tensor) -> Tensor:
+    n, c, h, w = like.shape
+    return x.view(n, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(n, c, h, w)
+
+
+def _flux(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
+    """Where it is told a guidance, one of 1: `--guidance_scale=1`."""
+    places = _places(x.shape[2] // 2, x.shape[3] // 2, 3)
+    guidance = torch.ones(len(x)) if network.config.guidance_embeds else None
+    return _unpacked(network(_packed(x), told[0], told[1], t, places, told[2], guidance).sample, x)
+
+
+def _klein(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
+    n, c, h, w = x.shape
     tokens = x.permute(0, 2, 3, 1).reshape(n, h * w, c)
-    found = network(tokens, told[0], t, places.reshape(-1, 4), told[1][0]).sample
+    found = network(tokens, told[0], t, _places(h, w, 4), told[1][0]).sample
     return found.view(n, h, w, c).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
 
 
@@ -103,8 +135,9 @@ class Kit:
     """write: a folder for a prediction. said: the network's output for x and t, what it is told and
     the sizes (n, 6) that XL has. losses: of x and what was drawn, as diffusers' DreamBooth scripts
     have them. predictions: the ways there are. adapted: layers of the tiny network. formats: that
-    its stock pipeline loads beside diffusers' own. encoding: arguments of `encode_prompt`. guided:
-    whether that gives the negatives too.
+    its stock pipeline loads beside diffusers' own. encoding: arguments of `encode_prompt`.
+    nothing: the negative prompt that this is called with for itself, None where it gives both.
+    guidance: of the pipeline's call.
     """
 
     write: Callable[[Path, str], Path]
@@ -114,7 +147,8 @@ class Kit:
     adapted: int = (2 + 2 + 4) * 2 * 4  # blocks down, in the middle and up
     formats: tuple[str, ...] = ("kohya",)
     encoding: Mapping[str, Any] = field(default_factory=lambda: SD)
-    guided: bool = True
+    nothing: str | None = None
+    guidance: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 5.0})
 
 
 FAMILIES = {
@@ -136,7 +170,28 @@ FAMILIES = {
         ("flow",),
         adapted=2 * 8 + 2 * 2,  # of blocks of two streams, and of one
         formats=(),
-        guided=False,
+        nothing="",
+    ),
+    "flux": Kit(
+        write_flux_pipeline,
+        _flux,
+        _even_flow,
+        ("flow",),
+        adapted=8 + 3,  # of a block of two streams, and of one
+        formats=(),  # diffusers' reader of others knows blocks of one stream of 3072 alone
+        encoding={**SD, "prompt_2": None},
+        nothing=" ",
+    ),
+    "schnell": Kit(
+        lambda folder, prediction: write_flux_pipeline(folder, prediction, guided=False),
+        _flux,
+        _even_flow,
+        ("flow",),
+        adapted=8,
+        formats=("kohya", "comfyui"),
+        encoding={**SD, "prompt_2": None},
+        nothing=" ",
+        guidance={"true_cfg_scale": 5.0, "negative_prompt": [" ", " "]},
     ),
     "z_image": Kit(
         write_z_image_pipeline,
@@ -168,7 +223,7 @@ def plain_losses(
     told = pipe.encode_prompt(
         list(captions),
         **kit.encoding,
-        **({"do_classifier_free_guidance": False} if kit.guided else {}),
+        **({"do_classifier_free_guidance": False} if kit.nothing is None else {}),
     )
     of_pictures = torch.tensor(sizes, dtype=torch.float32)
 

@@ -202,9 +202,9 @@ def test_refusals(tmp_path: Path, tiny_pipeline_dir: Path, monkeypatch: pytest.M
         load_base("./nowhere")
     with pytest.raises(ValueError, match="has no model_index.json"):
         load_base(str(tmp_path))
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "SanaPipeline"}))
     families = r"1.x, 2.x \(StableDiffusionPipeline\); .* XL \(StableDiffusionXLPipeline\)"
-    with pytest.raises(ValueError, match=f"is a FluxPipeline, which is none .*: .*{families}"):
+    with pytest.raises(ValueError, match=f"is a SanaPipeline, which is none .*: .*{families}"):
         load_base(str(tmp_path))
     monkeypatch.setattr(model_folder, "hub_answers", lambda: False)
     with pytest.raises(ValueError, match="hf download nobody/nothing --local-dir FOLDER"):

@@ -1,0 +1,55 @@
+"""Folders of random weights of the families of flow matching: 2 pixels a latent, 2 a patch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from scorer_folders import write_t5_tokenizer, write_tokenizer
+from tiny_transformers import tiny
+
+
+def write_flux_pipeline(folder: Path, prediction: str = "flow", guided: bool = True) -> Path:
+    """A FluxPipeline folder, as dev; not guided: as schnell, and without blocks of one stream."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTokenizer,
+        T5Config,
+        T5EncoderModel,
+        T5TokenizerFast,
+    )
+
+    assert prediction == "flow"
+    words, pieces = write_tokenizer(folder / "words", 16), write_t5_tokenizer(folder / "pieces")
+    torch.manual_seed(0)
+    first = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=words, hidden_size=10, intermediate_size=16, num_hidden_layers=1,
+            num_attention_heads=2, max_position_embeddings=16, bos_token_id=words - 2,
+            eos_token_id=words - 1, pad_token_id=words - 1,
+        )
+    )  # fmt: skip
+    second = T5EncoderModel(
+        T5Config(vocab_size=pieces, d_model=12, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=0.4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+    blocks: dict[str, Any] = {"num_layers": 1, "num_single_layers": int(guided)}
+    FluxPipeline(
+        vae=vae, text_encoder=first, text_encoder_2=second,
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "words"),
+        tokenizer_2=T5TokenizerFast.from_pretrained(folder / "pieces"),
+        transformer=tiny(
+            "FluxTransformer2DModel", in_channels=16, guidance_embeds=guided, **blocks
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            shift=3.0 if guided else 1.0, use_dynamic_shifting=guided
+        ),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
