@@ -76,6 +76,7 @@ FAMILIES = (
     ),
     Family("Flux.1", "flux", "Flux", ("FluxPipeline",), "0.30.0"),
     Family("Flux.2 klein", "flux2_klein", "Flux2Klein", ("Flux2KleinPipeline",), "0.37.0"),
+    Family("Qwen-Image", "qwen_image", "QwenImage", ("QwenImagePipeline",), "0.37.0"),
     Family("Z-Image", "z_image", "ZImage", ("ZImagePipeline",), "0.36.0"),
 )
 
@@ -196,14 +197,19 @@ def prefixes_of(network: torch.nn.Module | None) -> Prefixes:
     """Of the keys of LoRA files for that network: its family's; diffusers' of any transformer, for
     one of its that no family has; else those of the first family.
     """
-    families = [family_class(family) for family in FAMILIES]
-    kind = type(None if network is None else unwrapped(network))
-    own = next((f.prefixes for f in families if f.network_class == kind.__name__), None)
-    if own is None and network is not None and _is_transformer(kind):
+    own = None if network is None else family_with(network)
+    if own is None and network is not None and _is_transformer(type(unwrapped(network))):
         roots = tuple(f"{name}." for name, _ in unwrapped(network).named_children())
         return Prefixes(TRANSFORMER, "lora_unet_", roots)  # the latter of every network
-    found: Prefixes = own or families[0].prefixes
+    found: Prefixes = (own or family_class(FAMILIES[0])).prefixes
     return found
+
+
+def family_with(network: torch.nn.Module) -> type[Any] | None:
+    """The first subclass of `Base` whose networks are of that class."""
+    kind = type(unwrapped(network)).__name__
+    families = (family_class(family) for family in FAMILIES)
+    return next((own for own in families if own.network_class == kind), None)
 
 
 def _is_transformer(kind: type) -> bool:

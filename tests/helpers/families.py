@@ -15,7 +15,7 @@ from conftest import (
     write_xl_pipeline,
     write_z_image_pipeline,
 )
-from family_folders import write_flux_pipeline
+from family_folders import write_flux_pipeline, write_qwen_image_pipeline
 from torch import Tensor
 
 Said = Callable[[Tensor, Tensor], Tensor]
@@ -58,6 +58,19 @@ def _z_flow(pipe: Any, x: Tensor, drawn: Any, said: Said) -> Tensor:
 def _even_flow(pipe: Any, x: Tensor, drawn: Any, said: Said) -> Tensor:
     """In a table without a shift: that is the pipeline's, by the size of pictures."""
     x = (x - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+    return _even(x, drawn, said)
+
+
+def _frame_flow(pipe: Any, x: Tensor, drawn: Any, said: Said) -> Tensor:
+    """Of a frame, by mean and deviation of each channel."""
+    config = pipe.vae.config
+    mean, std = (
+        torch.tensor(y).view(1, -1, 1, 1) for y in (config.latents_mean, config.latents_std)
+    )
+    return _even((x - mean) / std, drawn, said)
+
+
+def _even(x: Tensor, drawn: Any, said: Said) -> Tensor:
     sigma = (drawn.timestep / 1000).view(-1, 1, 1, 1)
     noisy = (1 - sigma) * x + sigma * drawn.noise
     return (said(noisy, drawn.timestep / 1000) - (drawn.noise - x)).square()
@@ -116,6 +129,12 @@ def _flux(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tens
     return _unpacked(network(_packed(x), told[0], told[1], t, places, told[2], guidance).sample, x)
 
 
+def _qwen(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
+    """The mask is None where no token is filled up."""
+    grid = [[(1, x.shape[2] // 2, x.shape[3] // 2)]] * len(x)
+    return _unpacked(network(_packed(x), told[0], told[1], t, grid).sample, x)
+
+
 def _klein(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
     n, c, h, w = x.shape
     tokens = x.permute(0, 2, 3, 1).reshape(n, h * w, c)
@@ -137,7 +156,8 @@ class Kit:
     have them. predictions: the ways there are. adapted: layers of the tiny network. formats: that
     its stock pipeline loads beside diffusers' own. encoding: arguments of `encode_prompt`.
     nothing: the negative prompt that this is called with for itself, None where it gives both.
-    guidance: of the pipeline's call.
+    guidance: of the pipeline's call, a negative prompt for each that it is given. frames: whether
+    the autoencoder is one of videos.
     """
 
     write: Callable[[Path, str], Path]
@@ -149,6 +169,11 @@ class Kit:
     encoding: Mapping[str, Any] = field(default_factory=lambda: SD)
     nothing: str | None = None
     guidance: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 5.0})
+    frames: bool = False
+
+    def call(self, rows: int) -> dict[str, Any]:
+        """`guidance`, of as many prompts."""
+        return {k: x * rows if isinstance(x, list) else x for k, x in self.guidance.items()}
 
 
 FAMILIES = {
@@ -191,7 +216,19 @@ FAMILIES = {
         formats=("kohya", "comfyui"),
         encoding={**SD, "prompt_2": None},
         nothing=" ",
-        guidance={"true_cfg_scale": 5.0, "negative_prompt": [" ", " "]},
+        guidance={"true_cfg_scale": 5.0, "negative_prompt": [" "]},
+    ),
+    "qwen_image": Kit(
+        write_qwen_image_pipeline,
+        _qwen,
+        _frame_flow,
+        ("flow",),
+        adapted=8,
+        formats=("kohya", "comfyui"),
+        encoding=SD,
+        nothing=" ",
+        guidance={"true_cfg_scale": 5.0, "negative_prompt": [" "]},
+        frames=True,
     ),
     "z_image": Kit(
         write_z_image_pipeline,
@@ -219,7 +256,7 @@ def plain_losses(
     """(n,) mean squared errors as diffusers' DreamBooth scripts have them. pipe: a stock one;
     pixels (n, 3, h, w) in [-1, 1]; drawn: noises and timesteps of these rows.
     """
-    codes = pipe.vae.encode(pixels).latent_dist
+    codes = pipe.vae.encode(pixels.unsqueeze(2) if kit.frames else pixels).latent_dist
     told = pipe.encode_prompt(
         list(captions),
         **kit.encoding,
@@ -230,7 +267,7 @@ def plain_losses(
     def said(noisy: Tensor, t: Tensor) -> Tensor:
         return kit.said(network, noisy, t, told, of_pictures)
 
-    x = codes.mean
+    x, std = (y.squeeze(2) if kit.frames else y for y in (codes.mean, codes.std))
     if drawn.latent_noise is not None:
-        x = x + codes.std * drawn.latent_noise
+        x = x + std * drawn.latent_noise
     return kit.losses(pipe, x, drawn, said).mean((1, 2, 3))

@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scorer_folders import write_t5_tokenizer, write_tokenizer
+from scorer_folders import (
+    QWEN_IMAGE_WORDS,
+    write_qwen_tokenizer,
+    write_t5_tokenizer,
+    write_tokenizer,
+)
 from tiny_transformers import tiny
 
 
@@ -53,3 +58,51 @@ def write_flux_pipeline(folder: Path, prediction: str = "flow", guided: bool = T
         ),
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def write_qwen_image_pipeline(folder: Path, prediction: str = "flow") -> Path:
+    """A QwenImagePipeline folder."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+    assert prediction == "flow"
+    words = write_qwen_tokenizer(folder / "words", QWEN_IMAGE_WORDS)
+    torch.manual_seed(0)
+    text = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config={**_language(words), "hidden_size": 16},
+            vision_config={**VISION, "out_hidden_size": 16, "fullatt_block_indexes": [0]},
+        )
+    )
+    QwenImagePipeline(
+        vae=_frames(), text_encoder=text,
+        tokenizer=Qwen2Tokenizer.from_pretrained(folder / "words"),
+        transformer=tiny(
+            "QwenImageTransformer2DModel", in_channels=16, num_layers=1, joint_attention_dim=16,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+VISION = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1}
+
+
+def _language(words: int) -> dict[str, Any]:
+    return {
+        "vocab_size": words, "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048,
+        "bos_token_id": None, "eos_token_id": None,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+    }  # fmt: skip
+
+
+def _frames() -> Any:
+    """An autoencoder of videos with statistics of its own."""
+    from diffusers import AutoencoderKLQwenImage
+
+    torch.manual_seed(1)
+    return AutoencoderKLQwenImage(
+        base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.7, 1.2, 2.0],
+    )  # fmt: skip

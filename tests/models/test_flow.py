@@ -163,7 +163,7 @@ def test_z_image_is_told_lengths_and_recorded_by_nobody(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="`capture` is on, but rows of Z-Image"):
         with_base(speed, base, Config(capture="on"))
-    assert "lengths of prompts" in str(why_not_recorded(base.network))
+    assert "lengths of their own" in str(why_not_recorded(base.network))
     edit(tmp_path / "base" / "transformer" / "config.json", cap_feat_dim=13)
     with pytest.raises(ValueError, match="transformer"):
         load_base(str(tmp_path / "base"))
