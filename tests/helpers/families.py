@@ -15,7 +15,11 @@ from conftest import (
     write_xl_pipeline,
     write_z_image_pipeline,
 )
-from family_folders import write_flux_pipeline, write_qwen_image_pipeline
+from family_folders import (
+    write_flux_pipeline,
+    write_krea2_pipeline,
+    write_qwen_image_pipeline,
+)
 from torch import Tensor
 
 Said = Callable[[Tensor, Tensor], Tensor]
@@ -135,6 +139,13 @@ def _qwen(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tens
     return _unpacked(network(_packed(x), told[0], told[1], t, grid).sample, x)
 
 
+def _krea2(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
+    """Text stands at the origin."""
+    places = _places(x.shape[2] // 2, x.shape[3] // 2, 3)
+    places = torch.cat([torch.zeros(told[0].shape[1], 3), places])
+    return _unpacked(network(_packed(x), told[0], t, places, told[1]).sample, x)
+
+
 def _klein(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
     n, c, h, w = x.shape
     tokens = x.permute(0, 2, 3, 1).reshape(n, h * w, c)
@@ -228,6 +239,17 @@ FAMILIES = {
         encoding=SD,
         nothing=" ",
         guidance={"true_cfg_scale": 5.0, "negative_prompt": [" "]},
+        frames=True,
+    ),
+    "krea2": Kit(
+        write_krea2_pipeline,
+        _krea2,
+        _frame_flow,
+        ("flow",),
+        adapted=5 + 5,  # of a block of both streams, and of one that refines the text
+        formats=(),
+        encoding=SD,
+        nothing="",
         frames=True,
     ),
     "z_image": Kit(

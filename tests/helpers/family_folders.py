@@ -85,6 +85,35 @@ def write_qwen_image_pipeline(folder: Path, prediction: str = "flow") -> Path:
     return folder
 
 
+def write_krea2_pipeline(folder: Path, prediction: str = "flow", **more: Any) -> Path:
+    """A Krea2Pipeline folder, told two layers of its text encoder. more: of the pipeline."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Krea2Pipeline
+    from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLModel
+
+    assert prediction == "flow"
+    words = write_qwen_tokenizer(folder / "words", QWEN_IMAGE_WORDS)
+    torch.manual_seed(0)
+    text = Qwen3VLModel(
+        Qwen3VLConfig(
+            text_config={**_language(words), "hidden_size": 16, "head_dim": 8},
+            vision_config={
+                **VISION, "out_hidden_size": 16, "deepstack_visual_indexes": [0],
+                "num_position_embeddings": 16,
+            },
+        )
+    )  # fmt: skip
+    Krea2Pipeline(
+        vae=_frames(), text_encoder=text,
+        tokenizer=Qwen2Tokenizer.from_pretrained(folder / "words"),
+        transformer=tiny("Krea2Transformer2DModel", in_channels=16, text_hidden_dim=16),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, max_image_seq_len=6400
+        ),
+        **{"text_encoder_select_layers": (0, 1), **more},
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
 VISION = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1}
 
 

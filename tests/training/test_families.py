@@ -23,7 +23,7 @@ import dreamtune
 from dreamtune.adapters import resolve_options
 from dreamtune.config import Config
 from dreamtune.files.export import export
-from dreamtune.models.load import load_base
+from dreamtune.models.load import family_with, load_base
 from dreamtune.models.sample import sample_tensor
 from dreamtune.pipeline.generate import generate
 from dreamtune.pipeline.load import network_of
@@ -349,10 +349,11 @@ def test_in_the_plugin(family: str, folder: Path, tmp_path: Path) -> None:
 
     pipe: Any = DiffusionPipeline.from_pretrained(folder)
     network = network_of(pipe)
+    targets = family_with(network).target_modules  # type: ignore[union-attr]
     pipe.set_progress_bar_config(disable=True)
     files = {}
     for seed, name in enumerate(("dog", "cat")):
-        adapter = dreamtune.inject(network, "delora", rank=2, seed=seed)
+        adapter = dreamtune.inject(network, "delora", rank=2, seed=seed, target_modules=targets)
         disturb(adapter, seed, size=0.5)
         files[name] = adapter.save(tmp_path / f"{name}.safetensors")
         adapter.eject()
