@@ -53,8 +53,8 @@ class Config:
 
     pretrained_model_name_or_path: str = opt(
         EMBEDDED,
-        "base: a folder or hub id of Stable Diffusion 1.x, 2.x, XL, 3 or 3.5, Flux.2 klein "
-        "or Z-Image, a single .safetensors file of the first three, or 'embedded'",
+        "base: a folder or hub id of Stable Diffusion, Flux, Z-Image or another family of the "
+        "README, a single .safetensors file of Stable Diffusion 1.x, 2.x or XL, or 'embedded'",
         "base",
     )
     revision: str | None = opt(None, "revision of a hub id", "base", "the main branch")
@@ -244,9 +244,11 @@ class Config:
     )
     guidance_scale: AtLeast0 | None = opt(
         None,
-        "classifier-free guidance; up to 1 none, of Z-Image 0",
+        "classifier-free guidance, up to 1 none, of a base that adds it 0 (Z-Image); or the number "
+        "that a distilled base is told (Flux.1 dev)",
         "scoring",
-        "by the base: 5 for XL, 4 for Flux.2 klein; for 1.x and 2.x 4 up to 256 px and 7.5 above",
+        "by the base, as its pipeline has it; for Stable Diffusion 1.x and 2.x 4 up to 256 px and "
+        "7.5 above, for XL 5",
     )
     guidance_rescale: AtLeast0 | None = opt(
         None, "guidance rescale", "scoring", "0.3 if the terminal SNR is zero, else 0"

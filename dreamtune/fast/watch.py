@@ -12,14 +12,13 @@ from torch import nn
 
 from dreamtune.injection.layer import Adapted
 from dreamtune.injection.stacked import offloaded_whole
+from dreamtune.models.load import family_with
 
 NESTED = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 OURS = ("changes", "mix", "mixed", "placed", "projection", "index")  # of an adapted layer
 # Of the model, around what is recorded; the last is there, and empty, after a `cache_context`.
 OUTSIDE = ("_forward_hooks", "_forward_pre_hooks", "forward", "_diffusers_hook")
-
-UNRECORDED = ("ZImageTransformer2DModel",)  # rows of lengths of their own
 
 
 class Watch:
@@ -69,8 +68,9 @@ def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 def why_not_recorded(model: nn.Module) -> str | None:
     """Why its forwards cannot be recorded, or None."""
-    if type(model).__name__ in UNRECORDED:
-        return f"a forward of a `{type(model).__name__}` asks the device for the lengths of prompts"
+    family = family_with(model)
+    if family is not None and family.uncaptured:
+        return str(family.uncaptured)
     tensors = [*model.parameters(), *model.buffers()]
     devices = {x.device for x in tensors}
     if len(devices) != 1:

@@ -20,6 +20,7 @@ KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "FluxTransformer2DModel": _of_one,
     "Flux2Transformer2DModel": _of_one,
     "QwenImageTransformer2DModel": _of_one,
+    "Krea2Transformer2DModel": _of_one,
     "ZImageTransformer2DModel": lambda t: 1000 - t * 1000,
 }
 

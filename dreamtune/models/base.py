@@ -16,6 +16,7 @@ from dreamtune.models.conditioning import Arguments, Conditioning, take
 from dreamtune.models.folder import ModelFolder
 from dreamtune.models.prefixes import Prefixes
 from dreamtune.models.quiet import move, quiet_diffusers
+from dreamtune.models.sample import guidance_options
 
 Parts = dict[str, Any]  # by the names that the pipeline's `__init__` has for them
 
@@ -221,6 +222,11 @@ class Base(ABC):
         """Whether an empty negative prompt and none make the same picture."""
         return True
 
+    @property
+    def takes_negatives(self) -> bool:
+        """Whether guidance can lead away from a prompt."""
+        return True
+
     @abstractmethod
     def unseen(self, prompt: str) -> str:
         """A sentence on what of a prompt is cut off; "" where all of it is encoded."""
@@ -273,6 +279,13 @@ class Base(ABC):
         come first, then all with it.
         """
         return 2 if guidance_scale > 1 else 1
+
+    def guidance_options(self, guidance_scale: float) -> dict[str, Any]:
+        """Of the stock pipeline's call for a prompt."""
+        import diffusers
+
+        pipeline = getattr(diffusers, self.pipeline_name)
+        return guidance_options(pipeline, self.network, guidance_scale)
 
     def sampling_arguments(self, prompts: Sequence[str]) -> Arguments:
         """`call_arguments` of prompts, each distinct one encoded once."""

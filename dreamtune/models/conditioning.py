@@ -11,6 +11,7 @@ from torch import Tensor
 Conditioning = dict[str, Tensor]
 # Of a pipeline's call: a list where the rows have lengths of their own.
 Arguments = dict[str, Tensor | list[Tensor]]
+NOTHING = " "  # a negative prompt that stands for none, as the card of Qwen-Image has it
 
 
 def take(arguments: Mapping[str, Tensor | list[Tensor]], rows: Sequence[int]) -> Arguments:
@@ -22,8 +23,9 @@ def take(arguments: Mapping[str, Tensor | list[Tensor]], rows: Sequence[int]) ->
 
 
 def together(parts: Sequence[Mapping[str, Tensor | list[Tensor]]]) -> Arguments:
-    """The rows of all parts, one part after the other. Tokens (n, tokens, ...) of different number
-    are filled up with zeros: a family whose network would see these tells it their number.
+    """The rows of all parts, one part after the other. Tokens (n, tokens, ...) of different number,
+    and masks of them, are filled up with zeros: a family whose network would see these tells it
+    their number, or has a mask.
     """
     found: Arguments = {}
     for name, first in parts[0].items():
@@ -41,7 +43,7 @@ def rows_together(parts: Sequence[Conditioning]) -> Conditioning:
 
 
 def _filled(parts: list[Tensor]) -> list[Tensor]:
-    if parts[0].ndim < 3:
+    if parts[0].ndim < 2:
         return parts
     length = max(x.shape[1] for x in parts)
     return [F.pad(x, (0, 0) * (x.ndim - 2) + (0, length - x.shape[1])) for x in parts]

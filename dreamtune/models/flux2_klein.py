@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class Flux2Klein(TransformerBase):
         ),
     )  # fmt: skip
     multiple = 16
+    apart = True
     target_modules = (
         *TARGET_MODULES, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
         "to_qkv_mlp_proj", "to_out",
@@ -63,7 +65,6 @@ class Flux2Klein(TransformerBase):
         """Raises ValueError for parts that do not belong together."""
         check_parts(about["id"], parts)
         super().__init__(parts, **about)
-        self.places: dict[tuple[int, ...], Tensor] = {}  # a recorded step reads them where they are
 
     @classmethod
     def load_folder(
@@ -83,19 +84,8 @@ class Flux2Klein(TransformerBase):
         scale = 1.0 if self.parts[DISTILLED] else 4.0
         return SamplingDefaults(sampler="base", guidance_scale=scale, guidance_rescale=0.0)
 
-    def rows_per_image(self, guidance_scale: float) -> int:
-        """A forward with the prompt, and one without."""
-        return 1
-
     def unseen(self, prompt: str) -> str:
         return unseen_in_chat(self.parts["tokenizer"], prompt, TOKENS, thinking=False)
-
-    def encoded_by(self, pipe: Any, prompts: list[str], guided: bool) -> Sequence[Any]:
-        own, none = (
-            pipe.encode_prompt(x, device=self.device, **self.encoding)[0] if x else None
-            for x in (prompts, [""] * (len(prompts) if guided else 0))
-        )
-        return own, none
 
     def as_taken(self, codes: Tensor, std: Tensor | None) -> Latents:
         """Without a spread, as diffusers' script takes them."""
@@ -108,16 +98,11 @@ class Flux2Klein(TransformerBase):
         patches = Flux2KleinPipeline._patchify_latents(codes)
         return Latents((patches - mean) / (var + self.vae.config.batch_norm_eps).sqrt(), None)
 
-    def placed(self, shape: Sequence[int]) -> Tensor:
-        """`places` on the device, once for each shape."""
-        key = tuple(shape[1:])
-        if key not in self.places:
-            self.places[key] = places(shape).to(self.device)
-        return self.places[key]
-
     def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         sigma = t / self.scheduler.config.num_train_timesteps
-        return predict(self.transformer, self.dtype, x, sigma, conditioning, self.placed)
+        shapes = x.shape, conditioning["prompt_embeds"].shape
+        ids = [self.kept(shape[1:], partial(places, shape)) for shape in shapes]
+        return predict(self.transformer, self.dtype, x, sigma, conditioning, *ids)
 
 
 def places(shape: Sequence[int]) -> Tensor:
@@ -136,16 +121,16 @@ def predict(
     x: Tensor,
     sigma: Tensor,
     conditioning: Conditioning,
-    placed: Callable[[Sequence[int]], Tensor],
+    img_ids: Tensor,
+    txt_ids: Tensor,
 ) -> Tensor:
-    """The transformer's prediction in `dtype`. sigma: (n,); placed: `places`, on the device."""
-    text = conditioning["prompt_embeds"]
+    """The transformer's prediction in `dtype`. sigma: (n,); the ids are `places`."""
     found: Tensor = transformer(
         hidden_states=x.to(dtype).flatten(2).mT,
-        encoder_hidden_states=text.to(dtype),
+        encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
         timestep=sigma,
-        img_ids=placed(x.shape),
-        txt_ids=placed(text.shape),
+        img_ids=img_ids,
+        txt_ids=txt_ids,
         guidance=None,  # as the pipeline has it
         return_dict=False,
     )[0]

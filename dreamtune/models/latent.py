@@ -29,7 +29,7 @@ class LatentBase(Base):
         classes: part -> the classes that it may be of, each library and name as model_index.json
             has them. The scheduler is checked where it is read.
         optional: parts that a model may be without.
-        network_rules: of the network's config.json.
+        network_rules, autoencoder_rules: of the network's config.json, and the autoencoder's.
         told: what the pipeline's `encode_prompt` returns, by the names that its call has for it.
         encoding: further arguments of it.
     """
@@ -37,6 +37,7 @@ class LatentBase(Base):
     classes: ClassVar[Mapping[str, tuple[Named, ...]]]
     optional: ClassVar[tuple[str, ...]] = ()
     network_rules: ClassVar[Rules]
+    autoencoder_rules: ClassVar[Rules] = AUTOENCODER
     told: ClassVar[tuple[str, ...]] = ("prompt_embeds", "negative_prompt_embeds")
     encoding: ClassVar[Mapping[str, Any]] = {"num_images_per_prompt": 1}
 
@@ -63,7 +64,7 @@ class LatentBase(Base):
         for part in tokenizers.values():
             kind = named[part]
             parts[part] = load_tokenizer(folder, part, kind[1]) if kind else None
-        stated = folder.config("vae", AUTOENCODER)
+        stated = folder.config("vae", cls.autoencoder_rules)
         vae_class = getattr(diffusers, named["vae"][1])
         parts[cls.network_name] = cls.load_network(folder, dtype)
         parts["vae"] = load_module(folder, "vae", vae_class, stated, torch.float32)
@@ -132,6 +133,10 @@ class LatentBase(Base):
         config = self.vae.config
         return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
 
+    def coded(self, pixels: Tensor) -> Any:
+        """What the autoencoder returns of (n, 3, h, w)."""
+        return self.vae.encode(pixels)
+
     def as_taken(self, codes: Tensor, std: Tensor | None) -> Latents:
         """What the autoencoder gives, as the network takes it."""
         shift, scale = self.latent_shift_and_scale()
@@ -146,7 +151,7 @@ class LatentBase(Base):
         means, stds = [], []
         with self.on_device(torch.float32, self.vae):
             for part in pixels.split(batch):
-                encoded = self.vae.encode(part.to(self.device, torch.float32))
+                encoded = self.coded(part.to(self.device, torch.float32))
                 spread = getattr(encoded, "latent_dist", None)
                 mean = encoded.latents if spread is None else spread.mean
                 taken = self.as_taken(mean, None if spread is None else spread.std)
@@ -193,7 +198,10 @@ class LatentBase(Base):
 
 
 def cast(rows: Tensor | list[Tensor], dtype: torch.dtype) -> Tensor | list[Tensor]:
-    return [row.to(dtype) for row in rows] if isinstance(rows, list) else rows.to(dtype)
+    """But for masks, which are no numbers."""
+    if isinstance(rows, list):
+        return [row.to(dtype) for row in rows]
+    return rows.to(dtype) if rows.is_floating_point() else rows
 
 
 def tokenizer_of(encoder: str) -> str:

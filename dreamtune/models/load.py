@@ -32,7 +32,7 @@ class Family(NamedTuple):
         title: as users know it.
         module, name: its module in this folder, and its class there.
         pipelines: their names in a model_index.json, those of the same parts.
-        since: the diffusers that has the first of these.
+        since: the diffusers that has the first of these, as it is used here.
         kinds: of single files, as `checkpoint.KINDS` names them.
     """
 
@@ -74,7 +74,10 @@ FAMILIES = (
         ("StableDiffusion3Pipeline",),
         "0.29.0",
     ),
+    Family("Flux.1", "flux", "Flux", ("FluxPipeline",), "0.30.0"),
     Family("Flux.2 klein", "flux2_klein", "Flux2Klein", ("Flux2KleinPipeline",), "0.37.0"),
+    Family("Qwen-Image", "qwen_image", "QwenImage", ("QwenImagePipeline",), "0.37.0"),
+    Family("Krea 2", "krea2", "Krea2", ("Krea2Pipeline",), "0.39.0"),
     Family("Z-Image", "z_image", "ZImage", ("ZImagePipeline",), "0.36.0"),
 )
 
@@ -168,12 +171,16 @@ def family_of_network(folder: ModelFolder) -> Family:
 
 
 def installed(family: Family) -> Family:
-    """Raises ValueError where the diffusers that is installed has no such pipeline."""
+    """Raises ValueError where the diffusers that is installed has no such pipeline, or an older
+    one.
+    """
     import diffusers
+    from packaging.version import Version
 
-    if not hasattr(diffusers, family.pipelines[0]):
+    there = Version(diffusers.__version__).release >= Version(family.since).release
+    if not there or not hasattr(diffusers, family.pipelines[0]):
         raise ValueError(
-            f"{family.title} needs diffusers {family.since} or newer, which has "
+            f"{family.title} needs diffusers {family.since} or newer, with its "
             f"{family.pipelines[0]}; installed is {diffusers.__version__}: pip install --upgrade "
             "diffusers."
         )
@@ -191,14 +198,19 @@ def prefixes_of(network: torch.nn.Module | None) -> Prefixes:
     """Of the keys of LoRA files for that network: its family's; diffusers' of any transformer, for
     one of its that no family has; else those of the first family.
     """
-    families = [family_class(family) for family in FAMILIES]
-    kind = type(None if network is None else unwrapped(network))
-    own = next((f.prefixes for f in families if f.network_class == kind.__name__), None)
-    if own is None and network is not None and _is_transformer(kind):
+    own = None if network is None else family_with(network)
+    if own is None and network is not None and _is_transformer(type(unwrapped(network))):
         roots = tuple(f"{name}." for name, _ in unwrapped(network).named_children())
         return Prefixes(TRANSFORMER, "lora_unet_", roots)  # the latter of every network
-    found: Prefixes = own or families[0].prefixes
+    found: Prefixes = (own or family_class(FAMILIES[0])).prefixes
     return found
+
+
+def family_with(network: torch.nn.Module) -> type[Any] | None:
+    """The first subclass of `Base` whose networks are of that class."""
+    kind = type(unwrapped(network)).__name__
+    families = (family_class(family) for family in FAMILIES)
+    return next((own for own in families if own.network_class == kind), None)
 
 
 def _is_transformer(kind: type) -> bool:

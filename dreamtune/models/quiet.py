@@ -10,11 +10,24 @@ import torch
 
 
 def move(module: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """`module.to`, where something changes; diffusers warns of every cast."""
+    """`module.to`, where something changes; diffusers warns of every cast. What a network of
+    diffusers keeps in float32 stays so, as where its `from_pretrained` reads it.
+    """
+    from diffusers import ModelMixin
+
     now = next(module.parameters())
-    if now.device != device or now.dtype != dtype:
-        with quiet_diffusers():
+    if now.device == device and now.dtype == dtype:
+        return
+    names = getattr(module, "_keep_in_fp32_modules", None) if isinstance(module, ModelMixin) else ()
+    kept = set(names or ())
+    with quiet_diffusers():
+        if not kept:
             module.to(device=device, dtype=dtype)
+            return
+        module.to(device=device)
+        for name, x in (*module.named_parameters(), *module.named_buffers()):
+            if x.is_floating_point():
+                x.data = x.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
 
 
 @contextlib.contextmanager

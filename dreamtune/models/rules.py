@@ -24,6 +24,7 @@ def exactly_two(values: list[Any]) -> list[Any]:
 Flag = Annotated[bool, Strict()]
 Whole = Annotated[int, Strict(), Field(ge=1, le=1 << 20)]
 Depth = Annotated[int, Strict(), Field(ge=1, le=200)]  # layers are built before weights are missed
+DepthOr0 = Annotated[int, Strict(), Field(ge=0, le=200)]
 Token = Annotated[int, Strict(), Field(ge=0)]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 Positive = Annotated[float, Strict(), Field(gt=0, le=1e6, allow_inf_nan=False)]
@@ -90,11 +91,25 @@ TEXT_ENCODER = rules(
     hidden_act=Text, layer_norm_eps=Positive, attention_dropout=Share,
     eos_token_id=Token, bos_token_id=Token | None, pad_token_id=Token | None,
 )  # fmt: skip
-OTHER_TEXT_ENCODER = rules(
-    ("model_type", "vocab_size"),
-    model_type=Literal["t5", "qwen3"], vocab_size=Whole, num_layers=Depth, num_hidden_layers=Depth,
-    num_heads=Depth, num_attention_heads=Depth, num_key_value_heads=Depth, hidden_size=Whole,
-    d_model=Whole, d_kv=Whole, d_ff=Whole, head_dim=Whole, intermediate_size=Whole,
+Part = dict[str, Any]  # of a config, which has rules of its own
+OTHER_TEXT_ENCODER = rules(("model_type",), model_type=Text, text_config=Part, vision_config=Part)
+LANGUAGE = rules(
+    ("vocab_size",),
+    vocab_size=Whole, num_layers=Depth, num_hidden_layers=Depth, num_heads=Depth,
+    num_attention_heads=Depth, num_key_value_heads=Depth, hidden_size=Whole, d_model=Whole,
+    d_kv=Whole, d_ff=Whole, head_dim=Whole, intermediate_size=Whole,
+)  # fmt: skip
+VISION = rules(
+    depth=Depth, hidden_size=Whole, intermediate_size=Whole, num_heads=Depth, in_channels=Whole,
+    out_hidden_size=Whole, num_position_embeddings=Whole, patch_size=Depth,
+    temporal_patch_size=Depth, spatial_merge_size=Depth,
+)  # fmt: skip
+VIDEO_AUTOENCODER = rules(
+    ("z_dim", "latents_mean", "latents_std"),
+    base_dim=Whole, z_dim=Whole, dim_mult=Wholes, num_res_blocks=Depth, attn_scales=list[Number],
+    temperal_downsample=Annotated[list[Flag], Field(min_length=1, max_length=8)], dropout=Share,
+    input_channels=Whole, latents_mean=Annotated[list[Number], Field(min_length=1)],
+    latents_std=Annotated[list[Positive], Field(min_length=1)],
 )  # fmt: skip
 TOKENIZER = rules(
     tokenizer_class=Literal["CLIPTokenizer", "CLIPTokenizerFast"],
@@ -129,10 +144,11 @@ TRANSFORMER = rules(
     joint_attention_dim=Whole, caption_projection_dim=Whole, pooled_projection_dim=Whole,
     pos_embed_max_size=Pixels | None, dual_attention_layers=list[Token], qk_norm=Text | None | Flag,
     dim=Whole, n_layers=Depth, n_refiner_layers=Depth, n_heads=Depth, n_kv_heads=Depth,
-    num_single_layers=Depth, mlp_ratio=Positive, axes_dims_rope=Wholes, guidance_embeds=Flag,
+    num_single_layers=DepthOr0, mlp_ratio=Positive, axes_dims_rope=Wholes, guidance_embeds=Flag,
     timestep_guidance_channels=Whole, cap_feat_dim=Whole, siglip_feat_dim=None,
     rope_theta=Positive, t_scale=Positive, axes_dims=Wholes, axes_lens=Wholes,
     all_patch_size=Depths, all_f_patch_size=Depths,
+    zero_cond_t=Flag, use_additional_t_cond=Flag, use_layer3d_rope=Flag,
 )  # fmt: skip
 
 # What the first release of each format stated, and the shapes of weights do not tell.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dreamtune.models.conditioning import Arguments, take
+from dreamtune.models.conditioning import NOTHING, Arguments, take
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def sample_tensor(
         negative_prompts: one an image, where `prompts` are encoded; by default the empty one.
 
     Raises:
-        ValueError: lengths differ, `batch_size` < 1, or an image has pixels that are not finite.
+        ValueError: lengths differ, `batch_size` < 1, an image has pixels that are not finite, or
+            there are negative prompts for a network that is told its guidance as a number.
     """
     if len(prompts) != len(seeds):
         raise ValueError(
@@ -76,21 +77,27 @@ def sample_tensor(
     # only where it does something: pipelines of flow matching have no such argument
     rescale = {"guidance_rescale": guidance_rescale} if guidance_rescale else {}
     height, width = (size, size) if isinstance(size, int) or size is None else size
+    guidance = guidance_options(type(pipe), getattr(pipe, "transformer", None), guidance_scale)
+    nothing = guidance.pop("negative_prompt", None)
+    if nothing is not None and arguments is None and negative_prompts is None:
+        negative_prompts = [nothing] * len(prompts)
     images = []
     with _quiet(pipe):
         for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)
             text: dict[str, Any] = {"prompt": list(prompts[rows])}
             if negative_prompts is not None:
-                text |= _negatives(pipe, list(negative_prompts[rows]))
+                text |= _negatives(pipe, list(negative_prompts[rows]), guidance, nothing)
             if arguments is not None:
                 text = take(arguments, range(len(prompts))[rows])
+                if "true_cfg_scale" in guidance and nothing is None:  # it would be warned of
+                    text = {n: x for n, x in text.items() if not n.startswith("negative_")}
             output = pipe(
                 **text,
                 height=height,
                 width=width,
                 num_inference_steps=steps,
-                guidance_scale=guidance_scale,
+                **guidance,
                 **rescale,
                 # One CPU generator a row: the noise depends on the seed alone, on any device.
                 generator=[torch.Generator("cpu").manual_seed(int(s)) for s in seeds[rows]],
@@ -110,11 +117,39 @@ def sample_tensor(
     return result
 
 
-def _negatives(pipe: Any, prompts: list[str]) -> dict[str, Any]:
-    """An argument of the pipeline's call; where it takes embeddings alone, its own of them."""
-    if "negative_prompt" in inspect.signature(type(pipe).__call__).parameters:
+def guidance_options(pipeline: type, network: Any, scale: float) -> dict[str, Any]:
+    """Of the pipeline's call for a prompt: how strongly it is guided.
+
+    A pipeline with a `true_cfg_scale` is guided by that, and with a negative prompt alone; its
+    `guidance_scale` is a number that the network is told, if it is told any.
+    """
+    told = bool(getattr(getattr(network, "config", None), "guidance_embeds", False))
+    if told or "true_cfg_scale" not in inspect.signature(pipeline.__call__).parameters:
+        return {"guidance_scale": scale}
+    none = {"negative_prompt": NOTHING} if scale > 1 else {}
+    return {"true_cfg_scale": scale, **none}
+
+
+def _negatives(
+    pipe: Any, prompts: list[str], guidance: Mapping[str, Any], nothing: str | None
+) -> dict[str, Any]:
+    """An argument of the pipeline's call; where it takes embeddings alone, its own of them.
+
+    guidance, nothing: `guidance_options`, and the negative prompt that stands for none in it.
+    """
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    if "negative_prompt" not in parameters:
+        return {"negative_prompt_embeds": pipe.encode_prompt(prompts)[0]}
+    if "true_cfg_scale" not in parameters:
         return {"negative_prompt": prompts}
-    return {"negative_prompt_embeds": pipe.encode_prompt(prompts)[0]}
+    if "true_cfg_scale" in guidance:
+        return {} if nothing is None else {"negative_prompt": [p or nothing for p in prompts]}
+    if said := next((p for p in prompts if p.strip()), None):
+        raise ValueError(
+            "there is no negative prompt for a base that is told its guidance as a number, as "
+            f"Flux.1 dev: it has no guidance away from a prompt; got {said[:100]!r}. Leave it out."
+        )
+    return {}
 
 
 def sample(

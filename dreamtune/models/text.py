@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from dreamtune.fields import UnreadableFile
+from dreamtune.fields import UnreadableFile, from_file
 from dreamtune.models import clip_text
 from dreamtune.models.folder import ModelFolder
-from dreamtune.models.rules import OTHER_TEXT_ENCODER, rules
+from dreamtune.models.rules import LANGUAGE, OTHER_TEXT_ENCODER, VISION, rules
 from dreamtune.models.weights import read_by_library
 
 Named = tuple[str, str]  # library and class
@@ -23,8 +23,16 @@ def load_text_encoder(folder: ModelFolder, dtype: torch.dtype, part: str, kind_n
         return clip_text.load_text_encoder(folder, dtype, part, kind_name)
     import transformers
 
-    folder.config(part, OTHER_TEXT_ENCODER)
-    return folder.load(part, getattr(transformers, kind_name), dtype)
+    kind = getattr(transformers, kind_name)
+    place, stated = folder.place(part, "config.json"), folder.config(part, OTHER_TEXT_ENCODER)
+    if stated["model_type"] != (own := kind.config_class.model_type):
+        found = stated["model_type"][:100]
+        raise UnreadableFile(
+            f"`{place}`: `model_type` must be {own}, as {kind_name} has it, got {found}."
+        )
+    from_file(LANGUAGE, stated.get("text_config", stated), f"`{place}`")
+    from_file(VISION, stated.get("vision_config", {}), f"`{place}`: `vision_config`")
+    return folder.load(part, kind, dtype)
 
 
 def load_tokenizer(folder: ModelFolder, part: str, kind_name: str) -> Any:
@@ -60,7 +68,7 @@ def fit(tokenizer: Any, encoder: Any, folder: ModelFolder, part: str) -> None:
     """Raises UnreadableFile for a tokenizer whose ids are not the encoder's."""
     if type(encoder).__name__.startswith("CLIP"):
         return clip_text.fit(tokenizer, encoder, folder, part)
-    place, known = folder.place(part), encoder.config.vocab_size
+    place, known = folder.place(part), encoder.config.get_text_config().vocab_size
     with read_by_library(place):
         ids = tokenizer(["a"]).input_ids[0]
     if len(tokenizer) > known or max(ids, default=known) >= known:

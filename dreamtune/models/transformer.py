@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
+from dreamtune.models.base import Parts
 from dreamtune.models.flow import Density, FlowMatching, load_scheduler
 from dreamtune.models.folder import ModelFolder
 from dreamtune.models.latent import LatentBase
@@ -19,6 +21,10 @@ class TransformerBase(LatentBase):
     Attributes:
         title: as users know it.
         density, of_picture: of `FlowMatching`, as diffusers' script for the family has them.
+        apart: whether the pipeline encodes negative prompts in a call of their own, and has a
+            forward of their own for them. `told` then has what the first call returns, and as much
+            of the second.
+        nothing: the negative prompt that stands for none, where they are apart.
     """
 
     network_name = "transformer"
@@ -26,6 +32,12 @@ class TransformerBase(LatentBase):
     title: ClassVar[str]
     density: ClassVar[Density] = "uniform"
     of_picture: ClassVar[bool] = False
+    apart: ClassVar[bool] = False
+    nothing: ClassVar[str] = ""
+
+    def __init__(self, parts: Parts, **about: Any) -> None:
+        super().__init__(parts, **about)
+        self._kept: dict[Hashable, Tensor] = {}
 
     @classmethod
     def encoder_dtype(cls, dtype: torch.dtype) -> torch.dtype:
@@ -64,3 +76,27 @@ class TransformerBase(LatentBase):
                 f"is for the noise of Stable Diffusion 1.x, 2.x and XL; got {sampler}."
             )
         return type(self.scheduler).from_config(self.scheduler.config)
+
+    def rows_per_image(self, guidance_scale: float) -> int:
+        """Where they are apart, a forward with the prompt, and one without."""
+        return 1 if self.apart else super().rows_per_image(guidance_scale)
+
+    def encoded_by(self, pipe: Any, prompts: list[str], guided: bool) -> Sequence[Any]:
+        if not self.apart:
+            return super().encoded_by(pipe, prompts, guided)
+        count = len(self.told) // 2
+        found = list(self.encoded_once(pipe, prompts)[:count])
+        if not guided:
+            return [*found, *[None] * count]
+        return [*found, *self.encoded_once(pipe, [self.nothing] * len(prompts))[:count]]
+
+    def encoded_once(self, pipe: Any, prompts: list[str]) -> Sequence[Any]:
+        """What `encode_prompt` returns of these alone."""
+        found: Sequence[Any] = pipe.encode_prompt(prompts, device=self.device, **self.encoding)
+        return found
+
+    def kept(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What is made, on the device, once for each key: a recorded step reads it where it is."""
+        if key not in self._kept:
+            self._kept[key] = make().to(self.device)
+        return self._kept[key]

@@ -72,6 +72,7 @@ class Backend(ABC):
     base: whose `id` is told.
     sizes: of pictures that can be asked for, the usual one first.
     empty_is_none: whether an empty negative prompt and none make the same picture.
+    takes_negatives: whether guidance can lead away from a prompt.
     max_batch: the most rows of a batch; workers: batches that are drawn at once.
     adapters: name -> what is served; left_out: file or folder -> why it is not.
     broken: why nothing can be drawn any more; None.
@@ -82,6 +83,7 @@ class Backend(ABC):
     base: Based
     sizes: tuple[int, ...]
     empty_is_none: bool
+    takes_negatives: bool
     max_batch: int
     workers = 1
 

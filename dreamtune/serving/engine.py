@@ -67,6 +67,7 @@ class Engine(Backend):
         for size in self.sizes:
             base.check_side(size)
         self.empty_is_none = base.empty_is_none
+        self.takes_negatives = base.takes_negatives
         self.on_gpu = base.device.type == "cuda"
         self.max_batch = max_batch or (GPU_BATCH if self.on_gpu else CPU_BATCH)
         self.rescale = base.sampling_defaults(self.sizes[0]).guidance_rescale

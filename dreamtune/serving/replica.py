@@ -29,6 +29,7 @@ class Facts(NamedTuple):
     base_id: str = ""
     sizes: tuple[int, ...] = ()
     empty_is_none: bool = True
+    takes_negatives: bool = True
     max_batch: int = 1
     guidance_scale: float = 0.0
     device: str = ""
@@ -74,6 +75,7 @@ class Replica:
             engine.base.id,
             engine.sizes,
             engine.empty_is_none,
+            engine.takes_negatives,
             engine.max_batch,
             engine.guidance_scale,
             engine.device,

@@ -59,6 +59,7 @@ class Replicas(Backend):
             raise ValueError(facts.refused)
         self.base, self.sizes, self.max_batch = Named(facts.base_id), facts.sizes, facts.max_batch
         self.empty_is_none = facts.empty_is_none
+        self.takes_negatives = facts.takes_negatives
         self.scale, self.kind = facts.guidance_scale, facts.device
         self.adapters, self.left_out = dict(facts.adapters), dict(facts.left_out)
         self.paths = dict(facts.paths)

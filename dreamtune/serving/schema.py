@@ -83,6 +83,13 @@ def settled(request: Request, settings: Settings, engine: Backend) -> tuple[Row,
     scale = request.guidance_scale
     if scale is None:
         scale = usual_guidance(settings, engine)
+    if request.negative_prompt and not engine.takes_negatives:
+        raise Refused(
+            422,
+            "There is no `negative_prompt` for this base, which is told its guidance as a number.",
+            got=request.negative_prompt[:100],
+            way_out="Leave `negative_prompt` out.",
+        )
     if request.negative_prompt and scale <= 1:
         raise Refused(
             422,

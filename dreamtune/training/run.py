@@ -340,7 +340,8 @@ class Run:
         if lost := [step for step in (0, self.best_step) if step not in grids]:
             place = self.evaluator.folder
             return say(f"No report: the images of step {lost[0]} in {place} are gone or damaged.")
-        options = {"num_inference_steps": c.num_inference_steps, "guidance_scale": c.guidance_scale}
+        guidance = self.base.guidance_options(c.guidance_scale)
+        options: dict[str, Any] = {"num_inference_steps": c.num_inference_steps, **guidance}
         if c.guidance_rescale:
             options["guidance_rescale"] = c.guidance_rescale
         hidden = ("output_dir", "name", "resume_from_checkpoint", "validation_prompt", *STACKED)

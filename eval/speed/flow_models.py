@@ -87,9 +87,8 @@ class Flow:
                 return stable_diffusion_3.predict(network, dtype, x, t, conditioning)
             if self.family is ZImage:
                 return z_image.predict(network, dtype, x, t / STEPS, conditioning)
-            return flux2_klein.predict(
-                network, dtype, x, t / STEPS, conditioning, lambda shape: kept(tuple(shape[1:]))
-            )
+            ids = (kept(tuple(y.shape[1:])) for y in (x, conditioning["prompt_embeds"]))
+            return flux2_klein.predict(network, dtype, x, t / STEPS, conditioning, *ids)
 
         return predict
 

@@ -15,6 +15,11 @@ from conftest import (
     write_xl_pipeline,
     write_z_image_pipeline,
 )
+from family_folders import (
+    write_flux_pipeline,
+    write_krea2_pipeline,
+    write_qwen_image_pipeline,
+)
 from torch import Tensor
 
 Said = Callable[[Tensor, Tensor], Tensor]
@@ -54,6 +59,27 @@ def _z_flow(pipe: Any, x: Tensor, drawn: Any, said: Said) -> Tensor:
     return (-said(noisy, (1000 - t) / 1000) - (drawn.noise - x)).square()
 
 
+def _even_flow(pipe: Any, x: Tensor, drawn: Any, said: Said) -> Tensor:
+    """In a table without a shift: that is the pipeline's, by the size of pictures."""
+    x = (x - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+    return _even(x, drawn, said)
+
+
+def _frame_flow(pipe: Any, x: Tensor, drawn: Any, said: Said) -> Tensor:
+    """Of a frame, by mean and deviation of each channel."""
+    config = pipe.vae.config
+    mean, std = (
+        torch.tensor(y).view(1, -1, 1, 1) for y in (config.latents_mean, config.latents_std)
+    )
+    return _even((x - mean) / std, drawn, said)
+
+
+def _even(x: Tensor, drawn: Any, said: Said) -> Tensor:
+    sigma = (drawn.timestep / 1000).view(-1, 1, 1, 1)
+    noisy = (1 - sigma) * x + sigma * drawn.noise
+    return (said(noisy, drawn.timestep / 1000) - (drawn.noise - x)).square()
+
+
 def _klein_flow(pipe: Any, x: Tensor, drawn: Any, said: Said) -> Tensor:
     """Of patches by the autoencoder's statistics, in a table without a shift."""
     n, c, h, w = x.shape
@@ -81,13 +107,49 @@ def _sd3(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tenso
     return network(x, told[0], told[2], t).sample  # type: ignore[no-any-return]
 
 
-def _klein(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
-    """Places are (0, down, across, 0); tokens go row by row."""
+def _places(height: int, width: int, axes: int) -> Tensor:
+    """(0, down, across, ...) of the patches, row by row."""
+    places = torch.zeros(height, width, axes)
+    places[..., 1], places[..., 2] = torch.arange(height)[:, None], torch.arange(width)
+    return places.reshape(-1, axes)
+
+
+def _packed(x: Tensor) -> Tensor:
+    """Of 2 latents a side: channel, down and across are one, in this order."""
     n, c, h, w = x.shape
-    places = torch.zeros(h, w, 4)
-    places[..., 1], places[..., 2] = torch.arange(h)[:, None], torch.arange(w)
+    x = x.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(n, h * w // 4, c * 4)
+
+
+def _unpacked(x: Tensor, like: Tensor) -> Tensor:
+    n, c, h, w = like.shape
+    return x.view(n, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(n, c, h, w)
+
+
+def _flux(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
+    """Where it is told a guidance, one of 1: `--guidance_scale=1`."""
+    places = _places(x.shape[2] // 2, x.shape[3] // 2, 3)
+    guidance = torch.ones(len(x)) if network.config.guidance_embeds else None
+    return _unpacked(network(_packed(x), told[0], told[1], t, places, told[2], guidance).sample, x)
+
+
+def _qwen(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
+    """The mask is None where no token is filled up."""
+    grid = [[(1, x.shape[2] // 2, x.shape[3] // 2)]] * len(x)
+    return _unpacked(network(_packed(x), told[0], told[1], t, grid).sample, x)
+
+
+def _krea2(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
+    """Text stands at the origin."""
+    places = _places(x.shape[2] // 2, x.shape[3] // 2, 3)
+    places = torch.cat([torch.zeros(told[0].shape[1], 3), places])
+    return _unpacked(network(_packed(x), told[0], t, places, told[1]).sample, x)
+
+
+def _klein(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
+    n, c, h, w = x.shape
     tokens = x.permute(0, 2, 3, 1).reshape(n, h * w, c)
-    found = network(tokens, told[0], t, places.reshape(-1, 4), told[1][0]).sample
+    found = network(tokens, told[0], t, _places(h, w, 4), told[1][0]).sample
     return found.view(n, h, w, c).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
 
 
@@ -103,8 +165,10 @@ class Kit:
     """write: a folder for a prediction. said: the network's output for x and t, what it is told and
     the sizes (n, 6) that XL has. losses: of x and what was drawn, as diffusers' DreamBooth scripts
     have them. predictions: the ways there are. adapted: layers of the tiny network. formats: that
-    its stock pipeline loads beside diffusers' own. encoding: arguments of `encode_prompt`. guided:
-    whether that gives the negatives too.
+    its stock pipeline loads beside diffusers' own. encoding: arguments of `encode_prompt`.
+    nothing: the negative prompt that this is called with for itself, None where it gives both.
+    guidance: of the pipeline's call, a negative prompt for each that it is given. frames: whether
+    the autoencoder is one of videos.
     """
 
     write: Callable[[Path, str], Path]
@@ -114,7 +178,13 @@ class Kit:
     adapted: int = (2 + 2 + 4) * 2 * 4  # blocks down, in the middle and up
     formats: tuple[str, ...] = ("kohya",)
     encoding: Mapping[str, Any] = field(default_factory=lambda: SD)
-    guided: bool = True
+    nothing: str | None = None
+    guidance: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 5.0})
+    frames: bool = False
+
+    def call(self, rows: int) -> dict[str, Any]:
+        """`guidance`, of as many prompts."""
+        return {k: x * rows if isinstance(x, list) else x for k, x in self.guidance.items()}
 
 
 FAMILIES = {
@@ -136,7 +206,51 @@ FAMILIES = {
         ("flow",),
         adapted=2 * 8 + 2 * 2,  # of blocks of two streams, and of one
         formats=(),
-        guided=False,
+        nothing="",
+    ),
+    "flux": Kit(
+        write_flux_pipeline,
+        _flux,
+        _even_flow,
+        ("flow",),
+        adapted=8 + 3,  # of a block of two streams, and of one
+        formats=(),  # diffusers' reader of others knows blocks of one stream of 3072 alone
+        encoding={**SD, "prompt_2": None},
+        nothing=" ",
+    ),
+    "schnell": Kit(
+        lambda folder, prediction: write_flux_pipeline(folder, prediction, guided=False),
+        _flux,
+        _even_flow,
+        ("flow",),
+        adapted=8,
+        formats=("kohya", "comfyui"),
+        encoding={**SD, "prompt_2": None},
+        nothing=" ",
+        guidance={"true_cfg_scale": 5.0, "negative_prompt": [" "]},
+    ),
+    "qwen_image": Kit(
+        write_qwen_image_pipeline,
+        _qwen,
+        _frame_flow,
+        ("flow",),
+        adapted=8,
+        formats=("kohya", "comfyui"),
+        encoding=SD,
+        nothing=" ",
+        guidance={"true_cfg_scale": 5.0, "negative_prompt": [" "]},
+        frames=True,
+    ),
+    "krea2": Kit(
+        write_krea2_pipeline,
+        _krea2,
+        _frame_flow,
+        ("flow",),
+        adapted=5 + 5,  # of a block of both streams, and of one that refines the text
+        formats=(),
+        encoding=SD,
+        nothing="",
+        frames=True,
     ),
     "z_image": Kit(
         write_z_image_pipeline,
@@ -164,18 +278,18 @@ def plain_losses(
     """(n,) mean squared errors as diffusers' DreamBooth scripts have them. pipe: a stock one;
     pixels (n, 3, h, w) in [-1, 1]; drawn: noises and timesteps of these rows.
     """
-    codes = pipe.vae.encode(pixels).latent_dist
+    codes = pipe.vae.encode(pixels.unsqueeze(2) if kit.frames else pixels).latent_dist
     told = pipe.encode_prompt(
         list(captions),
         **kit.encoding,
-        **({"do_classifier_free_guidance": False} if kit.guided else {}),
+        **({"do_classifier_free_guidance": False} if kit.nothing is None else {}),
     )
     of_pictures = torch.tensor(sizes, dtype=torch.float32)
 
     def said(noisy: Tensor, t: Tensor) -> Tensor:
         return kit.said(network, noisy, t, told, of_pictures)
 
-    x = codes.mean
+    x, std = (y.squeeze(2) if kit.frames else y for y in (codes.mean, codes.std))
     if drawn.latent_noise is not None:
-        x = x + codes.std * drawn.latent_noise
+        x = x + std * drawn.latent_noise
     return kit.losses(pipe, x, drawn, said).mean((1, 2, 3))

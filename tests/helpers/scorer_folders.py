@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -40,13 +41,22 @@ def write_t5_tokenizer(folder: Path) -> int:
     return len(tokenizer)
 
 
-def write_qwen_tokenizer(folder: Path) -> int:
-    """Qwen's tokenizer of single letters, with a chat template; returns its size."""
+# Of the template of Qwen-Image, whose first 34 tokens are left out of what the network is told.
+QWEN_IMAGE_WORDS = (
+    "<|im_start|>", "<|im_end|>", "\n", "system", "user", "assistant", "Describe", ",", ":",
+    " the", " image", " by", " detailing", " color", " shape", " size", " texture", " quantity",
+    " text", " spatial", " relationships", " of", " objects", " and", " background",
+)  # fmt: skip
+
+
+def write_qwen_tokenizer(folder: Path, more: Sequence[str] = ()) -> int:
+    """Qwen's tokenizer of letters and whole words, with a chat template; returns its size."""
     from transformers import Qwen2Tokenizer
 
     words = [*(chr(c) for c in range(ord("a"), ord("z") + 1)), "\u0120"]
     tokenizer = Qwen2Tokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
     tokenizer.chat_template = "user {{ messages[0]['content'] }} bot"
+    tokenizer.add_tokens(list(more))
     tokenizer.save_pretrained(folder)
     return len(tokenizer)
 

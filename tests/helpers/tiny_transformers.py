@@ -55,6 +55,19 @@ def _qwen(**more: Any) -> nn.Module:
     return QwenImageTransformer2DModel(**(options | more))
 
 
+def _krea2(**more: Any) -> nn.Module:
+    from diffusers import Krea2Transformer2DModel
+
+    options: dict[str, Any] = {
+        "in_channels": 4, "num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "intermediate_size": 16, "timestep_embed_dim": 8,
+        "text_hidden_dim": 12, "num_text_layers": 2, "text_num_attention_heads": 2,
+        "text_num_key_value_heads": 1, "text_intermediate_size": 16,
+        "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1, "axes_dims_rope": (2, 2, 4),
+    }  # fmt: skip
+    return Krea2Transformer2DModel(**(options | more))
+
+
 def _z_image(**more: Any) -> nn.Module:
     from diffusers import ZImageTransformer2DModel
 
@@ -70,6 +83,7 @@ MAKE: dict[str, Callable[..., nn.Module]] = {
     "Flux2Transformer2DModel": _flux2,
     "SD3Transformer2DModel": _sd3,
     "QwenImageTransformer2DModel": _qwen,
+    "Krea2Transformer2DModel": _krea2,
     "ZImageTransformer2DModel": _z_image,
 }
 
@@ -102,6 +116,11 @@ def output(model: nn.Module) -> Tensor:
     if kind == "QwenImageTransformer2DModel":
         shapes = [[(1, GRID, GRID)]]
         return model(tokens, text, torch.ones(1, TEXT), t, shapes).sample
+    if kind == "Krea2Transformer2DModel":
+        origin, down = torch.zeros(TEXT, 3), torch.arange(GRID).repeat_interleave(GRID)
+        grid = torch.stack([torch.zeros(GRID**2), down, torch.arange(GRID).repeat(GRID)], 1)
+        layers = text.unsqueeze(2).repeat(1, 1, 2, 1)
+        return model(tokens, layers, t, torch.cat([origin, grid])).sample
     axes = 4 if kind == "Flux2Transformer2DModel" else 3
     places, words = torch.zeros(GRID * GRID, axes), torch.zeros(TEXT, axes)
     places[:, 1] = torch.arange(GRID).repeat_interleave(GRID)

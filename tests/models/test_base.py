@@ -9,6 +9,7 @@ import weakref
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planted import edit
 from safetensors.torch import save_file
+from tiny_transformers import tiny
 
 from dreamtune.models import folder as model_folder
 from dreamtune.models import load as load_module
@@ -24,6 +26,7 @@ from dreamtune.models.base import Frame, SamplingDefaults
 from dreamtune.models.checkpoint import NETWORK, kind_of
 from dreamtune.models.conditioning import take, together
 from dreamtune.models.load import load_base
+from dreamtune.models.quiet import move
 from dreamtune.models.single_file import CONFIGS, clip_tokenizer
 from dreamtune.models.stable_diffusion_xl import StableDiffusionXL
 
@@ -202,9 +205,9 @@ def test_refusals(tmp_path: Path, tiny_pipeline_dir: Path, monkeypatch: pytest.M
         load_base("./nowhere")
     with pytest.raises(ValueError, match="has no model_index.json"):
         load_base(str(tmp_path))
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "SanaPipeline"}))
     families = r"1.x, 2.x \(StableDiffusionPipeline\); .* XL \(StableDiffusionXLPipeline\)"
-    with pytest.raises(ValueError, match=f"is a FluxPipeline, which is none .*: .*{families}"):
+    with pytest.raises(ValueError, match=f"is a SanaPipeline, which is none .*: .*{families}"):
         load_base(str(tmp_path))
     monkeypatch.setattr(model_folder, "hub_answers", lambda: False)
     with pytest.raises(ValueError, match="hf download nobody/nothing --local-dir FOLDER"):
@@ -374,3 +377,17 @@ def test_rows_of_several_prompts_are_put_together(lengths: list[int], data: st.D
         assert (found["tokens"][k, :length] == own).all() and not found["tokens"][k, length:].any()
         assert (found["pooled"][k] == own).all()
         assert torch.equal(found["ragged"][k], torch.full((length, 3), own))
+
+
+def test_what_a_network_keeps_in_float32_stays_so(tmp_path: Path) -> None:
+    """As where it is read in that dtype."""
+    from diffusers import Krea2Transformer2DModel
+
+    network = tiny("Krea2Transformer2DModel")
+    network.save_pretrained(tmp_path)  # type: ignore[operator]
+    read: Any = Krea2Transformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    move(network, torch.device("cpu"), torch.bfloat16)
+    dtypes = {name: x.dtype for name, x in network.named_parameters()}
+    assert dtypes == {name: x.dtype for name, x in read.named_parameters()}
+    assert set(dtypes.values()) == {torch.float32, torch.bfloat16}
+    assert dtypes["transformer_blocks.0.norm1.weight"] == torch.float32

@@ -35,7 +35,7 @@ TEXT = st.text(max_size=20)
 class Blank(Backend):
     """An engine that draws a pixel when it is let."""
 
-    guidance_scale, device, empty_is_none = 4.0, "cpu", True
+    guidance_scale, device, empty_is_none, takes_negatives = 4.0, "cpu", True, True
 
     def __init__(self, held=False):
         super().__init__(print)
@@ -228,6 +228,16 @@ def test_what_cannot_be_asked(body, status, said):
     assert set(told) == {"error", "got", "allowed", "way_out"}
     assert told["way_out"]
     assert not engine.batches
+
+
+def test_a_base_that_is_told_its_guidance_takes_no_negative_prompt():
+    engine = Blank()
+    engine.takes_negatives = False
+    with client_of(engine) as client:
+        answer = client.post("/generate", json={"prompt": "a", "negative_prompt": "b"})
+        assert client.post("/generate", json={"prompt": "a"}).status_code == 200
+    assert (answer.status_code, answer.json()["got"]) == (422, "b")
+    assert "which is told its guidance as a number" in answer.json()["error"]
 
 
 def test_an_unknown_adapter_lists_those_that_are_there():

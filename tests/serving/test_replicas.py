@@ -94,6 +94,7 @@ class Mortal(Backend):
         self.engine, self.deaths, self.sent, self.count = engine, deaths, [], threading.Lock()
         self.base, self.sizes, self.max_batch = engine.base, engine.sizes, engine.max_batch
         self.empty_is_none, self.adapters = engine.empty_is_none, engine.adapters
+        self.takes_negatives = engine.takes_negatives
 
     def add(self, name, path):
         return self.engine.add(name, path)

@@ -1,0 +1,110 @@
+"""What Qwen-Image shares with the families that took its parts over: an autoencoder of videos, of
+which a picture is one frame, packed patches, and prompts with a mask.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreamtune.models.base import Latents, Parts
+from dreamtune.models.clip_text import unseen
+from dreamtune.models.rules import VIDEO_AUTOENCODER
+from dreamtune.models.transformer import TransformerBase
+
+PATCH = 2  # latents a side
+TOKENS = 512  # of a prompt, as the pipelines' calls have it
+AUTOENCODER = (("diffusers", "AutoencoderKLQwenImage"),)
+TOKENIZERS = (("transformers", "Qwen2Tokenizer"), ("transformers", "Qwen2TokenizerFast"))
+
+
+class MaskedBase(TransformerBase):
+    """A family that is told, beside the states of a prompt's tokens, which of them are filled up.
+
+    Attributes:
+        template: of the pipeline, what stands before and after a prompt.
+        template_start: how many of its tokens the network is not told.
+    """
+
+    autoencoder_rules = VIDEO_AUTOENCODER
+    told = (
+        "prompt_embeds", "prompt_embeds_mask",
+        "negative_prompt_embeds", "negative_prompt_embeds_mask",
+    )  # fmt: skip
+    encoding = {**TransformerBase.encoding, "max_sequence_length": TOKENS}
+    apart = True
+    multiple = 16
+
+    @property
+    def latent_scale(self) -> int:
+        return int(2 ** len(self.vae.config.temperal_downsample))
+
+    @property
+    def resolution(self) -> int:
+        """That of the pipeline: no file says it."""
+        return 128 * self.latent_scale
+
+    def coded(self, pixels: Tensor) -> Any:
+        return self.vae.encode(pixels.unsqueeze(2))
+
+    def as_taken(self, codes: Tensor, std: Tensor | None) -> Latents:
+        """By mean and deviation of each channel, without the frame."""
+        config = self.vae.config
+        mean, spread = (
+            torch.tensor(numbers).view(1, -1, 1, 1).to(codes)
+            for numbers in (config.latents_mean, config.latents_std)
+        )
+        taken = (codes.squeeze(2) - mean) / spread
+        return Latents(taken, None if std is None else std.squeeze(2) / spread)
+
+    @cached_property
+    def bare(self) -> Any:
+        """The pipeline without text encoders, which knows the template."""
+        return self.pipeline(prompts=False)
+
+    def in_template(self, prompt: str) -> str:
+        """As the pipeline gives it to the tokenizer."""
+        found: str = self.bare.prompt_template_encode.format(prompt)
+        return found
+
+    def unseen(self, prompt: str) -> str:
+        length = TOKENS + self.bare.prompt_template_encode_start_idx
+        return unseen([self.parts["tokenizer"]], self.in_template(prompt), length)
+
+
+def packed(x: Tensor) -> Tensor:
+    """Latents (n, c, h, w) -> patches (n, h w / 4, 4 c), as the pipelines have them."""
+    from diffusers import QwenImagePipeline
+
+    found: Tensor = QwenImagePipeline._pack_latents(x, *x.shape)
+    return found
+
+
+def unpacked(patches: Tensor, height: int, width: int) -> Tensor:
+    """The other way round."""
+    from diffusers import QwenImagePipeline
+
+    # in its units a pixel is a latent; a picture is one frame
+    found: Tensor = QwenImagePipeline._unpack_latents(patches, height, width, vae_scale_factor=1)
+    return found.squeeze(2)
+
+
+def check_common(source: str, parts: Parts) -> None:
+    """Raises ValueError for an autoencoder whose statistics are not of its channels, or that is not
+    the transformer's.
+    """
+    vae, taken = parts["vae"].config, parts["transformer"].config.in_channels
+    counts = {vae.z_dim, len(vae.latents_mean), len(vae.latents_std)}
+    if counts != {vae.z_dim}:
+        raise ValueError(
+            f"`{source}`: the autoencoder has {vae.z_dim} channels, `latents_mean` "
+            f"{len(vae.latents_mean)} numbers and `latents_std` {len(vae.latents_std)}."
+        )
+    if taken != vae.z_dim * PATCH**2:
+        raise ValueError(
+            f"`{source}`: the transformer takes {taken} channels, the patches of its autoencoder "
+            f"have {vae.z_dim * PATCH**2}: they are not of the same model."
+        )
