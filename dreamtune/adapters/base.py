@@ -152,6 +152,10 @@ class Adapter(nn.Module):
         """All that the method does to the weight; arguments as of `factors`."""
         return WeightChange(*self.factors(weight, *constants))
 
+    def changes(self, weight: Tensor, *constants: Tensor) -> list[WeightChange]:
+        """The same of each part of the weight; of one that has none, of all of it."""
+        return [self.change(weight, *constants)]
+
     @property
     def asks_for_timestep(self) -> bool:
         """Whether the strength of the change is not the same at all timesteps."""

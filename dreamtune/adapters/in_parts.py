@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dreamtune.adapters.base import Adapter, Generators, WeightChange
+from dreamtune.adapters.maths import Pieces
 
 Parts = Mapping[str, int]  # name -> outputs, from above
 
@@ -86,23 +87,15 @@ class InParts(Adapter):
         """Those of the parts, one after the other."""
         return tuple(x for part, own in self._of(weight) for x in part.constants(own))
 
-    def change(self, weight: Tensor, *constants: Tensor) -> WeightChange:
+    def changes(self, weight: Tensor, *constants: Tensor) -> list[WeightChange]:
         count = len(constants) // len(self.heights)
-        changes = [
+        return [
             part.change(own, *constants[i * count : (i + 1) * count])
             for i, (part, own) in enumerate(self._of(weight))
         ]
-        ups, downs, gains, rotations = zip(*changes)
-        if ups[0] is None:
-            up, down = None, None
-        else:
-            up, down = joined(ups, downs)
-        return WeightChange(
-            up,
-            down,
-            None if gains[0] is None else torch.cat(gains, -1),
-            None if rotations[0] is None else torch.cat(rotations, -3),
-        )
+
+    def change(self, weight: Tensor, *constants: Tensor) -> WeightChange:
+        return WeightChange(*whole(self.changes(weight, *constants)))
 
     def factors(self, weight: Tensor, *constants: Tensor) -> tuple[Tensor, Tensor]:
         up, down, *_ = self.change(weight, *constants)
@@ -132,6 +125,18 @@ OF_A_PART = (
     "name", "paper", "identity_at_start", "low_rank", "depends_on_weight", "learning_rate",
     "own_learning_rates", "rate_factors", "no_decay", "note",
 )  # fmt: skip
+
+
+def whole(changes: Sequence[Pieces]) -> Pieces:
+    """up, down, gain and rotation of a weight, of those of its parts; see `maths.by_part`."""
+    if len(changes) == 1:
+        return changes[0]
+    ups, downs, gains, rotations = (
+        [x for x in each if x is not None] for each in zip(*changes, strict=True)
+    )
+    up, down = joined(ups, downs) if ups else (None, None)
+    gain = torch.cat(gains, -1) if gains else None
+    return up, down, gain, torch.cat(rotations, -3) if rotations else None
 
 
 def joined(ups: Sequence[Tensor], downs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamtune.adapters import Adapter
+from dreamtune.adapters.in_parts import whole
 from dreamtune.adapters.maths import by_part, turns_parts
 
 
@@ -113,9 +114,11 @@ def factors_of(adapter: Adapter, weight: Tensor, use: Use, *constants: Tensor) -
     """Those of a group, (L, [K,] ...), for its stacked weights (L, out, in). What the method takes
     of the weights, where it is not given, is that of the weights as they are now.
     """
-    up, *rest = adapter.change(weight, *constants)
-    parts = [up, *(None if x is None else use.scaled(x) for x in rest)]
-    return Factors(*(None if x is None else use.finish(x, weight.dtype) for x in parts))
+    found = []
+    for up, *rest in adapter.changes(weight, *constants):
+        parts = [up, *(None if x is None else use.scaled(x) for x in rest)]
+        found.append(Factors(*(None if x is None else use.finish(x, weight.dtype) for x in parts)))
+    return Factors(*whole(found))  # of parts: in the dtype of the weights, half as large
 
 
 def combined(
