@@ -150,6 +150,20 @@ def test_strengths_of_slots_and_lambdas() -> None:
     close(adapter.model(sample()), torch.cat([wanted[0][:2], wanted[1][2:]]))
 
 
+def test_options_of_an_entry(tmp_path: Path) -> None:
+    """A fused layer with options of its own, in a forward, a file and a plain one."""
+    entries = {f"*.0.{LAYER}": {"rank": 3}, LAYER: {}}
+    adapter = injected("delora", rank=2, target_modules=entries)
+    keys = {g.key: g.adapter.parts[0].A.shape[-2] for g in adapter.groups}  # type: ignore[attr-defined]
+    assert keys == {"80x16(q,k,v,mlp):rank=3": 3, "80x16(q,k,v,mlp)": 2}
+    wanted = adapter.model(sample())
+    for path in (adapter.save(tmp_path), dreamtune.export(adapter, tmp_path / "p", "peft")):
+        other = Net().double()
+        dreamtune.load(other, path)
+        close(other(sample()), wanted, 1e-5)
+    assert load_adapter_file(tmp_path).layer_options == {f"blocks.0.{LAYER}": {"rank": 3}}
+
+
 def test_rates_are_those_of_the_method() -> None:
     for method, ratios in {"lora": {"B": 4.0}, "delora": {"lambda_": 0.1}}.items():
         options = {"loraplus_lr_ratio": 4.0} if method == "lora" else {"lambda_learning_rate": 0.1}
