@@ -140,6 +140,32 @@ def test_slots_and_routes(method: str, fast: bool) -> None:
         close(adapter.model(sample()), wanted[rows, torch.arange(4)])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_on_a_gpu(method: str) -> None:
+    """In bf16, where a part's rows, a view, have kernels of their own; and recorded."""
+    net = Net().to("cuda", torch.bfloat16)
+    adapter = injected(method, net, _fast=True)
+    x = sample().to("cuda", torch.bfloat16)
+    with torch.no_grad():
+        y = net(x)
+        weights = {p: w.double().cpu() for p, w in adapter.weights().items()}
+        state = {k: t.double().cpu() for k, t in adapter.state_dict().items()}
+        other = Net().double()
+        for path, weight in weights.items():
+            other.get_submodule(path).weight.data = weight
+        other.plain.bias.data = net.plain.bias.double().cpu()
+        dreamtune.inject(other, method, target_modules=[LAYER, "plain"]).load_state_dict(state)
+        wanted = other(sample().bfloat16().double())
+        assert float((y.double().cpu() - wanted).norm() / wanted.norm()) < 0.02
+        adapter.refresh()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            recorded = net(x)
+        graph.replay()
+        assert torch.equal(recorded, y)
+
+
 def test_strengths_of_slots_and_lambdas() -> None:
     adapter = injected("delora", slots=2, rank=2, lambda_init=[2.0, 6.0])
     for slot, strength in enumerate((2.0, 6.0)):
