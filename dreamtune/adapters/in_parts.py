@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dreamtune.adapters.base import Adapter, Generators, WeightChange
-from dreamtune.adapters.maths import Pieces
+from dreamtune.adapters.maths import Pieces, block_factors
 
 Parts = Mapping[str, int]  # name -> outputs, from above
 
@@ -140,15 +140,13 @@ def whole(changes: Sequence[Pieces]) -> Pieces:
 
 
 def joined(ups: Sequence[Tensor], downs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Factors of the whole, of (..., out_i, r_i) and (..., r_i, in): up (..., sum out_i, P r) with
-    block i at row sum out_j, column i r; down (..., P r, in). Each part has r = max r_i of the
-    rank, so that `apart` knows its place.
+    """Factors of the whole, of (..., out_i, r_i) and (..., r_i, in): up (..., sum out_i, P r) and
+    down (..., P r, in). Each part has r = max r_i of the rank, so that `apart` knows its place.
     """
     rank = max(up.shape[-1] for up in ups)
-    right = [(len(ups) - i) * rank - up.shape[-1] for i, up in enumerate(ups)]
-    wide = [F.pad(up, (i * rank, right[i])) for i, up in enumerate(ups)]
+    wide = [F.pad(up, (0, rank - up.shape[-1])) for up in ups]
     high = [F.pad(down, (0, 0, 0, rank - down.shape[-2])) for down in downs]
-    return torch.cat(wide, -2), torch.cat(high, -2)
+    return block_factors(list(zip(wide, high)), [up.shape[-2] for up in ups])
 
 
 def apart(up: Tensor, down: Tensor, heights: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
