@@ -18,6 +18,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
+from dreamtune.adapters.maths import by_part, turns_parts
 from dreamtune.configfile import NOT_OPTIONS, entry_points, wrong
 from dreamtune.fields import checker, nearest, validated
 
@@ -34,7 +35,8 @@ class WeightChange(NamedTuple):
     Attributes:
         up, down: (*L, S, out, R) and (*L, S, R, in); None for none.
         gain: (*L, S, out), of the rows of W.
-        rotation: D, (*L, S, n, in / n, in / n): n blocks along the input.
+        rotation: D, (*L, S, n, in / n, in / n): n blocks along the input. Where the weight is of P
+            parts, rows below rows, each may have its own: (*L, S, P n, in / n, in / n).
     """
 
     up: Tensor | None = None
@@ -43,8 +45,14 @@ class WeightChange(NamedTuple):
     rotation: Tensor | None = None
 
 
-def changed(weight: Tensor, change: WeightChange) -> Tensor:
-    """W' of a weight (*L, out, in), (*L, S, out, in), in the dtype of the change."""
+def changed(weight: Tensor, change: WeightChange, heights: Sequence[int] = ()) -> Tensor:
+    """W' of a weight (*L, out, in), (*L, S, out, in), in the dtype of the change. heights: rows of
+    its parts, where it has some.
+    """
+    if turns_parts(change.rotation, weight.shape[-1]):
+        parts = by_part(change, heights, weight.shape[-1])
+        rows = zip(weight.split(list(heights), -2), parts, strict=True)
+        return torch.cat([changed(own, WeightChange(*part)) for own, part in rows], -2)
     dtype = next(x for x in change if x is not None).dtype
     w = base = weight.unsqueeze(-3).to(dtype)
     if change.rotation is not None:
@@ -86,6 +94,7 @@ class Adapter(nn.Module):
     rate_factors: Mapping[str, float] = {}  # parameters whose rate is so many times the others'
     no_decay: ClassVar[frozenset[str]] = frozenset()
     per_slot: ClassVar[frozenset[str]] = frozenset()  # options that may be a list, one a slot
+    heights: tuple[int, ...] = ()  # rows of the parts, where the weight is of several
     note: ClassVar[str] = ""  # what `dreamtune methods` says of the defaults
 
     def __init_subclass__(cls, **settings: Any) -> None:
@@ -143,6 +152,10 @@ class Adapter(nn.Module):
         """All that the method does to the weight; arguments as of `factors`."""
         return WeightChange(*self.factors(weight, *constants))
 
+    def changes(self, weight: Tensor, *constants: Tensor) -> list[WeightChange]:
+        """The same of each part of the weight; of one that has none, of all of it."""
+        return [self.change(weight, *constants)]
+
     @property
     def asks_for_timestep(self) -> bool:
         """Whether the strength of the change is not the same at all timesteps."""
@@ -165,7 +178,7 @@ class Adapter(nn.Module):
 
     def merged(self, weight: Tensor) -> Tensor:
         """The changed weight, (*L, S, out, in)."""
-        return changed(weight, self.change(weight))
+        return changed(weight, self.change(weight), self.heights)
 
     def uniform(
         self, weight: Tensor, generator: Generators, shape: tuple[int, ...], bound: float

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -108,3 +110,42 @@ def frozen_product(weight: Tensor, columns: Tensor) -> Tensor:
     parts = 2 if torch.is_grad_enabled() and columns.requires_grad else 3
     product: Tensor = _FrozenProduct.apply(weight, flat, parts)
     return product.unflatten(-1, (slots, n)).transpose(-3, -2)
+
+
+def block_factors(
+    pairs: Sequence[tuple[Tensor, Tensor] | None], heights: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Factors of rows below rows, of those of each, (..., out_i, r_i) and (..., r_i, in): up
+    block-diagonal, (..., sum out_i, sum r_i), down stacked, (..., sum r_i, in). None for rows
+    without a change, `heights` of them; some have one.
+    """
+    there = [pair for pair in pairs if pair is not None]
+    left, rest = 0, sum(up.shape[-1] for up, _ in there)
+    ups = []
+    for pair, height in zip(pairs, heights, strict=True):
+        up = there[0][0].new_zeros(*there[0][0].shape[:-2], height, 0) if pair is None else pair[0]
+        rest -= up.shape[-1]
+        ups.append(F.pad(up, (left, rest)))
+        left += up.shape[-1]
+    return torch.cat(ups, -2), torch.cat([down for _, down in there], -2)
+
+
+Pieces = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def turns_parts(rotation: Tensor | None, width: int) -> bool:
+    """Whether a rotation (..., P n, width / n, width / n) is of several parts of a weight."""
+    return rotation is not None and rotation.shape[-3] * rotation.shape[-1] > width
+
+
+def by_part(change: Pieces, heights: Sequence[int], width: int) -> list[Pieces]:
+    """up, down, gain and rotation of each part of a weight, so many rows each, of the whole's."""
+    up, down, gain, rotation = change
+    parts = len(heights)
+    none: Sequence[Tensor | None] = [None] * parts
+    ups = none if up is None else up.split(list(heights), -2)
+    gains = none if gain is None else gain.split(list(heights), -1)
+    rotations: Sequence[Tensor | None] = [rotation] * parts
+    if rotation is not None and turns_parts(rotation, width):
+        rotations = rotation.chunk(parts, -3)
+    return [(ups[i], down, gains[i], rotations[i]) for i in range(parts)]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dreamtune.adapters.in_parts import Parts, apart, joined
 from dreamtune.fields import one_part
 from dreamtune.files.card import write_card
 from dreamtune.files.find import adapter_file, name_of, run_settings
@@ -134,7 +135,7 @@ def _of_adapter(
     file, prints = source.file(slot, metadata), fingerprint(source.weights())
     return Change(
         file=replace(file, fingerprint=prints),
-        low_rank=lambda: _small(factors_of_adapter(source, slot)),
+        low_rank=lambda: _small(factors_of_adapter(source, slot), file.parts),
         dtype=dtype,
         about=_about(source.method, prints, metadata),
         prefixes=prefixes_of(source.model),
@@ -184,7 +185,7 @@ def _on_base(
 
     def low_rank() -> LayerFactors:
         with naming(path.name):
-            return _small(low_rank_of(file))
+            return _small(low_rank_of(file), file.parts)
 
     return replace(
         change,
@@ -198,14 +199,24 @@ def _on_base(
 
 
 @torch.no_grad()
-def _small(factors: LayerFactors) -> LayerFactors:
-    return same_rank({path: recompress(up, down) for path, (up, down) in factors.items()})
+def _small(factors: LayerFactors, parts: Mapping[str, Parts]) -> LayerFactors:
+    """Recompressed; each part of a layer for itself, so that up stays block-diagonal."""
+    found = {}
+    for path, pair in factors.items():
+        heights = list(parts.get(path, {}).values()) or [len(pair[0])]
+        own = [recompress(up, down) for up, down in apart(*pair, heights)]
+        found[path] = joined(*zip(*own))
+    return same_rank(found)
 
 
 def _cut(change: Change, rank: int) -> tuple[Change, str]:
     """The change at a smaller rank, and how much of it is kept, in words and in the header."""
     before = max(down.shape[0] for _, down in change.factors.values())
-    factors, energies = cut(change.factors, rank)
+    whole_layers = {
+        path: recompress(*pair) if path in change.file.parts else pair
+        for path, pair in change.factors.items()
+    }
+    factors, energies = cut(whole_layers, rank)
     kept, whole = (sum(column) for column in zip(*energies.values()))
     shares = {path: own / all_ if all_ else 1.0 for path, (own, all_) in energies.items()}
     worst = min(shares, key=shares.__getitem__)

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from dreamtune.adapters.maths import block_factors
 from dreamtune.fields import UnreadableFile
 from dreamtune.files.comfyui_names import Layer
 from dreamtune.files.formats import LayerFactors
@@ -32,16 +33,8 @@ def joined(pairs: Sequence[Pair | None], sizes: Sequence[int], swapped: bool) ->
     if len(pairs) == 1:
         up, down = there[0]
         return (halves_swapped(up) if swapped else up), down
-    width = sum(up.shape[1] for up, _ in there)
-    whole = there[0][0].new_zeros(sum(sizes), width)
-    row = column = 0
-    for pair, size in zip(pairs, sizes):
-        if pair is not None:
-            rank = pair[0].shape[1]
-            whole[row : row + size, column : column + rank] = pair[0]
-            column += rank
-        row += size
-    return (halves_swapped(whole) if swapped else whole), torch.cat([down for _, down in there])
+    whole, down = block_factors(pairs, sizes)
+    return (halves_swapped(whole) if swapped else whole), down
 
 
 def put_together(

@@ -128,6 +128,8 @@ def _of_adapter(
     options = [f"{name} {value}" for name, value in adapter.options.items() if value is not None]
     if adapter.layer_options:
         options.append(f"other options in {len(adapter.layer_options)} layers")
+    if adapter.parts:
+        options.append(f"part by part in {len(adapter.parts)} layers")
     return (
         replace(
             info,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamtune.adapters import Adapter, find_method, resolve_options
+from dreamtune.adapters.in_parts import make
 from dreamtune.files.fingerprint import check_base, fingerprint
 from dreamtune.files.formats import LayerFactors
 from dreamtune.injection.adapter_file import AdapterFile, Fingerprint
@@ -63,7 +64,8 @@ def own_tensors(file: AdapterFile, path: str) -> dict[str, Tensor]:
 
 def adapter_of_layer(file: AdapterFile, path: str, weight: Tensor) -> Adapter:
     """The method of a native file with its tensors of one layer, (1, ...) each."""
-    adapter = find_method(file.method)(weight, **file.options_at(path))  # type: ignore[arg-type]
+    options, parts = file.options_at(path), file.parts.get(path, {})
+    adapter = make(find_method(file.method), weight, parts, **options)
     own = own_tensors(file, path)
     adapter.load_state_dict({k: t.unsqueeze(0) for k, t in own.items()})
     return adapter
@@ -79,7 +81,7 @@ def on_meta(file: AdapterFile, path: str | None = None) -> Adapter:
     method, path = find_method(file.method), path or next(iter(file.shapes))
     weight = torch.empty(file.shapes[path], device="meta").flatten(1)
     options = resolve_options(method, file.options_at(path))
-    return method(weight, **options)  # type: ignore[arg-type]
+    return make(method, weight, file.parts.get(path, {}), **options)
 
 
 def weights_of(file: AdapterFile, model: nn.Module) -> dict[str, Tensor]:

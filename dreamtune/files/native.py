@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +13,7 @@ import torch
 from pydantic import AfterValidator, Field, PositiveInt
 from torch import Tensor, nn
 
+from dreamtune.adapters.in_parts import Parts
 from dreamtune.fields import UnreadableFile, checker, from_file
 from dreamtune.files.find import adapter_file
 from dreamtune.files.fingerprint import PRINTS, fingerprint, uncovered
@@ -27,8 +28,9 @@ from dreamtune.injection.targets import REGEX, is_name
 from dreamtune.models.load import prefixes_of
 from dreamtune.version import __version__
 
-FORMAT_VERSION = 3  # 1: without hashes; 3: convolutions, options of layers, targets by pattern
-HASHED_FROM, PATTERNS_FROM = 2, 3
+# 1: without hashes; 3: convolutions, options of layers, targets by pattern; 4: parts of layers
+FORMAT_VERSION = 4
+HASHED_FROM, PATTERNS_FROM, PARTS_FROM = 2, 3, 4
 
 
 def _of_layer(shape: list[int]) -> list[int]:
@@ -56,10 +58,13 @@ _MORE: dict[str, Any] = {
     "shapes": Annotated[dict[str, _Shape], Field(min_length=1)],
     "layer_options": dict[str, dict[str, Any]],
 }
+_PARTS: dict[str, Any] = {**_MORE, "parts": dict[str, list[tuple[str, PositiveInt]]]}
 _FOREIGN = {"exported_from": str}
 _VERSION = checker({"format_version": PositiveInt}, needed=("format_version",), others=True)
-_HEADER = checker(_FIELDS | _FOREIGN, needed=_FIELDS, others=True)
-_HEADER_3 = checker(_MORE | _FOREIGN, needed=_MORE, others=True)
+_HEADERS = {
+    since: checker(fields | _FOREIGN, needed=fields, others=True)
+    for since, fields in ((1, _FIELDS), (PATTERNS_FROM, _MORE), (PARTS_FROM, _PARTS))
+}
 
 
 class Native(ExportFormat):
@@ -92,7 +97,12 @@ class Native(ExportFormat):
             for layer, (up, down) in change.factors.items():
                 tensors[f"{layer}.A"], tensors[f"{layer}.B"] = down.float(), up.float()
             file = replace(
-                file, method="lora", options={"rank": rank}, layer_options={}, tensors=tensors
+                file,
+                method="lora",
+                options={"rank": rank},
+                layer_options={},
+                parts={},
+                tensors=tensors,
             )
         if file.some_layers:
             names = exact_names(file.shapes, file.target_modules, change.network)
@@ -120,7 +130,7 @@ class Native(ExportFormat):
                 f"`{file.name}` is not what was written: {what} changed since. Take another copy of"
                 " it"
             )
-        rules = _HEADER_3 if version >= PATTERNS_FROM else _HEADER
+        rules = _HEADERS[max(since for since in _HEADERS if since <= version)]
         header = from_file(rules, file.about, place)
         found = AdapterFile(
             method=header["method"],
@@ -133,9 +143,19 @@ class Native(ExportFormat):
             exported_from=header.get("exported_from"),
             source=file.name,
             layer_options=header["layer_options"] if version >= PATTERNS_FROM else {},
+            parts=_parts(header["parts"], file.name) if version >= PARTS_FROM else {},
         )
         check_tensors(found)
         return found
+
+
+def _parts(stated: Mapping[str, Sequence[tuple[str, int]]], name: str) -> dict[str, Parts]:
+    """Of layers, from pairs: the keys of a header are sorted, and parts stand from above."""
+    found: dict[str, Parts] = {path: dict(pairs) for path, pairs in stated.items()}
+    for path, own in found.items():
+        if len(own) != len(stated[path]):
+            raise UnreadableFile(f"`{name}` has two parts of one name in `{path}`")
+    return found
 
 
 def check_tensors(file: AdapterFile) -> None:
@@ -145,8 +165,9 @@ def check_tensors(file: AdapterFile) -> None:
             f"`{file.source}`: the fingerprint of the base covers {len(file.shapes) - len(missing)}"
             f" of {len(file.shapes)} layers, `{missing[0]}` is not among them"
         )
-    if lost := [path for path in file.layer_options if path not in file.shapes]:
-        raise UnreadableFile(f"`{file.source}` has options, but no shape, of `{lost[0]}`")
+    for what, own in {"options": file.layer_options, "parts": file.parts}.items():
+        if lost := [path for path in own if path not in file.shapes]:
+            raise UnreadableFile(f"`{file.source}` has {what}, but no shape, of `{lost[0]}`")
     expected = _expected(file)
     wrong = [key for key in {**expected, **file.tensors} if expected.get(key) != _kind(file, key)]
     if wrong:
@@ -162,7 +183,7 @@ def _expected(file: AdapterFile) -> dict[str, str]:
     known: dict[tuple[int, int, str], Mapping[str, Tensor]] = {}
     expected = {}
     for path, (out, *inner) in file.shapes.items():
-        own = file.layer_options.get(path, {})
+        own = file.layer_options.get(path, {}), list(file.parts.get(path, {}).items())
         key = out, math.prod(inner), json.dumps(own, sort_keys=True)
         if key not in known:
             try:
@@ -219,7 +240,7 @@ def about_of(file: AdapterFile) -> dict[str, Any]:
     """What the header says of it."""
     more = _needs_patterns(file)
     about: dict[str, Any] = {
-        "format_version": PATTERNS_FROM if more else HASHED_FROM,
+        "format_version": PARTS_FROM if file.parts else PATTERNS_FROM if more else HASHED_FROM,
         "dreamtune_version": __version__,
         "method": file.method,
         "options": file.options,
@@ -230,6 +251,8 @@ def about_of(file: AdapterFile) -> dict[str, Any]:
     }
     if more:
         about["layer_options"] = file.layer_options
+    if file.parts:
+        about["parts"] = {path: list(own.items()) for path, own in file.parts.items()}
     return about if file.exported_from is None else {**about, "exported_from": file.exported_from}
 
 
@@ -238,7 +261,8 @@ def _needs_patterns(file: AdapterFile) -> bool:
     dreamtune read them.
     """
     kernels = any(len(shape) > 2 for shape in file.shapes.values())
-    return kernels or bool(file.layer_options) or not all(map(is_name, file.target_modules))
+    own = bool(file.layer_options) or bool(file.parts)
+    return kernels or own or not all(map(is_name, file.target_modules))
 
 
 InjectedAdapter.write = staticmethod(save_adapter)

@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dreamtune.adapters import find_method
 from dreamtune.fields import UnreadableFile, from_json
 from dreamtune.files import peft_read
 from dreamtune.files.formats import Change, LayerFactors, Prefixes
-from dreamtune.files.layers import own_tensors
 from dreamtune.files.lora import PlainLora, cast, check_low_rank, in_peft_words
 from dreamtune.files.names import PEFT, exact_names
-from dreamtune.files.peft_forms import Form, form_of
+from dreamtune.files.peft_forms import Form, form_of, tensors_of
 from dreamtune.files.stated import Stated, stated
 from dreamtune.files.tensors import TensorFile, hash_of_json, holds, other_contents, write_new
 from dreamtune.files.whole import whole
@@ -37,6 +37,13 @@ class Peft(PlainLora):
     def check(self, change: Change) -> str:
         if (form := form_of(change)) is not None:
             return f"PEFT's own {form.name}"
+        if change.file.parts and not find_method(change.file.method).low_rank:
+            path, parts = next(iter(change.file.parts.items()))
+            raise ValueError(
+                f"`{change.file.method}` acts on the parts {', '.join(parts)} of `{path}` each for"
+                " itself, and PEFT's on the whole layer: use the native file with"
+                " `dreamtune.load`, or export it as `merged`"
+            )
         check_low_rank(change)
         return "a plain LoRA"
 
@@ -139,8 +146,7 @@ def _own(form: Form, change: Change) -> dict[str, Tensor]:
     """Key -> tensor of the method's own parameters."""
     found = {}
     for path in change.file.shapes:
-        weight = change.file.weights.get(path)
-        for end, tensor in form.tensors(own_tensors(change.file, path), weight).items():
+        for end, tensor in tensors_of(form, change.file, path).items():
             found[f"{PEFT}{path}.{end}"] = tensor.to(change.dtype)
     return found
 

@@ -5,14 +5,17 @@ What differs is said where it does; `tests/adapters/test_peft_parity.py` compare
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dreamtune.adapters.in_parts import joined
 from dreamtune.files.formats import Change
-from dreamtune.files.layers import on_meta
+from dreamtune.files.layers import on_meta, own_tensors
+from dreamtune.injection.adapter_file import AdapterFile
 
 Tensors = dict[str, Tensor]
 
@@ -25,6 +28,8 @@ class Form(NamedTuple):
         tensors: by the ends of their keys, of a layer's own parameters and the base's weight.
         exact: whether rounded parameters still are the change.
         takes_weight: whether the weight is needed.
+        whole: our tensors of a layer of those of its parts, from above; None where PEFT's layer
+            cannot be several.
     """
 
     name: str
@@ -32,20 +37,32 @@ class Form(NamedTuple):
     tensors: Callable[[Tensors, Tensor | None], Tensors]
     exact: bool
     takes_weight: bool = False
+    whole: Callable[[Sequence[Tensors]], Tensors] | None = None
 
 
-def dora(options: Mapping[str, Any]) -> Form:
-    config = {"peft_type": "LORA", "use_dora": True, "r": options["rank"]}
-    names = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-    return Form(
-        "DoRA",
-        {**config, "lora_alpha": _whole(options["alpha"])},
-        lambda own, weight: {name: own[ours] for ours, name in names.items()},
-        exact=True,
-    )
+def dora(options: Mapping[str, Any], parts: int) -> Form:
+    """Of layers in P parts all have P times the rank, and so the same strength; where a layer is of
+    fewer the rest is zero.
+    """
+    rank, alpha = parts * options["rank"], parts * options["alpha"]
+    config = {"peft_type": "LORA", "use_dora": True, "r": rank, "lora_alpha": _whole(alpha)}
+
+    def tensors(own: Tensors, weight: Tensor | None) -> Tensors:
+        a, b = own["A"], own["B"]
+        return {
+            "lora_A.weight": F.pad(a, (0, 0, 0, rank - len(a))),
+            "lora_B.weight": F.pad(b, (0, rank - b.shape[1])),
+            "lora_magnitude_vector": own["magnitude"],
+        }
+
+    def whole(own: Sequence[Tensors]) -> Tensors:
+        up, down = joined([part["B"] for part in own], [part["A"] for part in own])
+        return {"A": down, "B": up, "magnitude": torch.cat([part["magnitude"] for part in own])}
+
+    return Form("DoRA", config, tensors, exact=True, whole=whole)
 
 
-def oft(options: Mapping[str, Any]) -> Form:
+def oft(options: Mapping[str, Any], parts: int) -> Form:
     """PEFT's inverse is of the other sign than its own sum of powers: it is ours of -Q."""
     config = {
         "peft_type": "OFT", "r": options["blocks"], "oft_block_size": 0,
@@ -55,7 +72,7 @@ def oft(options: Mapping[str, Any]) -> Form:
     return Form("OFT", config, lambda own, weight: {"oft_R.weight": sign * own["q"]}, exact=True)
 
 
-def hra(options: Mapping[str, Any]) -> Form:
+def hra(options: Mapping[str, Any], parts: int) -> Form:
     """PEFT holds the vectors as columns. Pairs that are nearly equal lose their difference in fp16
     and bf16.
     """
@@ -63,7 +80,7 @@ def hra(options: Mapping[str, Any]) -> Form:
     return Form("HRA", config, lambda own, weight: {"hra_u": own["u"].mT}, exact=False)
 
 
-def delora(options: Mapping[str, Any]) -> Form | None:
+def delora(options: Mapping[str, Any], parts: int) -> Form | None:
     """The residual start is PEFT's DeLoRA of rank 2r: lambda' = 2 lambda, A' = [A; A0], B' =
     [B, -B0], whose difference fp16 and bf16 lose. Without norms or a constant lambda it is another
     function.
@@ -91,7 +108,8 @@ def delora(options: Mapping[str, Any]) -> Form | None:
     )
 
 
-FORMS: dict[str, Callable[[Mapping[str, Any]], Form | None]] = {
+# Of the options, and the most parts that a layer is of, 1 where none is of several.
+FORMS: dict[str, Callable[[Mapping[str, Any], int], Form | None]] = {
     "dora": dora, "oft": oft, "hra": hra, "delora": delora,
 }  # fmt: skip
 
@@ -104,10 +122,20 @@ def form_of(change: Change) -> Form | None:
     whole = all(len(shape) == 2 for shape in change.file.shapes.values())
     if make is None or change.max_rank is not None or not whole or change.file.layer_options:
         return None
-    found = make(on_meta(change.file).options)  # the file may be older than an option
+    parts = max(map(len, change.file.parts.values()), default=1)
+    found = make(on_meta(change.file).options, parts)  # the file may be older than an option
     if found is None or not (found.exact or change.dtype == torch.float32):
         return None
-    return found
+    return found if not change.file.parts or found.whole is not None else None
+
+
+def tensors_of(form: Form, file: AdapterFile, path: str) -> Tensors:
+    """Of a layer, by the ends of their keys."""
+    own = own_tensors(file, path)
+    if parts := file.parts.get(path):
+        assert form.whole is not None
+        own = form.whole([own_tensors(file, f"{path}.{name}") for name in parts])
+    return form.tensors(own, file.weights.get(path))
 
 
 def _whole(value: float) -> int | float:

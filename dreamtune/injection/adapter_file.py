@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from dreamtune.adapters.in_parts import Parts
+
 Fingerprint = dict[str, list[float]]
 
 
@@ -26,6 +28,8 @@ class AdapterFile:
         exported_from: the method whose change it is, where a file holds only the factors of it;
             `method` is then LoRA.
         layer_options: module path -> the options of that layer that are not `options`.
+        parts: module path -> outputs of the parts of that layer, from above, where the method acts
+            on each for itself.
         some_layers: only `shapes` are changed, whatever other layers `target_modules` mean: they
             are ends of their names.
         source: name of the file that it was read from, for messages.
@@ -43,6 +47,7 @@ class AdapterFile:
     source: str = "the adapter"
     some_layers: bool = False
     layer_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    parts: Mapping[str, Parts] = field(default_factory=dict)
 
     def options_at(self, path: str) -> dict[str, Any]:
         """The options of one layer."""

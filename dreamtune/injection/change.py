@@ -17,11 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamtune.adapters import Adapter
+from dreamtune.adapters.in_parts import whole
+from dreamtune.adapters.maths import by_part, turns_parts
 
 
 class Factors(NamedTuple):
     """A `WeightChange` as a forward takes it, of a layer, in the dtype of its weight: up (out, R),
-    down (R, in), gain (out), rotation (n, in / n, in / n); with several slots, or routed rows, one
+    down (R, in), gain (out), rotation (n, in / n, in / n), of P parts (P n, in / n, in / n); with
+    several slots, or routed rows, one
     of each a block of the batch: (K, out, R), ... None for what the method has none of.
     """
 
@@ -111,17 +114,25 @@ def factors_of(adapter: Adapter, weight: Tensor, use: Use, *constants: Tensor) -
     """Those of a group, (L, [K,] ...), for its stacked weights (L, out, in). What the method takes
     of the weights, where it is not given, is that of the weights as they are now.
     """
-    up, *rest = adapter.change(weight, *constants)
-    parts = [up, *(None if x is None else use.scaled(x) for x in rest)]
-    return Factors(*(None if x is None else use.finish(x, weight.dtype) for x in parts))
+    found = []
+    for up, *rest in adapter.changes(weight, *constants):
+        parts = [up, *(None if x is None else use.scaled(x) for x in rest)]
+        found.append(Factors(*(None if x is None else use.finish(x, weight.dtype) for x in parts)))
+    return Factors(*whole(found))  # of parts: in the dtype of the weights, half as large
 
 
 def combined(
-    x: Tensor, weight: Tensor, bias: Tensor | None, changes: Sequence[tuple[Factors, Use]]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    changes: Sequence[tuple[Factors, Use]],
+    heights: Sequence[int] = (),
 ) -> Tensor:
     """`W x + b` and the changes, (batch, ..., out) for x (batch, ..., in). Each is of W, none of
-    another.
+    another. heights: outputs of the parts of W, where it has some.
     """
+    if any(turns_parts(factors.rotation, x.shape[-1]) for factors, _ in changes):
+        return _part_by_part(x, weight, bias, changes, heights)
     flat, batch = x.reshape(-1, x.shape[-1]), len(x)
     inner = flat
     for factors, use in changes:
@@ -138,6 +149,21 @@ def combined(
     for factors, use in changes:
         y = apply(y, flat, batch, factors, use)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _part_by_part(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    changes: Sequence[tuple[Factors, Use]],
+    heights: Sequence[int],
+) -> Tensor:
+    """`combined` where parts of W are told inputs that are rotated otherwise: a product each."""
+    sizes, width = list(heights), x.shape[-1]
+    own = [[(Factors(*f), use) for f in by_part(fs, sizes, width)] for fs, use in changes]
+    biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+    rows = zip(weight.split(sizes), biases, zip(*own), strict=True)
+    return torch.cat([combined(x, w, b, list(parts)) for w, b, parts in rows], -1)
 
 
 def apply(y: Tensor, x: Tensor, batch: int, factors: Factors, use: Use) -> Tensor:

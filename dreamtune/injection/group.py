@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dreamtune.adapters import Adapter
+from dreamtune.adapters.in_parts import Parts
 from dreamtune.injection.change import Change, Factors, Use, constant, factors_of, trains
 from dreamtune.injection.layer import Adapted
 from dreamtune.injection.places import Place, weight_of
@@ -17,20 +18,26 @@ from dreamtune.injection.stack import Stack
 
 class Made(NamedTuple):
     """An adapter and the layers that it is for. suffix: of the group's key, from options that are
-    not the common ones.
+    not the common ones. parts: of each of the layers.
     """
 
     places: Mapping[str, Place]
     adapter: Adapter
     suffix: str
+    parts: Parts
+
+
+def kind_of(shape: Sequence[int], parts: Parts) -> str:
+    """Of layers, in words."""
+    return "x".join(map(str, shape)) + (f"({','.join(parts)})" if parts else "")
 
 
 class Group:
-    """Layers of one kind, shape and set of options, and their adapter.
+    """Layers of one kind, shape and set of parts and options, and their adapter.
 
     Attributes:
         adapter: parameters (L, S, ...).
-        key: shape and suffix: "320x320", "64x32x3x3:rank=8".
+        key: shape, parts and suffix: "320x320", "64x32x3x3:rank=8", "48x16(q,k,v)".
         names: module paths, in the order of the parameters.
         layers: in the same order.
         stack: of the fast way, which the weights are rows of; None where the layers are plain.
@@ -39,8 +46,11 @@ class Group:
     def __init__(self, made: Made, use: Use) -> None:
         self.adapter, self.use = made.adapter, use
         self.names = list(made.places)
-        self.layers = [Adapted.of(place.layer) for place in made.places.values()]
-        self.key = "x".join(map(str, self.layers[0].weight.shape)) + made.suffix
+        self.parts = made.parts
+        self.layers = [
+            Adapted.of(place.layer, tuple(place.parts.values())) for place in made.places.values()
+        ]
+        self.key = kind_of(self.layers[0].weight.shape, made.parts) + made.suffix
         self.changes = [Change(made.adapter, i, use, n) for i, n in enumerate(self.names)]
         self.stack: Stack | None = None
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamtune.adapters import Adapter, find_method, resolve_options
+from dreamtune.adapters.in_parts import make
 from dreamtune.injection.group import Made
 from dreamtune.injection.injected import InjectedAdapter as InjectedAdapter
 from dreamtune.injection.injected import check_name
@@ -38,6 +39,7 @@ def inject(
     **options: Any,
 ) -> InjectedAdapter:
     """Freezes the model and adapts layers of it: torch's own `Linear`, and `Conv2d` of one group.
+    A layer that is known to be several in one weight (`injection.parts`) is adapted part by part.
 
     The layers stay what and where they are, and add the change: whatever torch, accelerate,
     diffusers and PEFT do to the model, before or after, they follow, or a ValueError says what
@@ -109,7 +111,7 @@ def adapt(
     if len(dtypes) > 1:
         raise ValueError(f"the layers must be of one dtype, got {sorted(map(str, dtypes))}")
     common = resolve_options(cls, options)
-    alike: dict[tuple[tuple[int, ...], str], list[str]] = {}
+    alike: dict[tuple[tuple[int, ...], tuple[tuple[str, int], ...], str], list[str]] = {}
     suffixes: dict[str, Mapping[str, Any]] = {}
     for name, choice in chosen.items():
         own = choice.options
@@ -117,15 +119,18 @@ def adapt(
         differ = ",".join(f"{k}={v}" for k, v in sorted(full.items()) if v != common[k])
         suffix = f":{differ}" if differ else ""
         suffixes[suffix] = full
-        alike.setdefault((tuple(weights[name].shape), suffix), []).append(name)
+        key = tuple(weights[name].shape), tuple(choice.parts.items()), suffix
+        alike.setdefault(key, []).append(name)
     made = []
-    for (shape, suffix), names in alike.items():  # all are made before the model is touched
+    for (shape, parts, suffix), names in alike.items():  # all are made before the model is touched
         device = weights[names[0]].device
         like = torch.stack([weights[name].flatten(1).to(device) for name in names])
-        generators = [_generator(s, f"{shape}{suffix}") for s in seeds]
+        told = f"{shape}{dict(parts) if parts else ''}{suffix}"
+        generators = [_generator(s, told) for s in seeds]
         first = chosen[names[0]]
-        adapter = _made(cls, like, slots, generators, suffixes[suffix], names[0], first.entry)
-        made.append(Made({name: chosen[name].place for name in names}, adapter, suffix))
+        adapter = _made(cls, like, first, slots, generators, suffixes[suffix], names[0])
+        places = {name: chosen[name].place for name in names}
+        made.append(Made(places, adapter, suffix, first.parts))
         del like
     _one_strength(made, chosen)
     if beside is not None:
@@ -151,20 +156,20 @@ def plainly(model: nn.Module) -> None:
 def _made(
     cls: type[Adapter],
     like: Tensor,
+    choice: Choice,
     slots: int,
     generators: Sequence[torch.Generator],
     options: Mapping[str, Any],
     name: str,
-    entry: str,
 ) -> Adapter:
     """For the layers like that one. Raises ValueError that names it where its shape does not fit
     the options.
     """
     try:
-        return cls(like, slots=slots, generator=generators, **options)  # type: ignore[arg-type]
+        return make(cls, like, choice.parts, slots=slots, generator=generators, **options)
     except ValueError as error:
         size = "x".join(map(str, like.shape[1:]))
-        raise ValueError(f"`{name}` ({size}), chosen by `{entry}`: {error}") from None
+        raise ValueError(f"`{name}` ({size}), chosen by `{choice.entry}`: {error}") from None
 
 
 def _one_strength(made: Sequence[Made], chosen: Mapping[str, Choice]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamtune.adapters import find_method
+from dreamtune.adapters.in_parts import Parts
 from dreamtune.injection.adapter_file import AdapterFile
 from dreamtune.injection.bank import Bank, check_free, owners
 from dreamtune.injection.change import Use
@@ -251,6 +252,11 @@ class InjectedAdapter:
         """
         return {name: w for group in self.groups for name, w in zip(group.names, group.weights())}
 
+    @property
+    def parts(self) -> dict[str, Parts]:
+        """Module path -> parts, of the layers that the method acts on part by part."""
+        return {name: g.parts for g in self.groups for name in g.names if g.parts}
+
     def file(self, slot: int = 0, metadata: Mapping[str, Any] | None = None) -> AdapterFile:
         """One slot as data. metadata: JSON values to keep, no paths and no user names."""
         if self._out == "merged":
@@ -268,6 +274,7 @@ class InjectedAdapter:
             shapes={name: tuple(layer.weight.shape) for _, name, layer in layers},
             weights=self.weights(),
             layer_options={name: found for name, found in own.items() if found},
+            parts=self.parts,
         )
 
     def save(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ class Adapted:
         placed: what it computes with in place of that, while a forward is recorded or compiled.
         projection: the fast way that computes it; None in a layer that is plain.
         index: in the projection.
+        heights: outputs of the parts that it is several layers of; () for one.
     """
 
     changes: dict[str, Change]
@@ -39,23 +40,24 @@ class Adapted:
     placed: Pairs | None
     projection: Faster | None
     index: int
+    heights: tuple[int, ...]
     weight: Any
 
     @staticmethod
-    def of(layer: nn.Module) -> AdaptedLayer:
+    def of(layer: nn.Module, heights: Sequence[int] = ()) -> AdaptedLayer:
         """The layer itself, adapted, without a change yet; or with those that it has."""
         if isinstance(layer, Adapted):
             return layer  # type: ignore[return-value]
         layer.__class__ = KINDS[type(layer)]
         assert isinstance(layer, AdaptedLinear | AdaptedConv2d)
         layer.changes, layer.mix, layer.mixed, layer.placed = {}, None, None, None
-        layer.projection, layer.index = None, 0
+        layer.projection, layer.index, layer.heights = None, 0, tuple(heights)
         follow(layer)
         return layer
 
     def release(self) -> nn.Module:
         """The layer as it was."""
-        for name in ("changes", "mix", "mixed", "placed", "projection", "index"):
+        for name in ("changes", "mix", "mixed", "placed", "projection", "index", "heights"):
             self.__dict__.pop(name, None)
         self.__class__ = PLAIN[type(self)]  # type: ignore[assignment]
         assert isinstance(self, nn.Module)
@@ -87,7 +89,8 @@ class AdaptedLinear(Adapted, nn.Linear):
         projection = getattr(self, "projection", None)
         if projection is not None:
             return projection.one(self, input)
-        return combined(input, self.weight, self.bias, self.pairs(input))
+        heights = getattr(self, "heights", ())
+        return combined(input, self.weight, self.bias, self.pairs(input), heights)
 
 
 class AdaptedConv2d(Adapted, nn.Conv2d):

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from dreamtune.adapters.in_parts import Parts
 from dreamtune.injection.layer import KINDS, Adapted, has_own_forward
+from dreamtune.injection.parts import parts_of
 
 # What a compiled module and a layer of PEFT hold, and what tells these from others' children.
 AROUND = {"_orig_mod": "dynamo_ctx", "base_layer": "get_base_layer"}
@@ -19,13 +21,14 @@ PROJECTIONS = ("to_q", "to_k", "to_v")  # of what counts as an attention module
 class Place(NamedTuple):
     """A layer and where it is: `parent`'s child `name` is the layer, or what is around it.
 
-    attention: of diffusers, that the layer is in; None for none.
+    attention: of diffusers, that the layer is in; None for none. parts: see `parts_of`.
     """
 
     layer: nn.Linear | nn.Conv2d
     parent: nn.Module
     name: str
     attention: nn.Module | None
+    parts: Parts = {}
 
     def around(self) -> list[nn.Module] | None:
         """What is put around the layer, outermost first; None where it is no longer there."""
@@ -54,7 +57,8 @@ class Spot(NamedTuple):
         if self.attention is not None and fused(attention):
             where = self.attention.path
             raise ValueError(f"`{where}` is fused: call `unfuse_qkv_projections()` first")
-        return Place(_adaptable(self), self.parent, self.name, attention)
+        layer = _adaptable(self)
+        return Place(layer, self.parent, self.name, attention, parts_of(self.parent, self.name))
 
 
 def check_in_place(places: Mapping[str, Place], attentions: Iterable[nn.Module]) -> None:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dreamtune.adapters import Adapter, find_method, resolve_options
+from dreamtune.adapters.in_parts import make
 from dreamtune.injection.adapter_file import AdapterFile
 from dreamtune.injection.change import Factors, Use, constant, factors_of
 
@@ -106,8 +108,8 @@ def plain_factors(file: AdapterFile, layers: Mapping[str, Layer]) -> Plain:
     common = resolve_options(cls, file.options)
     alike: dict[tuple[tuple[int, ...], str], list[str]] = {}
     for path, layer in layers.items():
-        own = file.layer_options.get(path, {})
-        alike.setdefault((tuple(layer.weight.shape), repr(sorted(own.items()))), []).append(path)
+        own = file.parts.get(path, {}), sorted(file.layer_options.get(path, {}).items())
+        alike.setdefault((tuple(layer.weight.shape), repr(own)), []).append(path)
     by_path: dict[str, dict[str, Tensor]] = {path: {} for path in layers}
     for key, tensor in file.tensors.items():
         path, _, name = key.rpartition(".")
@@ -119,9 +121,10 @@ def plain_factors(file: AdapterFile, layers: Mapping[str, Layer]) -> Plain:
     blocks = []
     for paths in alike.values():
         options = {**common, **file.layer_options.get(paths[0], {})}
+        made = partial(make, cls, parts=file.parts.get(paths[0], {}), **options)
         weights = [layers[path].weight for path in paths]
         with constant():
-            adapter, weight = _filled(cls, options, weights, [by_path[p] for p in paths], paths[0])
+            adapter, weight = _filled(made, cls, weights, [by_path[p] for p in paths], paths[0])
             if adapter.asks_for_timestep:
                 raise ValueError(
                     "its strength depends on the timestep, which plain factors cannot hold: load"
@@ -138,8 +141,8 @@ def plain_factors(file: AdapterFile, layers: Mapping[str, Layer]) -> Plain:
 
 
 def _filled(
+    made: Callable[[Tensor], Adapter],
     cls: type[Adapter],
-    options: Mapping[str, object],
     weights: Sequence[Tensor],
     tensors: Sequence[Mapping[str, Tensor]],
     path: str,
@@ -151,9 +154,9 @@ def _filled(
         shape = len(weights), *weights[0].flatten(1).shape
         weight = torch.empty((), dtype=weights[0].dtype).expand(shape)
     # no start is drawn that the tensors would replace
-    adapter = cls(weight.to("meta"), slots=1, generator=None, **options)  # type: ignore[arg-type, call-arg]
+    adapter = made(weight.to("meta"))
     if any(x.device.type == "meta" for x in _unsaved(adapter)):
-        adapter = cls(weight, slots=1, generator=None, **options)  # type: ignore[arg-type, call-arg]
+        adapter = made(weight)
     expected = {name: tuple(x.shape[2:]) for name, x in adapter.state_dict().items()}
     for own in tensors:
         got = {name: tuple(x.shape) for name, x in own.items()}

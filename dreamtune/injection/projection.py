@@ -111,7 +111,7 @@ class Projection:
             y = ScaledRows.apply(x, layer.weight, layer.bias, gain, up, down)
             return y.view(*input.shape[:-1], layer.out_features)  # type: ignore[no-any-return]
         if up is None or down is None or not self.plain():
-            return combined(input, layer.weight, layer.bias, [(own, self.use)])
+            return combined(input, layer.weight, layer.bias, [(own, self.use)], layer.heights)
         x = self.rows(input, down.dim() == 3)
         y, h = F.linear(x, layer.weight, layer.bias), x @ down.mT
         if up.dtype != y.dtype:  # autocast chose another dtype than the weight's

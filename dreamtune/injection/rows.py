@@ -25,12 +25,12 @@ Adapters = Mapping[str, Sequence[Block]]
 
 class Kind(NamedTuple):
     """What the layers of a table are changed by. rank: 0 for no `up` and `down`; rotations: numbers
-    of blocks.
+    of blocks, and their sizes.
     """
 
     rank: int = 0
     gain: bool = False
-    rotations: tuple[int, ...] = ()
+    rotations: tuple[tuple[int, int], ...] = ()
 
 
 class Part(NamedTuple):
@@ -65,7 +65,7 @@ class Table:
         self.up = place(out, kind.rank) if low else None
         self.down = place(kind.rank, width) if low else None
         self.gain = place(out) if kind.gain else None
-        self.rotations = {n: place(n, width // n, width // n) for n in kind.rotations}
+        self.rotations = {(n, size): place(n, size, size) for n, size in kind.rotations}
         use = Use(1)
         if rows is not None:
             use = Use(rows, rows=torch.arange(rows, device=like.device))
@@ -99,9 +99,13 @@ class Table:
             if gain is not None and self.gain is not None:
                 _write(_row(self.gain, row), index, (gain.unsqueeze(-1) * s).squeeze(-1), add=True)
             if rotation is not None:
-                place = _row(self.rotations[rotation.shape[1]], row)
+                place = _row(self.rotations[_blocks(rotation)], row)
                 turned = rotation * (s if isinstance(s, float) else s.unsqueeze(-1))
                 _write(place, index, turned, add=True)
+
+
+def _blocks(rotation: Tensor) -> tuple[int, int]:
+    return rotation.shape[1], rotation.shape[2]
 
 
 def _row(place: Tensor, row: int | None) -> Tensor:
@@ -239,7 +243,7 @@ def kinds_of(
         rank = RANKS
         while rank < wide:
             rank *= 2
-        turned = {f.rotation.shape[1] for f in factors if f.rotation is not None}
+        turned = {_blocks(f.rotation) for f in factors if f.rotation is not None}
         gained = any(f.gain is not None for f in factors)
         found[shape] = Kind(rank if wide else 0, gained, tuple(sorted(turned)))
     return found

@@ -55,7 +55,8 @@ class Stored:
         """What it adds to the weight at strength 1."""
         base = weight.detach().flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
         parts = (None if x is None else x[None].to(base) for x in self.factors(weight))
-        return (changed(base, WeightChange(*parts))[0] - base).view(weight.shape)
+        heights = tuple(self.shelf.places[self.path].parts.values())
+        return (changed(base, WeightChange(*parts), heights)[0] - base).view(weight.shape)
 
 
 class _Nothing(nn.Module):
@@ -100,7 +101,7 @@ class Shelf:
         """One more; its layers are adapted from now on."""
         self.entries[entry.name] = entry
         for path, place in places.items():
-            Adapted.of(place.layer)
+            Adapted.of(place.layer, tuple(place.parts.values()))
             self.places.setdefault(path, place)
             self.paths[place.layer] = path
         self.attentions = attentions_of(self.places.values())

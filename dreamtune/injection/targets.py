@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from dreamtune.adapters import Adapter, resolve_options
+from dreamtune.adapters.in_parts import Parts
 from dreamtune.injection.places import Place, Spot, adaptable, walk
 from dreamtune.injection.places import layer_at as layer_at
 from dreamtune.injection.places import unwrapped as unwrapped
@@ -24,11 +25,14 @@ Targets = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
 
 
 class Choice(NamedTuple):
-    """A layer to adapt. entry: what chose it; options: that differ from the common ones."""
+    """A layer to adapt. entry: what chose it; options: that differ from the common ones; parts: on
+    which the method acts for itself, none for the whole weight.
+    """
 
     place: Place
     entry: str
     options: Mapping[str, Any]
+    parts: Parts
 
 
 def entries_of(target_modules: Targets) -> dict[str, Mapping[str, Any]]:
@@ -116,19 +120,15 @@ def choose(model: nn.Module, target_modules: Targets) -> dict[str, Choice]:
     if nothing:
         raise ValueError(_no_layer(model, spots, nothing))
     ordered = sorted(chosen.values(), key=lambda found: found[0])
-    return {spot.path: Choice(spot.place(), entry, entries[entry]) for _, spot, entry in ordered}
+    found = [(spot.place(), entry, spot.path) for _, spot, entry in ordered]
+    return {path: Choice(place, entry, entries[entry], place.parts) for place, entry, path in found}
 
 
-def choose_paths(
-    model: nn.Module, paths: Collection[str], options: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Choice]:
-    """The layers of these very paths; those that are not there are left out. options: of layers."""
-    found = [spot for spot in walk(unwrapped(model)) if spot.path in paths]
-    return {
-        spot.path: Choice(spot.place(), spot.path, options.get(spot.path, {}))
-        for spot in found
-        if adaptable(spot.module)
-    }
+def choose_paths(model: nn.Module, paths: Collection[str]) -> dict[str, Choice]:
+    """The layers of these very paths; those that are not there are left out."""
+    found = [s for s in walk(unwrapped(model)) if s.path in paths and adaptable(s.module)]
+    places = {spot.path: spot.place() for spot in found}
+    return {path: Choice(place, path, {}, place.parts) for path, place in places.items()}
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:

@@ -29,8 +29,11 @@ class Flux2Klein(TransformerBase):
     where in picture and text each token stands. Latents are patches of the autoencoder's codes, by
     the statistics that it keeps of them.
 
-    In the later blocks query, key, value and the first layer of the MLP are one weight, which is
-    one to every method.
+    In the later blocks query, key, value and the first layer of the MLP are one weight,
+    `to_qkv_mlp_proj`: a method acts on each of the four for itself (`injection.parts`). Their
+    second layer, `to_out`, is told attention and MLP side by side, and stays one weight: its output
+    is the sum over both, and a gain of the rows of one, as DoRA has it, would need a product of its
+    own, which neither the layer nor the contract of a method has.
     """
 
     pipeline_name = "Flux2KleinPipeline"

@@ -120,6 +120,12 @@ def fitting(model: nn.Module, file: AdapterFile) -> dict[str, Choice]:
             f"the adapter is of another architecture: {len(wrong)} layers do not fit, `{p}` is"
             f" {shapes.get(p)} here and {file.shapes.get(p)} in the file"
         )
+    for path, parts in file.parts.items():
+        if list(parts.items()) != list((here := chosen[path].place.parts).items()):
+            raise ValueError(
+                f"the adapter is of another architecture: the parts of `{path}` are"
+                f" {dict(here) or 'not known'} here and {dict(parts)} in the file"
+            )
     return chosen
 
 
@@ -134,7 +140,12 @@ def _chosen(model: nn.Module, file: AdapterFile) -> dict[str, Choice]:
     ages: then the layers that the file has, as where it has some of those that they mean.
     """
     if file.some_layers or any(entry.startswith(REGEX) for entry in file.target_modules):
-        return choose_paths(model, file.shapes, file.layer_options)
-    chosen = choose(model, file.target_modules)
-    own = file.layer_options
-    return {path: choice._replace(options=own.get(path, {})) for path, choice in chosen.items()}
+        chosen = choose_paths(model, file.shapes)
+    else:
+        chosen = choose(model, file.target_modules)
+    return {
+        path: choice._replace(
+            options=file.layer_options.get(path, {}), parts=file.parts.get(path, {})
+        )
+        for path, choice in chosen.items()
+    }

@@ -240,6 +240,7 @@ def restore(checkpoint: Path, run_dir: Path, slot: Slot) -> None:
     """Puts adapter, step state, best/ and metrics.jsonl back to where the checkpoint was."""
     file, step = native.load_adapter_file(checkpoint / ADAPTER), read_step(checkpoint)
     refuse_other_base(file.fingerprint, fingerprint(slot.adapter.weights()), run_dir)
+    refuse_other_parts(file.parts, slot.adapter.parts, checkpoint)
     slot.load(file.tensors, step)
     best = place_of_best(checkpoint)
     if best == checkpoint / BEST:
@@ -254,6 +255,24 @@ def restore(checkpoint: Path, run_dir: Path, slot: Slot) -> None:
         if step_of(later) > step_of(checkpoint):
             say(f"{later.name} is removed: the run goes on from {checkpoint.name}.")
             remove_folder(later)
+
+
+def refuse_other_parts(
+    saved: Mapping[str, Mapping[str, int]], here: Mapping[str, Mapping[str, int]], place: Path
+) -> None:
+    """Raises ValueError where the layers were trained in other parts: one weight each, before there
+    were any.
+    """
+    for path in {**saved, **here}:
+        before, now = (list(x.get(path, {}).items()) for x in (saved, here))
+        if before != now:
+            told = ", ".join(f"`{name}` {size}" for name, size in before) or "one weight"
+            names = ", ".join(f"`{name}` {size}" for name, size in now) or "one weight"
+            raise ValueError(
+                f"`{place}` is of an earlier dreamtune, to which `{path}` was {told}; here it is"
+                f" {names}. Its files load as they are, but the run cannot go on: end it with the"
+                " dreamtune that began it, or start a new one."
+            )
 
 
 def clear(run_dir: Path) -> None:

@@ -207,7 +207,8 @@ def test_what_is_written_is_read_back_and_trained_further(kind: str, tmp_path: P
     )
     info = describe(path, network)
     assert info.format == "comfyui" and info.far == 0 and len(info.layers) == len(changes)
-    assert set(info.ranks) == set(info.ranks) & {1, 2, 3} and info.strengths == {1.0: len(changes)}
+    most = 3 * max(map(len, adapter.parts.values()), default=1)  # of a layer in parts
+    assert set(info.ranks) <= {1, 2, 3, most} and info.strengths == {1.0: len(changes)}
     names = comfyui_names(network)
     assert set(describe(path).layers) == set(names)  # without the network
 

@@ -57,7 +57,8 @@ def written_with(path: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
         (lambda a: a["layer_options"]["a"].update(rank=10**9), "`rank` must be at most"),
         (lambda a: a["layer_options"]["a"].update(rank=4), r"`a.A` must be \(4, 6\) floats, got"),
         (lambda a: a.update(format_version=2), "`shapes`.*at most 2 items"),
-        (lambda a: a.update(format_version=4), "format version 4, this dreamtune reads up to 3"),
+        (lambda a: a.update(format_version=5), "format version 5, this dreamtune reads up to 4"),
+        (lambda a: a.update(format_version=4), "`parts` is missing"),
     ],
 )  # fmt: skip
 def test_headers_are_checked(saved: Path, edit: Callable[[Any], None], message: str) -> None:

@@ -23,6 +23,7 @@ import dreamtune
 from dreamtune.adapters import resolve_options
 from dreamtune.config import Config
 from dreamtune.files.export import export
+from dreamtune.injection import parts
 from dreamtune.models.load import family_with, load_base
 from dreamtune.models.sample import sample_tensor
 from dreamtune.pipeline.generate import generate
@@ -340,6 +341,32 @@ def test_from_photos_to_pictures(
 
     (path,) = generate(whole.run_dir, ["a sks dog"], num_images=1, output_dir=tmp_path / "out")
     assert Image.open(path).size == (16, 16)
+
+
+def test_a_run_of_before_there_were_parts(
+    folders: dict[tuple[str, str], Path],
+    photo_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its adapter is used as it is; it cannot go on, and its tensors are left as they were."""
+    folder, before = folders["klein", "flow"], tmp_path / "before"
+    more = {"max_train_steps": 1, "validation_steps": 0, "method": "delora"}
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "FUSED", {})
+        old = train(config(folder, photo_dir, before, **more))
+        layer = "single_transformer_blocks.0.attn.to_qkv_mlp_proj"
+        assert load_file(old.adapter)[f"{layer}.B"].shape == (144, 2)
+    kept = {p: p.read_bytes() for p in before.rglob("*.safetensors")}
+    assert len(kept) > 3
+    go_on = {"resume_from_checkpoint": "latest", "output_dir": str(before)}
+    with pytest.raises(ValueError, match=rf"`{layer}` was one weight; here it is `q` 16, `k` 16"):
+        train(Config(**go_on, max_train_steps=2))
+    assert [p.name for p, content in kept.items() if p.read_bytes() != content] == []
+    (path,) = generate(before, ["a sks dog"], num_images=1, output_dir=tmp_path / "out")
+    assert Image.open(path).size == (16, 16)
+    new = train(config(folder, photo_dir, tmp_path / "new", **more))
+    assert load_file(new.adapter)[f"{layer}.mlp.B"].shape == (96, 2)
 
 
 @pytest.mark.parametrize("family", LATER)
