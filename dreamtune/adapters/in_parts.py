@@ -1,7 +1,9 @@
 """A method on a layer that is several in one weight: it acts on each part for itself.
 
 To everybody else it is one adapter with one change of the whole weight, so that forward, merge,
-slots, routes, files and recorded steps need no other way for such a layer.
+slots, routes, files and recorded steps need no other way for such a layer; parts that were layers
+to them would each need a place in the model, a name and a print of its own. The price is zeros:
+`up` has as many columns as all parts have rank.
 """
 
 from __future__ import annotations
