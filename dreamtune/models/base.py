@@ -85,7 +85,7 @@ class Base(ABC):
         folders: those of a model that are read.
         prefixes: of the keys of LoRA files.
         multiple: of the sides of images, in pixels.
-        uncaptured: why no step of its network can be one CUDA graph; "" where it can.
+        uncaptured: why no forward of its network can be one CUDA graph; "" where it can.
         target_modules: names of the layers that are adapted where the user does not say.
         parts: the pipeline's modules, tokenizers and scheduler, and what else it is made with; each
             is an attribute of its name too. Text encoders that were let go are None there.
@@ -221,6 +221,14 @@ class Base(ABC):
     def empty_is_none(self) -> bool:
         """Whether an empty negative prompt and none make the same picture."""
         return True
+
+    def for_step(self, prompts: Conditioning) -> Conditioning:
+        """What a training step is told of these: without what says nothing of them."""
+        return prompts
+
+    def why_not_captured(self, prompts: Conditioning) -> str:
+        """Why no step that is told these (`for_step`) can be one CUDA graph; "" where it can."""
+        return self.uncaptured
 
     @property
     def takes_negatives(self) -> bool:

@@ -44,7 +44,6 @@ class ZImage(TransformerBase):
     )  # fmt: skip
     multiple = 16
     encoding = {"max_sequence_length": TOKENS}
-    uncaptured = "rows of Z-Image have lengths of their own, which the host is told"
 
     def __init__(self, parts: Parts, **about: Any) -> None:
         """Raises ValueError for parts that do not belong together."""
@@ -84,6 +83,22 @@ class ZImage(TransformerBase):
         tokens = torch.tensor(counts, device=self.device)
         return {"prompt_embeds": torch.stack(filled), "prompt_tokens": tokens}
 
+    def for_step(self, prompts: Conditioning) -> Conditioning:
+        """Without the numbers of tokens where they are one number."""
+        counts = set(prompts["prompt_tokens"].tolist())
+        if len(counts) > 1:
+            return prompts
+        return {"prompt_embeds": prompts["prompt_embeds"][:, : counts.pop()].contiguous()}
+
+    def why_not_captured(self, prompts: Conditioning) -> str:
+        if "prompt_tokens" not in prompts:
+            return ""
+        counts = sorted(set(prompts["prompt_tokens"].tolist()))
+        return (
+            f"the network is told on the host how long a prompt is, and these have "
+            f"{', '.join(map(str, counts[:-1]))} and {counts[-1]} tokens"
+        )
+
     def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         steps = self.scheduler.config.num_train_timesteps
         return predict(self.transformer, self.dtype, x, t / steps, conditioning)
@@ -95,8 +110,9 @@ def predict(
     """The transformer's prediction in `dtype`: it is told the share of the picture, and gives the
     way back to it. sigma: (n,).
     """
-    counts = conditioning["prompt_tokens"].tolist()
-    rows = [row[:n].to(dtype) for row, n in zip(conditioning["prompt_embeds"], counts)]
+    rows = list(conditioning["prompt_embeds"].to(dtype).unbind())
+    if "prompt_tokens" in conditioning:
+        rows = [row[:n] for row, n in zip(rows, conditioning["prompt_tokens"].tolist())]
     pictures = list(x.to(dtype).unsqueeze(2).unbind())
     found = transformer(pictures, 1 - sigma, rows, return_dict=False)[0]
     return -torch.stack(found).squeeze(2)

@@ -37,7 +37,7 @@ from dreamtune.training.output import say
 from dreamtune.training.resume import find_checkpoint, resumed_folder
 from dreamtune.training.run_folder import TrainResult as TrainResult
 from dreamtune.training.slots import Slot
-from dreamtune.training.speed import choose_speed, speed_up, with_base
+from dreamtune.training.speed import choose_speed, not_captured, speed_up
 from dreamtune.training.tracker import Tracker
 
 BAD_STEPS_IN_A_ROW = 25
@@ -127,7 +127,7 @@ class Run:
         self.base, self.info["base"] = base, base.id
         if self.resumed and self.checkpoint is None:
             run_folder.clear(self.dir)
-        self.speed = with_base(self.speed, base, self.given)
+        self.speed = not_captured(self.speed, base.uncaptured, self.given)
         speed_up(base, self.speed)
         c = self.config = resolve(self.given, base, self.subject, self.dir)
         base.check_side(c.resolution)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +102,7 @@ def build_step(
     optimizer = SlotAdamW(groups, (c.adam_beta1, c.adam_beta2), c.adam_epsilon)
     settings = StepSettings.of(c, loss_scale=2.0**16 if base.dtype == torch.float16 else 1.0)
     cache, tickets = join(caches, pools)
+    cache = replace(cache, prompts=base.for_step(cache.prompts))
     process = base.process(c.snr_gamma)
     return adapter, Step(base.predict, optimizer, cache, tickets, process, seeds, settings)
 

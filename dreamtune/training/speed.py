@@ -50,16 +50,14 @@ def choose_speed(config: Config) -> Speed:
     )
 
 
-def with_base(speed: Speed, base: Base, config: Config) -> Speed:
-    """What is left of it for a network that cannot be recorded. Raises ValueError where that is
-    asked for.
+def not_captured(speed: Speed, why: str, config: Config) -> Speed:
+    """What is left of it where steps cannot be recorded; all of it where `why` is "". Raises
+    ValueError where that is asked for.
     """
-    if not base.uncaptured or not speed.captured:
+    if not why or not speed.captured:
         return speed
-    captured = graphs.switched("capture", config.capture, base.uncaptured)
-    return replace(
-        speed, captured=captured, refusals={**speed.refusals, "capture": base.uncaptured}
-    )
+    captured = graphs.switched("capture", config.capture, why)
+    return replace(speed, captured=captured, refusals={**speed.refusals, "capture": why})
 
 
 def speed_up(base: Base, speed: Speed) -> None:

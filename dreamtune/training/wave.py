@@ -20,6 +20,7 @@ from dreamtune.training.output import say
 from dreamtune.training.run import Run
 from dreamtune.training.run_folder import TrainResult
 from dreamtune.training.slots import Slot, build_step
+from dreamtune.training.speed import not_captured
 
 SYNC_EVERY = 10  # rounds between reads of the loss: each waits for the device
 
@@ -70,6 +71,9 @@ class Wave:
         self.adapter, self.step = build_step(
             self.base, [r.config for r in kept], [r.cache for r in kept], [r.pools for r in kept]
         )
+        why = self.base.why_not_captured(self.step.cache.prompts)
+        for run in kept:
+            run.speed = not_captured(run.speed, why, run.given)
         self.slots = {n: Slot(self.adapter, self.step, i) for i, n in enumerate(labels)}
         for label, run in self.runs.items():
             run.resume(self.slots[label])

@@ -58,9 +58,6 @@ class Flow:
             name: torch.randn(rows, *shape, device=device, dtype=dtype)
             for name, shape in self.told.items()
         }
-        if self.family is ZImage:
-            tokens = self.told["prompt_embeds"][0]
-            found["prompt_tokens"] = torch.full((rows,), tokens, device=device)
         return found
 
     def cache(self, entries: int, device: str, dtype: torch.dtype) -> Cache:

@@ -15,11 +15,10 @@ from diffusers.training_utils import compute_density_for_timestep_sampling
 
 from dreamtune.config import Config
 from dreamtune.fast.fuse import compile_blocks
-from dreamtune.fast.watch import why_not_recorded
 from dreamtune.models.flow import FlowMatching
 from dreamtune.models.load import load_base
 from dreamtune.models.sample import sample_tensor
-from dreamtune.training.speed import Speed, with_base
+from dreamtune.training.speed import Speed, not_captured
 
 EVERY = torch.linspace(0, 1 - 1e-4, 10_000)
 
@@ -146,7 +145,7 @@ def test_the_blocks_that_are_compiled(folder: Path) -> None:
     assert compile_blocks(load_base(str(folder)).network) == 2
 
 
-def test_z_image_is_told_lengths_and_recorded_by_nobody(tmp_path: Path) -> None:
+def test_z_image_is_recorded_where_prompts_are_equally_long(tmp_path: Path) -> None:
     base = load_base(str(write_z_image_pipeline(tmp_path / "base")))
     told = base.encode_prompts(["a sks dog", "a"])
     assert told["prompt_tokens"].tolist() == [18, 10] and told["prompt_embeds"].shape == (2, 18, 12)
@@ -155,15 +154,21 @@ def test_z_image_is_told_lengths_and_recorded_by_nobody(tmp_path: Path) -> None:
     assert base.unseen("a " * 300) and not base.unseen("a " * 200)
     with pytest.raises(ValueError, match="`resolution` must be at most 64, .* got 80"):
         base.check_side(80)
-    speed = Speed(True, False, False, {})
-    config = Config(capture="auto")
-    slower = with_base(speed, base, config)
+    speed, why = Speed(True, False, False, {}), base.why_not_captured(base.for_step(told))
+    slower = not_captured(speed, why, Config(capture="auto"))
     assert not slower.captured and list(slower.notes(torch.device("cuda")))[0] == (
-        "Steps are not captured: rows of Z-Image have lengths of their own, which the host is told."
+        "Steps are not captured: the network is told on the host how long a prompt is, and these "
+        "have 10 and 18 tokens."
     )
-    with pytest.raises(ValueError, match="`capture` is on, but rows of Z-Image"):
-        with_base(speed, base, Config(capture="on"))
-    assert "lengths of their own" in str(why_not_recorded(base.network))
+    with pytest.raises(ValueError, match="`capture` is on, but the network is told on the host"):
+        not_captured(speed, why, Config(capture="on"))
+    alike = base.for_step(base.encode_prompts(["a sks dog", "a sks dog"]))
+    assert alike.keys() == {"prompt_embeds"} and alike["prompt_embeds"].shape == (2, 18, 12)
+    assert not base.why_not_captured(alike) and not_captured(speed, "", Config()).captured
+    x, t = torch.randn(2, base.transformer.config.in_channels, 2, 2), torch.tensor([300.0, 700.0])
+    with torch.no_grad():
+        both = base.encode_prompts(["a sks dog", "a sks dog"])
+        torch.testing.assert_close(base.predict(x, t, alike), base.predict(x, t, both))
     edit(tmp_path / "base" / "transformer" / "config.json", cap_feat_dim=13)
     with pytest.raises(ValueError, match="transformer"):
         load_base(str(tmp_path / "base"))

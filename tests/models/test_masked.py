@@ -18,7 +18,7 @@ from dreamtune.fast.watch import why_not_recorded
 from dreamtune.models.conditioning import take
 from dreamtune.models.load import load_base
 from dreamtune.models.sample import sample_tensor
-from dreamtune.training.speed import Speed, with_base
+from dreamtune.training.speed import Speed, not_captured
 
 PROMPTS = ["a", "a sks dog in the snow"]
 
@@ -101,7 +101,7 @@ def test_what_of_a_prompt_is_seen(written: Path) -> None:
 def test_no_forward_is_recorded(written: Path) -> None:
     base = load_base(str(written))
     assert why_not_recorded(base.network) == base.uncaptured
-    slower = with_base(Speed(True, False, False, {}), base, Config(capture="auto"))
+    slower = not_captured(Speed(True, False, False, {}), base.uncaptured, Config())
     assert not slower.captured
 
 
