@@ -205,7 +205,7 @@ FAMILIES = {
         _klein_flow,
         ("flow",),
         adapted=2 * 8 + 2 * 2,  # of blocks of two streams, and of one
-        formats=(),
+        formats=("kohya", "comfyui"),
         nothing="",
     ),
     "flux": Kit(
@@ -258,7 +258,7 @@ FAMILIES = {
         _z_flow,
         ("flow",),
         adapted=(2 + 1 + 1) * 4,  # layers, and one to refine the picture and one the text
-        formats=(),
+        formats=("kohya", "comfyui"),
         encoding={"device": "cpu"},
     ),
 }

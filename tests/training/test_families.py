@@ -36,8 +36,6 @@ from dreamtune.training.wave import Wave
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
-# other tests train Stable Diffusion, and schnell is trained as Flux is
-LATER = [name for name in FAMILIES if name not in ("sd", "schnell")]
 # height, width and corner of `photo_dir`'s, brought to 16 pixels, and the size
 SIZES = [[20, 24, 0, 1, 16, 16], [20, 25, 0, 2, 16, 16], [20, 26, 0, 2, 16, 16]]
 OF_A_CLASS = [16, 16, 0, 0, 16, 16]
@@ -187,7 +185,7 @@ def test_the_stock_pipeline_draws_what_the_trainer_drew(
         assert float((theirs - untouched).abs().max()) > 0.02
 
 
-@pytest.mark.parametrize("family", LATER)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_method_trains(family: str, folder: Path, photo_dir: Path, tmp_path: Path) -> None:
     """Two steps move what is trained, in every projection; the base is itself afterwards."""
     run, wave = opened(config(folder, photo_dir, tmp_path / "run"))
@@ -235,7 +233,7 @@ def test_xls_autoencoder_decodes_in_float32_where_fp16_overflows(
         assert not pipe.vae.decode(codes).sample.isfinite().all()
 
 
-@pytest.mark.parametrize("family", LATER)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_are_encoded_as_by_the_pipeline(family: str, folder: Path) -> None:
     """Bit for bit, with the text encoders as they were and read once more."""
     from diffusers import DiffusionPipeline
@@ -257,7 +255,7 @@ def test_prompts_are_encoded_as_by_the_pipeline(family: str, folder: Path) -> No
             assert torch.equal(rows[0], rows[2]) and torch.equal(rows[1], rows[2]), name
 
 
-@pytest.mark.parametrize("family", LATER)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_merged_folder(family: str, folder: Path, tmp_path: Path) -> None:
     """With all text encoders and tokenizers; it is a base itself."""
     from diffusers import DiffusionPipeline
@@ -276,7 +274,7 @@ def test_a_merged_folder(family: str, folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", LATER)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_captured_losses_are_the_eager_ones(
     family: str, folder: Path, photo_dir: Path, tmp_path: Path
 ) -> None:
@@ -313,7 +311,7 @@ def same(a: Path, b: Path, tolerance: float) -> bool:
     )
 
 
-@pytest.mark.parametrize("family", LATER)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_from_photos_to_pictures(
     family: str,
     folder: Path,
@@ -375,7 +373,7 @@ def test_a_run_of_before_there_were_parts(
     assert load_file(new.adapter)[f"{layer}.mlp.B"].shape == (96, 2)
 
 
-@pytest.mark.parametrize("family", LATER)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_in_the_plugin(family: str, folder: Path, tmp_path: Path) -> None:
     """Strengths, a mix and routes by prompts, of a stock pipeline with its text encoders."""
     from diffusers import DiffusionPipeline
