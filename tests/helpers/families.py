@@ -204,7 +204,7 @@ FAMILIES = {
         _klein,
         _klein_flow,
         ("flow",),
-        adapted=2 * 8 + 2 * 2,  # of blocks of two streams, and of one
+        adapted=8 + 2,  # of a block of two streams, and of one
         formats=(),
         nothing="",
     ),
