@@ -30,6 +30,9 @@ class Removable(Protocol):
     def remove(self) -> None: ...
 
 
+PARTED = ("Krea2Transformer2DModel",)  # its `layerwise_blocks` have a row for each token
+
+
 class Bank:
     """Attributes:
     mix: shared by the adapted layers.
@@ -45,6 +48,7 @@ class Bank:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.mix = model, Mix()
+        self.mix.parted = type(model).__name__ in PARTED
         self.copies: Copies | None = None
         self.under: list[tuple[Mapping[str, Strength], Rows | None, Copies | None]] = []
         self.written: list[Written] | None = None
