@@ -265,7 +265,7 @@ FAMILIES = {
         _krea2,
         _frame_flow,
         ("flow",),
-        adapted=5 + 5,  # of a block of both streams, and of one that refines the text
+        adapted=5 + 5 + 5,  # of a block of all tokens, and of one for layers and one for text
         formats=(),
         encoding=SD,
         nothing="",

@@ -75,11 +75,12 @@ def test_norms_stay_in_float32(written: Path) -> None:
 
 
 def test_what_is_adapted(written: Path) -> None:
-    """Not where a row of the batch is a token: there rows could not be given to adapters."""
+    """All attention, of the text too, as by diffusers' script."""
     base = load_base(str(written))
     adapter = dreamtune.inject(base.network, "lora", rank=2, target_modules=base.target_modules)
     leaves = ("to_q", "to_k", "to_v", "to_gate", "to_out.0")
-    blocks = ("transformer_blocks.0", "text_fusion.refiner_blocks.0")
+    fused = ("text_fusion.layerwise_blocks.0", "text_fusion.refiner_blocks.0")
+    blocks = ("transformer_blocks.0", *fused)
     assert set(adapter.weights()) == {f"{block}.attn.{leaf}" for block in blocks for leaf in leaves}
 
 
