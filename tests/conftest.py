@@ -233,7 +233,10 @@ def write_klein_pipeline(folder: Path, prediction: str = "flow") -> Path:
     vae.bn.running_var.uniform_(0.5, 2.0)
     Flux2KleinPipeline(
         vae=vae, text_encoder=text, tokenizer=Qwen2Tokenizer.from_pretrained(folder / "words"),
-        transformer=tiny("Flux2Transformer2DModel", in_channels=16, guidance_embeds=False),
+        transformer=tiny(
+            "Flux2Transformer2DModel", in_channels=16, num_layers=1, num_single_layers=1,
+            guidance_embeds=False,
+        ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     ).save_pretrained(folder)  # fmt: skip
     return folder

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dreamtune.injection.blend import placed
 from dreamtune.injection.follow import strength_of_call
 from dreamtune.injection.mix import Mix, Strength
-from dreamtune.injection.places import unwrapped, weight_of
+from dreamtune.injection.places import is_parted, unwrapped, weight_of
 from dreamtune.injection.shelf import Shelf
 from dreamtune.injection.turns import Turns, caller
 from dreamtune.injection.weights import InModel, Written, changed_weights, write
@@ -45,6 +45,7 @@ class Bank:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.mix = model, Mix()
+        self.mix.parted = is_parted(model)
         self.copies: Copies | None = None
         self.under: list[tuple[Mapping[str, Strength], Rows | None, Copies | None]] = []
         self.written: list[Written] | None = None

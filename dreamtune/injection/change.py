@@ -64,6 +64,8 @@ class Use:
         rows: slot of each row of the batch, (batch,) long; None: equal blocks.
         at: strength of each row of the batch, (batch,), of a method that asks for the timestep; or
         of each place in it, (batch, tokens), or (batch, h, w) of what a convolution gives.
+        parted: whether a layer may have several rows for each of these, one after the other, as
+        where a network takes each token of a prompt for a row.
     """
 
     slots: int
@@ -71,6 +73,7 @@ class Use:
     call: float = 1.0
     rows: Tensor | None = None
     at: Tensor | None = None  # no factor depends on it
+    parted: bool = False
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("scale", "rows"):  # by number: a tensor's id may be that of one before it
@@ -88,6 +91,22 @@ class Use:
         elif self.scale != 1:
             x = x * self.scale
         return x if self.call == 1 else x * self.call
+
+    def blocks(self, batch: int, blocks: int) -> int:
+        """`blocks_of` a layer's batch."""
+        return blocks_of(batch, blocks, self.rows is not None and not self.parted)
+
+    def strengths(self, batch: int) -> Tensor:
+        """`at`, of the rows of a layer's batch. ValueError where these are others."""
+        assert self.at is not None
+        if self.parted and batch % len(self.at) == 0:
+            return self.at.repeat_interleave(batch // len(self.at), 0)
+        if len(self.at) not in (1, batch):
+            raise ValueError(
+                f"{len(self.at)} rows have strengths of their own, but a layer was called with "
+                f"{batch}"
+            )
+        return self.at
 
     def whole(self) -> bool:
         """Whether `scaled` changes nothing."""
@@ -196,7 +215,7 @@ def rotated(x: Tensor, rotation: Tensor, batch: int, use: Use) -> Tensor:
     """`x D` block by block of the width, (T, in)."""
     blocks = (1, -1) if rotation.dim() == 3 else (len(rotation), -1)
     if rotation.dim() == 4:
-        blocks_of(batch, len(rotation), use.rows is not None)
+        use.blocks(batch, len(rotation))
     parts = x.view(*blocks, *rotation.shape[-3:-1]).transpose(-3, -2)
     return (parts @ rotation).transpose(-3, -2).reshape(x.shape)
 
@@ -205,22 +224,14 @@ def by_row(x: Tensor, batch: int, use: Use) -> Tensor:
     """x (T, n) at the strength of each row of the batch, or of each place in it."""
     if use.at is None:
         return x
-    at = of_rows(use.at, batch).to(x).reshape(len(use.at), -1, 1)
+    at = use.strengths(batch)
+    at = at.to(x).reshape(len(at), -1, 1)
     return (x.view(batch, -1, x.shape[-1]) * at).view(x.shape)
-
-
-def of_rows(at: Tensor, batch: int) -> Tensor:
-    """Strengths of rows. ValueError where a layer's batch has other rows than the model's."""
-    if len(at) not in (1, batch):
-        raise ValueError(
-            f"{len(at)} rows have strengths of their own, but a layer was called with {batch}"
-        )
-    return at
 
 
 def in_blocks(x: Tensor, blocks: int, batch: int, use: Use) -> Tensor:
     """(T, n) -> (K, T / K, n)."""
-    return x.view(blocks_of(batch, blocks, use.rows is not None), -1, x.shape[-1])
+    return x.view(use.blocks(batch, blocks), -1, x.shape[-1])
 
 
 @torch.no_grad()

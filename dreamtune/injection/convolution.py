@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamtune.injection.change import Factors, Use, blocks_of, of_rows
+from dreamtune.injection.change import Factors, Use
 
 
 def convolved(layer: nn.Conv2d, x: Tensor, changes: Sequence[tuple[Factors, Use]]) -> Tensor:
@@ -27,12 +27,12 @@ def convolved(layer: nn.Conv2d, x: Tensor, changes: Sequence[tuple[Factors, Use]
         plain = y - layer.bias.to(y.dtype)[:, None, None]
     for factors, use in changes:
         for part in _parts(layer, x, plain, factors, use):
-            y = y + (part if use.at is None else _at_rows(part, use.at))
+            y = y + (part if use.at is None else _at_rows(part, use))
     return y
 
 
-def _at_rows(part: Tensor, at: Tensor) -> Tensor:
-    at = of_rows(at, len(part)).to(part)
+def _at_rows(part: Tensor, use: Use) -> Tensor:
+    at = use.strengths(len(part)).to(part)
     return part * at.reshape(len(at), 1, *(at.shape[1:] or (1, 1)))
 
 
@@ -75,5 +75,5 @@ def _each(
     """
     if factor.dim() == dims:
         return apply(x, factor)
-    blocks = blocks_of(len(x), len(factor), use.rows is not None)
+    blocks = use.blocks(len(x), len(factor))
     return torch.cat([apply(part, own) for part, own in zip(x.chunk(blocks), factor, strict=True)])

@@ -18,6 +18,7 @@ from dreamtune.injection.follow import Following
 from dreamtune.injection.group import Group, Made
 from dreamtune.injection.layer import AdaptedLayer
 from dreamtune.injection.mix import Mix
+from dreamtune.injection.places import is_parted
 from dreamtune.injection.weights import changed_weights, write
 
 
@@ -52,7 +53,7 @@ class InjectedAdapter:
         self.options = dict(next(common, options))
         self.slots = made[0].adapter.slots
         self._name = name
-        self._use = Use(self.slots)
+        self._use = Use(self.slots, parted=is_parted(model))
         self._out: str | None = None  # how it left the model
         self._trained = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False)

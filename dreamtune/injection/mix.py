@@ -71,6 +71,7 @@ class Mix:
     regions: where in the picture those of the rows act; None where all are everywhere.
     order: the row of each row of the model's batch, (batch,).
     off: nothing is added: the changes are in the weights.
+    parted: whether layers may have several rows for each of the model's batch.
     shelf: of adapters that are in use where they are named; None for none.
     state: differs where something was set.
     """
@@ -80,7 +81,7 @@ class Mix:
         self.rows: Sequence[Mapping[str, Strength]] | None = None
         self.regions: Regions | None = None
         self.order = torch.zeros(0, dtype=torch.long)
-        self.off = False
+        self.off = self.parted = False
         self.shelf: Stock | None = None
         self.state = 0
         self._named: tuple[int, list[str]] = -1, []
@@ -149,7 +150,9 @@ class Mix:
             constant() if keep else nullcontext(),
         ):
             parts = list(zip(factors, (c.use for c in own), (u.strengths for u in kept.used)))
-            pairs = everywhere(parts) if self.rows is None else by_row(parts, self.order)
+            pairs = (
+                everywhere(parts) if self.rows is None else by_row(parts, self.order, self.parted)
+            )
         if keep:
             layer.mixed = kept._replace(factors=factors, pairs=pairs)
         return pairs
@@ -194,14 +197,14 @@ def everywhere(parts: Sequence[Part]) -> Pairs:
     return pairs
 
 
-def by_row(parts: Sequence[Part], order: Tensor) -> Pairs:
+def by_row(parts: Sequence[Part], order: Tensor, parted: bool) -> Pairs:
     """In the rows that `order` has (batch,), each change at the strength of that row."""
     pairs: Pairs = []
     for factors, use, strengths in (part for part in parts if not is_low_rank(part)):
         some = next(x for x in factors if x is not None)
         row = torch.tensor(strengths, device=some.device)[order.to(some.device)]
         row = row if use.at is None else row * use.at.to(row)
-        pairs.append((factors, replace(use, at=row)))
+        pairs.append((factors, replace(use, at=row, parted=parted)))
     low = list(filter(is_low_rank, parts))
     if not low:
         return pairs
@@ -215,5 +218,6 @@ def by_row(parts: Sequence[Part], order: Tensor) -> Pairs:
     up = torch.stack([F.pad(x, (0, rank - x.shape[-1])) for x in ups])
     down = torch.stack([F.pad(x, (0, 0, 0, rank - x.shape[-2])) for x in downs])
     order = order.to(up.device)
-    rows = Use(len(order), rows=torch.arange(len(order), device=up.device))
+    numbers = torch.arange(len(order), device=up.device)
+    rows = Use(len(order), rows=numbers, parted=parted)
     return [*pairs, (Factors(up=up[order], down=down[order]), rows)]

@@ -256,3 +256,11 @@ def weight_of(layer: nn.Module) -> Tensor:
             found: Tensor = kept["weight"]
             return found.detach()
     return weight.detach()
+
+
+PARTED = ("Krea2Transformer2DModel",)  # its `layerwise_blocks` have a row for each token
+
+
+def is_parted(model: nn.Module) -> bool:
+    """Whether it has layers with several rows for each of its batch, one after the other."""
+    return type(unwrapped(model)).__name__ in PARTED

@@ -73,7 +73,7 @@ class Placing:
         key = rows, tuple(sorted(kinds.items()))
         tables = self.kept.get(key)
         if tables is None:
-            tables = self.kept[key] = Tables(self.layers, rows, kinds)
+            tables = self.kept[key] = Tables(self.layers, rows, kinds, mix.parted)
             while len(self.kept) > KEPT:
                 self.kept.popitem(last=False)
         self.kept.move_to_end(key)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dreamtune.injection.change import Factors, Use, blocks_of, combined
+from dreamtune.injection.change import Factors, Use, combined
 from dreamtune.injection.convolution import convolved
 from dreamtune.injection.layer import AdaptedLayer
 from dreamtune.injection.scaled_rows import ScaledRows
@@ -90,7 +90,7 @@ class Projection:
         if not split:
             return input.reshape(-1, input.shape[-1])
         some = next(x for x in self.factors if x is not None)
-        blocks = blocks_of(len(input), some.shape[1], self.use.rows is not None)
+        blocks = self.use.blocks(len(input), some.shape[1])
         return input.reshape(blocks, -1, input.shape[-1])
 
     def own(self, layer: Any) -> Factors:

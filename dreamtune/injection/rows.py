@@ -47,11 +47,17 @@ class Table:
     """Layers of one shape.
 
     Attributes:
-        rows: of the batch; None: all rows have the same.
+        rows: of the batch; None: all rows have the same. parted: as `Use` has it.
         places: up (L, [rows,] out, R) and so on; of each layer views in `pairs`.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], rows: int | None, kind: Kind) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        rows: int | None,
+        kind: Kind,
+        parted: bool = False,
+    ) -> None:
         self.paths = {path: index for index, path in enumerate(layers)}
         self.rows, self.kind = rows, kind
         like: Tensor = next(iter(layers.values())).weight  # type: ignore[assignment]
@@ -68,7 +74,8 @@ class Table:
         self.rotations = {(n, size): place(n, size, size) for n, size in kind.rotations}
         use = Use(1)
         if rows is not None:
-            use = Use(rows, rows=torch.arange(rows, device=like.device))
+            numbers = torch.arange(rows, device=like.device)
+            use = Use(rows, rows=numbers, parted=parted)
         self.pairs: dict[nn.Module, Pairs] = {}
         for index, layer in enumerate(layers.values()):
             parts = (None if x is None else x[index] for x in (self.up, self.down, self.gain))
@@ -132,9 +139,10 @@ class Tables:
         layers: Mapping[tuple[int, ...], Mapping[str, nn.Module]],
         rows: int | None,
         kinds: Mapping[tuple[int, ...], Kind],
+        parted: bool = False,
     ) -> None:
         with constant():
-            self.tables = {s: Table(layers[s], rows, kind) for s, kind in kinds.items()}
+            self.tables = {s: Table(layers[s], rows, kind, parted) for s, kind in kinds.items()}
         pairs = {x: own for t in self.tables.values() for x, own in t.pairs.items()}
         self.pairs = {
             layer: pairs.get(layer, []) for own in layers.values() for layer in own.values()

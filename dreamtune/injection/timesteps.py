@@ -17,6 +17,7 @@ def _of_one(t: Tensor) -> Tensor:
 # Of transformers, by what their pipelines tell them. UNets are told the timestep itself.
 KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "SD3Transformer2DModel": lambda t: t,
+    "ChromaTransformer2DModel": _of_one,
     "FluxTransformer2DModel": _of_one,
     "Flux2Transformer2DModel": _of_one,
     "QwenImageTransformer2DModel": _of_one,

@@ -86,6 +86,7 @@ class Base(ABC):
         prefixes: of the keys of LoRA files.
         multiple: of the sides of images, in pixels.
         uncaptured: why no forward of its network can be one CUDA graph; "" where it can.
+        uncheckpointed: why its network is not to recompute activations; "" where it may.
         target_modules: names of the layers that are adapted where the user does not say.
         parts: the pipeline's modules, tokenizers and scheduler, and what else it is made with; each
             is an attribute of its name too. Text encoders that were let go are None there.
@@ -105,6 +106,7 @@ class Base(ABC):
     prefixes: ClassVar[Prefixes]
     multiple: ClassVar[int] = 8
     uncaptured: ClassVar[str] = ""
+    uncheckpointed: ClassVar[str] = ""
     target_modules: ClassVar[tuple[str, ...]] = TARGET_MODULES
 
     def __init__(

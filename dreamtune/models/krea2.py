@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from dreamtune.injection.targets import TARGET_MODULES
 from dreamtune.models.base import Parts, SamplingDefaults
 from dreamtune.models.clip_text import unseen
 from dreamtune.models.conditioning import Conditioning
@@ -29,9 +30,6 @@ from dreamtune.models.rules import Depth, Flag, Positive, Token, Whole, Wholes, 
 DISTILLED, LAYERS, SIDE = "is_distilled", "text_encoder_select_layers", "patch_size"
 Layers = Annotated[list[Token], Field(min_length=1, max_length=200)]
 INDEX = rules(is_distilled=Flag, text_encoder_select_layers=Layers | None, patch_size=Depth)
-# Of the tokens of a prompt, and of the picture. `layerwise_blocks` have a row for each token, so
-# that no row of theirs is an image's.
-TARGETS = r"re:(transformer_blocks|text_fusion\.refiner_blocks)\..*\.to_(q|k|v|gate|out\.0)"
 
 
 class Krea2(MaskedBase):
@@ -67,7 +65,7 @@ class Krea2(MaskedBase):
             "transformer_blocks.", "final_layer.",
         ),
     )  # fmt: skip
-    target_modules = (TARGETS,)
+    target_modules = (*TARGET_MODULES, "to_gate")
 
     def __init__(self, parts: Parts, **about: Any) -> None:
         """Raises ValueError for parts that do not belong together."""

@@ -75,6 +75,7 @@ FAMILIES = (
         "0.29.0",
     ),
     Family("Flux.1", "flux", "Flux", ("FluxPipeline",), "0.30.0"),
+    Family("Chroma", "chroma", "Chroma", ("ChromaPipeline",), "0.36.0"),
     Family("Flux.2 klein", "flux2_klein", "Flux2Klein", ("Flux2KleinPipeline",), "0.37.0"),
     Family("Qwen-Image", "qwen_image", "QwenImage", ("QwenImagePipeline",), "0.37.0"),
     Family("Krea 2", "krea2", "Krea2", ("Krea2Pipeline",), "0.39.0"),

@@ -132,6 +132,10 @@ class Run:
         c = self.config = resolve(self.given, base, self.subject, self.dir)
         base.check_side(c.resolution)
         base.scheduler_for(c.sampler), base.process(c.snr_gamma)  # before the work that is in vain
+        if c.gradient_checkpointing and base.uncheckpointed:
+            raise ValueError(
+                f"`gradient_checkpointing` must be off for `{base.id}`: {base.uncheckpointed}."
+            )
         if self.start > c.max_train_steps:
             raise ValueError(
                 f"`max_train_steps` is {c.max_train_steps}, and the run is at step {self.start}: "

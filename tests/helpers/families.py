@@ -16,6 +16,7 @@ from conftest import (
     write_z_image_pipeline,
 )
 from family_folders import (
+    write_chroma_pipeline,
     write_flux_pipeline,
     write_krea2_pipeline,
     write_qwen_image_pipeline,
@@ -133,6 +134,13 @@ def _flux(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tens
     return _unpacked(network(_packed(x), told[0], told[1], t, places, told[2], guidance).sample, x)
 
 
+def _chroma(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
+    """The mask goes on over the picture."""
+    n, _, h, w = x.shape
+    places, mask = _places(h // 2, w // 2, 3), torch.cat([told[2], torch.ones(n, h * w // 4)], 1)
+    return _unpacked(network(_packed(x), told[0], t, places, told[1], mask).sample, x)
+
+
 def _qwen(network: Any, x: Tensor, t: Tensor, told: Told, sizes: Tensor) -> Tensor:
     """The mask is None where no token is filled up."""
     grid = [[(1, x.shape[2] // 2, x.shape[3] // 2)]] * len(x)
@@ -168,7 +176,8 @@ class Kit:
     its stock pipeline loads beside diffusers' own. encoding: arguments of `encode_prompt`.
     nothing: the negative prompt that this is called with for itself, None where it gives both.
     guidance: of the pipeline's call, a negative prompt for each that it is given. frames: whether
-    the autoencoder is one of videos.
+    the autoencoder is one of videos. told: the places in what `encode_prompt` returns of what the
+    pipeline's call takes, where these are not all.
     """
 
     write: Callable[[Path, str], Path]
@@ -181,6 +190,7 @@ class Kit:
     nothing: str | None = None
     guidance: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 5.0})
     frames: bool = False
+    told: tuple[int, ...] = ()
 
     def call(self, rows: int) -> dict[str, Any]:
         """`guidance`, of as many prompts."""
@@ -204,7 +214,7 @@ FAMILIES = {
         _klein,
         _klein_flow,
         ("flow",),
-        adapted=2 * 8 + 2 * 2,  # of blocks of two streams, and of one
+        adapted=8 + 2,  # of a block of two streams, and of one
         formats=("kohya", "comfyui"),
         nothing="",
     ),
@@ -217,6 +227,15 @@ FAMILIES = {
         formats=(),  # diffusers' reader of others knows blocks of one stream of 3072 alone
         encoding={**SD, "prompt_2": None},
         nothing=" ",
+    ),
+    "chroma": Kit(
+        write_chroma_pipeline,
+        _chroma,
+        _even_flow,
+        ("flow",),
+        adapted=8 + 3,
+        formats=(),
+        told=(0, 2, 3, 5),
     ),
     "schnell": Kit(
         lambda folder, prediction: write_flux_pipeline(folder, prediction, guided=False),
@@ -246,7 +265,7 @@ FAMILIES = {
         _krea2,
         _frame_flow,
         ("flow",),
-        adapted=5 + 5,  # of a block of both streams, and of one that refines the text
+        adapted=5 + 5 + 5,  # of a block of all tokens, and of one for layers and one for text
         formats=(),
         encoding=SD,
         nothing="",

@@ -60,6 +60,31 @@ def write_flux_pipeline(folder: Path, prediction: str = "flow", guided: bool = T
     return folder
 
 
+def write_chroma_pipeline(folder: Path, prediction: str = "flow") -> Path:
+    """A ChromaPipeline folder."""
+    from diffusers import AutoencoderKL, ChromaPipeline, FlowMatchEulerDiscreteScheduler
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+    assert prediction == "flow"
+    pieces = write_t5_tokenizer(folder / "pieces")
+    torch.manual_seed(0)
+    text = T5EncoderModel(
+        T5Config(vocab_size=pieces, d_model=12, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=0.4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+    ChromaPipeline(
+        vae=vae, text_encoder=text,
+        tokenizer=T5TokenizerFast.from_pretrained(folder / "pieces"),
+        transformer=tiny("ChromaTransformer2DModel", in_channels=16),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
 def write_qwen_image_pipeline(folder: Path, prediction: str = "flow") -> Path:
     """A QwenImagePipeline folder."""
     from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline

@@ -22,6 +22,17 @@ def _flux(**more: Any) -> nn.Module:
     return FluxTransformer2DModel(**(options | more))
 
 
+def _chroma(**more: Any) -> nn.Module:
+    from diffusers import ChromaTransformer2DModel
+
+    options: dict[str, Any] = {
+        "in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8,
+        "num_attention_heads": 2, "joint_attention_dim": 12, "axes_dims_rope": (2, 2, 4),
+        "approximator_num_channels": 8, "approximator_hidden_dim": 8, "approximator_layers": 1,
+    }  # fmt: skip
+    return ChromaTransformer2DModel(**(options | more))
+
+
 def _flux2(**more: Any) -> nn.Module:
     from diffusers import Flux2Transformer2DModel
 
@@ -79,6 +90,7 @@ def _z_image(**more: Any) -> nn.Module:
 
 
 MAKE: dict[str, Callable[..., nn.Module]] = {
+    "ChromaTransformer2DModel": _chroma,
     "FluxTransformer2DModel": _flux,
     "Flux2Transformer2DModel": _flux2,
     "SD3Transformer2DModel": _sd3,
@@ -128,4 +140,6 @@ def output(model: nn.Module) -> Tensor:
     given: dict[str, Any] = {"timestep": t, "img_ids": places, "txt_ids": words}
     if kind == "FluxTransformer2DModel":
         given["pooled_projections"] = pooled
-    return model(tokens, text, guidance=torch.tensor([3.5]), **given).sample
+    if kind != "ChromaTransformer2DModel":
+        given["guidance"] = torch.tensor([3.5])
+    return model(tokens, text, **given).sample

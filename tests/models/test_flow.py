@@ -16,7 +16,7 @@ from diffusers.training_utils import compute_density_for_timestep_sampling
 from dreamtune.config import Config
 from dreamtune.fast.fuse import compile_blocks
 from dreamtune.models.flow import FlowMatching
-from dreamtune.models.load import load_base
+from dreamtune.models.load import FAMILIES, load_base
 from dreamtune.models.sample import sample_tensor
 from dreamtune.training.speed import Speed, not_captured
 
@@ -193,8 +193,17 @@ def test_klein_is_guided_by_a_forward_of_its_own(tmp_path: Path) -> None:
         load_base(str(folder))
 
 
-def test_another_family_is_refused_with_the_names_of_those_that_are_here(folder: Path) -> None:
-    edit(folder / "model_index.json", _class_name="SanaPipeline")
-    names = "StableDiffusionPipeline.*XL.*StableDiffusion3.*FluxP.*Flux2Klein.*ZImage"
-    with pytest.raises(ValueError, match=f"is a SanaPipeline, which is none of .*{names}"):
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "SanaPipeline", "Lumina2Pipeline", "AuraFlowPipeline", "PixArtSigmaPipeline",
+        "HiDreamImagePipeline", "Flux2Pipeline", "QwenImage21Pipeline", "CogView4Pipeline",
+    ],
+)  # fmt: skip
+def test_another_family_is_refused_with_the_names_of_those_that_are_here(
+    kind: str, folder: Path
+) -> None:
+    edit(folder / "model_index.json", _class_name=kind)
+    names = ".*".join(family.pipelines[0] for family in FAMILIES)
+    with pytest.raises(ValueError, match=f"is a {kind}, which is none of .*{names}"):
         load_base(str(folder))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from family_folders import write_krea2_pipeline
+from tiny import disturb
 
 import dreamtune
 from dreamtune.models.load import load_base
@@ -74,12 +75,45 @@ def test_norms_stay_in_float32(written: Path) -> None:
 
 
 def test_what_is_adapted(written: Path) -> None:
-    """Not where a row of the batch is a token: there rows could not be given to adapters."""
+    """All attention, of the text too, as by diffusers' script."""
     base = load_base(str(written))
     adapter = dreamtune.inject(base.network, "lora", rank=2, target_modules=base.target_modules)
     leaves = ("to_q", "to_k", "to_v", "to_gate", "to_out.0")
-    blocks = ("transformer_blocks.0", "text_fusion.refiner_blocks.0")
+    fused = ("text_fusion.layerwise_blocks.0", "text_fusion.refiner_blocks.0")
+    blocks = ("transformer_blocks.0", *fused)
     assert set(adapter.weights()) == {f"{block}.attn.{leaf}" for block in blocks for leaf in leaves}
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "oft"])
+def test_rows_have_adapters_of_their_own_where_a_token_is_a_row_too(
+    written: Path, tmp_path: Path, method: str
+) -> None:
+    """Of files that have these layers, as those of diffusers' script."""
+    pipe: Any = DiffusionPipeline.from_pretrained(written)
+    pipe.set_progress_bar_config(disable=True)
+    targets = ["re:.*layerwise_blocks.*", "re:transformer_blocks.*"]
+    for seed, name in enumerate(("dog", "cat")):
+        adapter = dreamtune.inject(pipe.transformer, method, seed=seed, target_modules=targets)
+        disturb(adapter, seed, size=0.5)
+        adapter.save(tmp_path / f"{name}.safetensors")
+        adapter.eject()
+    for name in ("dog", "cat"):
+        dreamtune.load(pipe, tmp_path / f"{name}.safetensors", name)
+    how = {"steps": 2, "guidance_scale": 4.5, "size": 16}
+
+    def image(prompts: list[str]) -> torch.Tensor:
+        return sample_tensor(pipe, prompts, [7] * len(prompts), **how)  # type: ignore[arg-type]
+
+    alone = []
+    for name in ("dog", "cat"):
+        dreamtune.set_adapters(pipe, {name: 1.0})
+        alone.append(image(["a dog"]))
+    dreamtune.set_adapters(pipe, {})
+    with dreamtune.route(pipe, ["cat", None, "dog"]):
+        rows = image(["a dog"] * 3)
+    for row, wanted in zip(rows, (alone[1], image(["a dog"]), alone[0]), strict=True):
+        torch.testing.assert_close(row, wanted[0], rtol=0, atol=1e-4)
+    assert float((alone[0] - alone[1]).abs().max()) > 1e-3
 
 
 def test_what_of_a_prompt_is_seen(written: Path) -> None:
