@@ -61,6 +61,47 @@ def sample_tensor(
         ValueError: lengths differ, `batch_size` < 1, an image has pixels that are not finite, or
             there are negative prompts for a network that is told its guidance as a number.
     """
+    _check_lengths(prompts, seeds, batch_size, arguments, negative_prompts)
+    # only where it does something: pipelines of flow matching have no such argument
+    rescale = {"guidance_rescale": guidance_rescale} if guidance_rescale else {}
+    height, width = (size, size) if isinstance(size, int) or size is None else size
+    guidance = guidance_options(type(pipe), getattr(pipe, "transformer", None), guidance_scale)
+    nothing = guidance.pop("negative_prompt", None)
+    if nothing is not None and arguments is None and negative_prompts is None:
+        negative_prompts = [nothing] * len(prompts)
+    images = []
+    with _quiet(pipe):
+        for start in range(0, len(prompts), batch_size):
+            rows = slice(start, start + batch_size)
+            text: dict[str, Any] = {"prompt": list(prompts[rows])}
+            if arguments is not None:
+                text = take(arguments, range(len(prompts))[rows])
+                if "true_cfg_scale" in guidance and nothing is None:  # it would be warned of
+                    text = {n: x for n, x in text.items() if not n.startswith("negative_")}
+            elif negative_prompts is not None:
+                text |= _negatives(pipe, list(negative_prompts[rows]), guidance, nothing)
+            output = pipe(
+                **text,
+                height=height,
+                width=width,
+                num_inference_steps=steps,
+                **guidance,
+                **rescale,
+                # One CPU generator a row: the noise depends on the seed alone, on any device.
+                generator=[torch.Generator("cpu").manual_seed(int(s)) for s in seeds[rows]],
+                output_type="pt",
+            )
+            images.append(output.images.float().cpu())
+    return _finite(images) if images else torch.empty(0, 3, height or 0, width or 0)
+
+
+def _check_lengths(
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    batch_size: int,
+    arguments: Arguments | None,
+    negative_prompts: Sequence[str] | None,
+) -> None:
     if len(prompts) != len(seeds):
         raise ValueError(
             f"`prompts` and `seeds` pair up and need equal lengths, got {len(prompts)} and "
@@ -74,39 +115,11 @@ def sample_tensor(
     for name, x in given.items():
         if len(x) != len(prompts):
             raise ValueError(f"`{name}` has {len(x)} rows for {len(prompts)} prompts")
-    # only where it does something: pipelines of flow matching have no such argument
-    rescale = {"guidance_rescale": guidance_rescale} if guidance_rescale else {}
-    height, width = (size, size) if isinstance(size, int) or size is None else size
-    guidance = guidance_options(type(pipe), getattr(pipe, "transformer", None), guidance_scale)
-    nothing = guidance.pop("negative_prompt", None)
-    if nothing is not None and arguments is None and negative_prompts is None:
-        negative_prompts = [nothing] * len(prompts)
-    images = []
-    with _quiet(pipe):
-        for start in range(0, len(prompts), batch_size):
-            rows = slice(start, start + batch_size)
-            text: dict[str, Any] = {"prompt": list(prompts[rows])}
-            if negative_prompts is not None:
-                text |= _negatives(pipe, list(negative_prompts[rows]), guidance, nothing)
-            if arguments is not None:
-                text = take(arguments, range(len(prompts))[rows])
-                if "true_cfg_scale" in guidance and nothing is None:  # it would be warned of
-                    text = {n: x for n, x in text.items() if not n.startswith("negative_")}
-            output = pipe(
-                **text,
-                height=height,
-                width=width,
-                num_inference_steps=steps,
-                **guidance,
-                **rescale,
-                # One CPU generator a row: the noise depends on the seed alone, on any device.
-                generator=[torch.Generator("cpu").manual_seed(int(s)) for s in seeds[rows]],
-                output_type="pt",
-            )
-            images.append(output.images.float().cpu())
-    if not images:
-        return torch.empty(0, 3, height or 0, width or 0)
-    result = torch.cat(images)
+
+
+def _finite(images: Sequence[torch.Tensor]) -> torch.Tensor:
+    """All batches in one. Raises ValueError for a picture with pixels that are not finite."""
+    result = torch.cat(list(images))
     if not result.isfinite().all():
         bad = [i for i, image in enumerate(result) if not image.isfinite().all()]
         raise ValueError(
