@@ -12,9 +12,9 @@ from torch import Tensor
 from dreamtune.models.base import Parts, SamplingDefaults
 from dreamtune.models.clip_text import unseen
 from dreamtune.models.conditioning import Conditioning
-from dreamtune.models.flux import PATCH, TOKENS, Flux, places
+from dreamtune.models.flux import TOKENS, Flux, places
 from dreamtune.models.latent import AUTOENCODERS, cast
-from dreamtune.models.masked import packed, unpacked
+from dreamtune.models.patches import PATCH, packed, unpacked
 from dreamtune.models.prefixes import TRANSFORMER, Prefixes
 from dreamtune.models.rules import Depth, DepthOr0, Whole, Wholes, rules
 from dreamtune.models.transformer import TransformerBase

@@ -13,11 +13,11 @@ from dreamtune.models.base import Parts, SamplingDefaults
 from dreamtune.models.clip_text import unseen
 from dreamtune.models.conditioning import NOTHING, Conditioning
 from dreamtune.models.latent import AUTOENCODERS
+from dreamtune.models.patches import PATCH, packed, unpacked
 from dreamtune.models.prefixes import TRANSFORMER, Prefixes
 from dreamtune.models.text import CLIP_TOKENIZERS
 from dreamtune.models.transformer import TransformerBase
 
-PATCH = 2  # latents a side
 TOKENS = 512  # of a prompt, as the pipeline's call has it
 TRAINED_AT = 1.0  # guidance that the network is told in training, as diffusers' README has it
 
@@ -117,12 +117,9 @@ def predict(
     txt_ids: Tensor,
 ) -> Tensor:
     """The transformer's prediction in `dtype`. sigma: (n,); img_ids: `places`; txt_ids: zeros."""
-    from diffusers import FluxPipeline
-
-    n, c, h, w = x.shape
     guided = transformer.config.guidance_embeds
     found = transformer(
-        hidden_states=FluxPipeline._pack_latents(x.to(dtype), n, c, h, w),
+        hidden_states=packed(x.to(dtype)),
         encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
         pooled_projections=conditioning["pooled_prompt_embeds"].to(dtype),
         timestep=sigma,
@@ -131,9 +128,7 @@ def predict(
         guidance=torch.full_like(sigma, TRAINED_AT) if guided else None,
         return_dict=False,
     )[0]
-    # in its units a pixel is a latent
-    unpacked: Tensor = FluxPipeline._unpack_latents(found, h, w, vae_scale_factor=1)
-    return unpacked
+    return unpacked(found, *x.shape[-2:])
 
 
 def check_parts(source: str, parts: Parts) -> None:

@@ -16,14 +16,12 @@ from dreamtune.models.conditioning import Conditioning
 from dreamtune.models.folder import ModelFolder
 from dreamtune.models.masked import (
     AUTOENCODER,
-    PATCH,
     TOKENIZERS,
     TOKENS,
     MaskedBase,
     check_common,
-    packed,
-    unpacked,
 )
+from dreamtune.models.patches import PATCH, packed, unpacked
 from dreamtune.models.prefixes import TRANSFORMER, Prefixes
 from dreamtune.models.rules import Depth, Flag, Positive, Token, Whole, Wholes, rules
 

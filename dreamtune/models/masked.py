@@ -1,5 +1,5 @@
 """What Qwen-Image shares with the families that took its parts over: an autoencoder of videos, of
-which a picture is one frame, packed patches, and prompts with a mask.
+which a picture is one frame, and prompts with a mask.
 """
 
 from __future__ import annotations
@@ -11,23 +11,17 @@ import torch
 from torch import Tensor
 
 from dreamtune.models.base import Latents, Parts
-from dreamtune.models.clip_text import unseen
+from dreamtune.models.patches import PATCH
 from dreamtune.models.rules import VIDEO_AUTOENCODER
 from dreamtune.models.transformer import TransformerBase
 
-PATCH = 2  # latents a side
 TOKENS = 512  # of a prompt, as the pipelines' calls have it
 AUTOENCODER = (("diffusers", "AutoencoderKLQwenImage"),)
 TOKENIZERS = (("transformers", "Qwen2Tokenizer"), ("transformers", "Qwen2TokenizerFast"))
 
 
 class MaskedBase(TransformerBase):
-    """A family that is told, beside the states of a prompt's tokens, which of them are filled up.
-
-    Attributes:
-        template: of the pipeline, what stands before and after a prompt.
-        template_start: how many of its tokens the network is not told.
-    """
+    """A family that is told, beside the states of a prompt, which of its tokens are filled up."""
 
     autoencoder_rules = VIDEO_AUTOENCODER
     told = (
@@ -62,34 +56,8 @@ class MaskedBase(TransformerBase):
 
     @cached_property
     def bare(self) -> Any:
-        """The pipeline without text encoders, which knows the template."""
+        """The pipeline without text encoders, which knows the template of prompts."""
         return self.pipeline(prompts=False)
-
-    def in_template(self, prompt: str) -> str:
-        """As the pipeline gives it to the tokenizer."""
-        found: str = self.bare.prompt_template_encode.format(prompt)
-        return found
-
-    def unseen(self, prompt: str) -> str:
-        length = TOKENS + self.bare.prompt_template_encode_start_idx
-        return unseen([self.parts["tokenizer"]], self.in_template(prompt), length)
-
-
-def packed(x: Tensor) -> Tensor:
-    """Latents (n, c, h, w) -> patches (n, h w / 4, 4 c), as the pipelines have them."""
-    from diffusers import QwenImagePipeline
-
-    found: Tensor = QwenImagePipeline._pack_latents(x, *x.shape)
-    return found
-
-
-def unpacked(patches: Tensor, height: int, width: int) -> Tensor:
-    """The other way round."""
-    from diffusers import QwenImagePipeline
-
-    # in its units a pixel is a latent; a picture is one frame
-    found: Tensor = QwenImagePipeline._unpack_latents(patches, height, width, vae_scale_factor=1)
-    return found.squeeze(2)
 
 
 def check_common(source: str, parts: Parts) -> None:

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from dreamtune.injection.targets import TARGET_MODULES
 from dreamtune.models.base import Parts, SamplingDefaults
+from dreamtune.models.clip_text import unseen
 from dreamtune.models.conditioning import NOTHING, Conditioning
 from dreamtune.models.masked import (
     AUTOENCODER,
-    PATCH,
     TOKENIZERS,
+    TOKENS,
     MaskedBase,
     check_common,
-    packed,
-    unpacked,
 )
+from dreamtune.models.patches import PATCH, packed, unpacked
 from dreamtune.models.prefixes import TRANSFORMER, Prefixes
 
 OF_OTHERS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
@@ -60,6 +60,12 @@ class QwenImage(MaskedBase):
     def sampling_defaults(self, size: int) -> SamplingDefaults:
         """The pipeline's own `true_cfg_scale`."""
         return SamplingDefaults(sampler="base", guidance_scale=4.0, guidance_rescale=0.0)
+
+    def unseen(self, prompt: str) -> str:
+        """Of the template with the prompt."""
+        pipe = self.bare
+        length = TOKENS + pipe.prompt_template_encode_start_idx
+        return unseen([self.parts["tokenizer"]], pipe.prompt_template_encode.format(prompt), length)
 
     def encoded_once(self, pipe: Any, prompts: list[str]) -> Sequence[Any]:
         """With a mask where the pipeline has none, as no token is filled up."""
