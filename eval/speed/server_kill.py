@@ -103,8 +103,10 @@ def saved_before_the_end(place: Place, jobs: Path, id: str, limit: float) -> int
 def kill_under_load(
     place: Place, jobs: Path, id: str, bodies: Sequence[Any], limit: float, replicas: int = 0
 ) -> tuple[Kill, list[Answer], float]:
-    """The burst once the job has saved a step, and the kill once a quarter of it is answered."""
-    answered = 0
+    """The burst once the job has saved a step, and the kill once a quarter of it is answered.
+    Raises SystemExit where there is nothing to kill in time.
+    """
+    answered, until = 0, time.monotonic() + limit
     counting = threading.Lock()
 
     def count() -> None:
@@ -113,6 +115,8 @@ def kill_under_load(
             answered += 1
 
     while not saved_before_the_end(place, jobs, id, limit):
+        if time.monotonic() > until:
+            raise SystemExit(f"the job had saved no step within {limit:g} s: more --limit")
         time.sleep(POLL)
     with ThreadPoolExecutor(1) as pool:
         load = pool.submit(burst, place, bodies, limit, count)

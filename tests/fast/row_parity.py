@@ -20,7 +20,7 @@ import dreamtune
 from dreamtune.fast import rows
 from dreamtune.fast.fuse import fuse
 
-FEW = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 BATCHES = st.sampled_from([1, 2])
 WIDTHS = st.sampled_from([6, 24, 320])
 

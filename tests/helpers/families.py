@@ -198,7 +198,11 @@ class Kit:
 
 
 FAMILIES = {
-    "sd": Kit(lambda folder, prediction: write_pipeline(folder, "kl", prediction), _plain),
+    "sd": Kit(
+        lambda folder, prediction: write_pipeline(folder, "kl", prediction),
+        _plain,
+        adapted=(1 + 2 + 1) * 2 * 4,  # attention on one of two levels
+    ),
     "xl": Kit(write_xl_pipeline, _xl),
     "sd3": Kit(
         write_sd3_pipeline,

@@ -188,10 +188,16 @@ def test_what_a_killed_job_should_have_told():
 
 
 @pytest.mark.parametrize(
-    ("state", "said"), [("running", "more --requests"), ("done", "more --job_steps")]
+    ("state", "saved", "said"),
+    [
+        ("running", False, "no step within 0.2 s: more --limit"),
+        ("running", True, "over before a kill: more --requests"),
+        ("done", True, "done before the kill: more --job_steps"),
+    ],
 )
-def test_a_kill_that_comes_too_late_is_no_measurement(state, said, tmp_path, monkeypatch):
+def test_a_kill_that_comes_too_late_is_no_measurement(state, saved, said, tmp_path, monkeypatch):
     monkeypatch.setattr(kills, "burst", lambda *given: ([], 0.0))
+    monkeypatch.setattr(kills, "checkpoints", lambda folder: [Path("checkpoint-3")] * saved)
     monkeypatch.setattr(kills, "ask", lambda *given: script.Answer(200, 0.0, {"state": state}))
     with pytest.raises(SystemExit, match=said):
-        kills.kill_under_load(("", 0), tmp_path, "0" * 16, [{}], 1.0)
+        kills.kill_under_load(("", 0), tmp_path, "0" * 16, [{}], 0.2)

@@ -244,7 +244,8 @@ def test_prompts_are_encoded_as_by_the_pipeline(family: str, folder: Path) -> No
     found, stock = base.call_arguments(prompts), DiffusionPipeline.from_pretrained(folder)
     encoding, nothing = FAMILIES[family].encoding, FAMILIES[family].nothing
     with torch.no_grad():
-        told = stock.encode_prompt(list(prompts), **encoding)
+        both = {"do_classifier_free_guidance": True} if nothing is None else {}
+        told = stock.encode_prompt(list(prompts), **encoding, **both)
         if nothing is not None:
             count = len(base.told) // 2  # type: ignore[attr-defined]
             told = *told[:count], *stock.encode_prompt([nothing] * 2, **encoding)[:count]
