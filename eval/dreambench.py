@@ -224,7 +224,7 @@ def by_ray(where: str, work: Path, plan: Plan, weights: dict[str, str]) -> None:
     local = where.startswith("local:")
     path = os.pathsep.join([str(ROOT / "eval"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     ray.init(
-        address=None if local else where,
+        address="local" if local else where,  # its own, whatever runs here
         num_cpus=int(where[6:]) if local else None,
         include_dashboard=False if local else None,
         runtime_env={"env_vars": {"PYTHONPATH": path}},

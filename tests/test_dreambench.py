@@ -293,12 +293,15 @@ def test_ray_is_asked_for_by_name(
 def test_a_killed_worker_s_subjects_are_done_again(
     flags: list[str], alone: Path, tmp_path: Path
 ) -> None:
-    """On a local cluster of two processes; one kills itself while its subjects are half done."""
+    """On a cluster of its own of two processes, whatever Ray's variable says; one kills itself
+    while its subjects are half done.
+    """
     pytest.importorskip("ray", reason="Ray is an extra: pip install dreamtune[ray]")
     asked = ["--methods", METHOD, *flags, "--ray", "local:2"]
     mark = tmp_path / "killed"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dreambench, "do_task", _dying(str(mark)))
+        patch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
         assert dreambench.main(["--work", str(tmp_path / "ray"), *asked]) == 0
     assert mark.read_text()  # it did die
     found = read_results(tmp_path / "ray" / "results" / METHOD)
