@@ -147,6 +147,24 @@ def test_a_fused_transformer_is_the_transformer(kind: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_prompts_of_other_lengths(dtype: torch.dtype, tolerance: float) -> None:
+    """Pictures and prompts of a batch filled up, with a mask; in bf16 to its own rounding."""
+    g, found = torch.Generator().manual_seed(3), []
+    pictures = [torch.randn(4, 1, *size, generator=g).to(dtype) for size in ((4, 4), (16, 12))]
+    prompts = [torch.randn(n, 12, generator=g).to(dtype) for n in (5, 40)]
+    for fused in (False, True):
+        model = tiny(KINDS[1], axes_lens=[128, 16, 16]).to(DEVICE, dtype).requires_grad_(False)
+        if fused:
+            fuse(model)
+        with torch.no_grad():
+            given = tree_map(lambda x: x.to(DEVICE), (pictures, torch.tensor([0.3, 0.8]), prompts))
+            out = model(*given, return_dict=False)[0]
+        found.append(torch.cat([x.flatten() for x in out]))
+    scale = found[0].abs().max().item()
+    torch.testing.assert_close(*found, rtol=0, atol=tolerance * scale)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_trained_modulation(kind: str) -> None:
     """Such blocks run as diffusers wrote them: what they do is in the output."""
