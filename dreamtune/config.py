@@ -47,7 +47,7 @@ def constant_rate(saved: Mapping[str, Any]) -> bool:
 
 @dataclass
 class Config:
-    """A training run. `None` means the default that `--help` states; `prepare.resolve` fills it
+    """A training run. `None` means the default that `--help` states; `defaults.resolve` fills it
     in.
     """
 

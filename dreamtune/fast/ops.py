@@ -23,7 +23,7 @@ WARPS = 4
 
 
 def why_not_fused(device: torch.device, gradient_checkpointing: bool = False) -> str | None:
-    """Why a frozen UNet cannot run through the kernels here, or None."""
+    """Why a frozen network cannot run through the kernels here, or None."""
     if device.type != "cuda":
         return f"the kernels need a CUDA device, this is {device.type}"
     if importlib.util.find_spec("triton") is None:

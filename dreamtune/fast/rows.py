@@ -164,7 +164,9 @@ def swiglu(a: Tensor, b: Tensor | None = None) -> Tensor:
 def by_rows(x: Tensor) -> Tensor:
     """x (N, tokens, ...), or a copy, whose rows are whole and at equal steps over all batches."""
     even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
-    return x if even and x[0, 0].is_contiguous() else x.contiguous()
+    if even and x[0, 0].is_contiguous():
+        return x
+    return x.clone(memory_format=torch.contiguous_format)  # of one token any step is contiguous
 
 
 class _Rotated(torch.autograd.Function):

@@ -69,7 +69,6 @@ class Served:
     def _look(self) -> None:
         """Sees the model as it is now, with the layers that are adapted."""
         self.graphs.clear()
-        self.pool.renew()
         self.placing.look()
         self.watch = Watch(self.model)
 
@@ -135,6 +134,8 @@ class Served:
             with self._placed(tables):  # what patching computes is recorded too
                 return pytree.tree_flatten(self.eager(*args, **kwargs))  # type: ignore[no-any-return]
 
+        if not any(self.graphs.values()):  # none was yet, or the last was let go or failed
+            self.pool.renew()
         replay, (out, of) = self._capture(run)
         self.recorded += 1
         return Recorded(replay, places, out, of)

@@ -2,7 +2,7 @@
 
 A norm with its modulation, a gated sum, SwiGLU, and the norm and rotary embedding of queries and
 keys are a kernel each, where diffusers has three to twelve. A block that is not known, one whose
-modulation is trained or whose attention is somebody else's, and a call with arguments that are not
+modulation is trained or that somebody has changed inside, and a call with arguments that are not
 known, run as diffusers wrote them.
 """
 
@@ -49,14 +49,18 @@ def eps_of(norm: Any, dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps if norm.eps is None else norm.eps)
 
 
-def is_its_own(attention: Any, processor: type) -> bool:
-    """Whether it computes as diffusers wrote it: nobody has hooked into it or changed it."""
-    hooks = attention._forward_hooks or attention._forward_pre_hooks or attention._backward_hooks
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def are_their_own(passed_by: Sequence[Any], attention: Any, processor: type) -> bool:
+    """Whether the modules that a fused block does not call compute as diffusers wrote them: nobody
+    has hooked into one or changed it, nor its attention.
+    """
     return (
         type(attention.processor) is processor
-        and not hooks
-        and "forward" not in attention.__dict__
         and not getattr(attention, "fused_projections", False)
+        and not any("forward" in m.__dict__ for m in passed_by)
+        and not any(getattr(m, hooks) for m in passed_by for hooks in HOOKS)
     )
 
 
@@ -82,13 +86,16 @@ def turned(norm: Any, x: Tensor, width: int, angles: Angles) -> Tensor:
 def knows_z_image(m: Any) -> bool:
     from diffusers.models.transformers import transformer_z_image as stock
 
-    norms = [m.attention_norm1, m.attention_norm2, m.ffn_norm1, m.ffn_norm2]
-    norms += [m.attention.norm_q, m.attention.norm_k]
     return (
         type(m) is stock.ZImageTransformerBlock
         and type(m.feed_forward) is stock.FeedForward
-        and all(map(by_root_mean_square, norms))
+        and all(map(by_root_mean_square, z_image_norms(m)))
     )
+
+
+def z_image_norms(m: Any) -> list[Any]:
+    norms = [m.attention_norm1, m.attention_norm2, m.ffn_norm1, m.ffn_norm2]
+    return [*norms, m.attention.norm_q, m.attention.norm_k]
 
 
 def z_image_block(
@@ -104,13 +111,14 @@ def z_image_block(
     """`ZImageTransformerBlock.forward`."""
     from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
 
+    passed_by = [*z_image_norms(m), m.attention, m.feed_forward]
     gains: Sequence[Tensor | None] = [None] * 4
     if m.modulation and adaln_input is not None:
         gains = m.adaLN_modulation(adaln_input).unsqueeze(1).chunk(4, dim=2)
     other = unknown(rest, options) or freqs_cis is None or m.modulation != (adaln_input is not None)
     if (
         other
-        or not is_its_own(m.attention, ZSingleStreamAttnProcessor)
+        or not are_their_own(passed_by, m.attention, ZSingleStreamAttnProcessor)
         or trained(*gains)
         or x.dtype != m.attention_norm1.weight.dtype
     ):
@@ -155,16 +163,35 @@ def z_image_attention(m: Any, x: Tensor, mask: Tensor | None, angles: Angles) ->
 def knows_flux2(m: Any) -> bool:
     from diffusers.models.transformers import transformer_flux2 as stock
 
+    kinds = (stock.Flux2SingleTransformerBlock, stock.Flux2TransformerBlock)
+    layers, norms = flux2_norms(m)
+    return (
+        type(m) in kinds
+        and all(type(x) in (stock.Flux2FeedForward, stock.Flux2SwiGLU) for x in flux2_gated(m))
+        and all(map(plainly_normed, layers))
+        and all(map(by_root_mean_square, norms))
+    )
+
+
+def flux2_norms(m: Any) -> tuple[list[Any], list[Any]]:
+    """Of tokens, and of queries and keys."""
     attn = m.attn
-    if type(m) is stock.Flux2SingleTransformerBlock:
-        layers, norms = [m.norm], [attn.norm_q, attn.norm_k]
-        known = type(attn.mlp_act_fn) is stock.Flux2SwiGLU
-    else:
-        layers = [m.norm1, m.norm1_context, m.norm2, m.norm2_context]
-        norms = [attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k]
-        inner = type(m.ff), type(m.ff_context)
-        known = type(m) is stock.Flux2TransformerBlock and inner == (stock.Flux2FeedForward,) * 2
-    return known and all(map(plainly_normed, layers)) and all(map(by_root_mean_square, norms))
+    if hasattr(m, "norm"):
+        return [m.norm], [attn.norm_q, attn.norm_k]
+    layers = [m.norm1, m.norm1_context, m.norm2, m.norm2_context]
+    return layers, [attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k]
+
+
+def flux2_gated(m: Any) -> list[Any]:
+    """Its MLPs, and their activations."""
+    if hasattr(m, "norm"):
+        return [m.attn.mlp_act_fn]
+    return [m.ff, m.ff.act_fn, m.ff_context, m.ff_context.act_fn]
+
+
+def flux2_passed_by(m: Any) -> list[Any]:
+    layers, norms = flux2_norms(m)
+    return [*layers, *norms, *flux2_gated(m), m.attn]
 
 
 def flux2_single(
@@ -187,7 +214,7 @@ def flux2_single(
         or joint_attention_kwargs
         or encoder_hidden_states is not None
         or split_hidden_states
-        or not is_its_own(attn, stock.Flux2ParallelSelfAttnProcessor)
+        or not are_their_own(flux2_passed_by(m), attn, stock.Flux2ParallelSelfAttnProcessor)
         or not computed(x, attn.norm_q, temb_mod)
     ):
         return original(
@@ -234,7 +261,7 @@ def flux2_double(
     if (
         image_rotary_emb is None
         or joint_attention_kwargs
-        or not is_its_own(m.attn, stock.Flux2AttnProcessor)
+        or not are_their_own(flux2_passed_by(m), m.attn, stock.Flux2AttnProcessor)
         or not computed(hidden_states, m.attn.norm_q, temb_mod_img, temb_mod_txt)
     ):
         return original(  # type: ignore[no-any-return]

@@ -67,7 +67,7 @@ def text_of(
         cut_in_words(change.about["cut"]) if "cut" in change.about else "",
         _scores(metadata),
         *(f"![{words}]({file})\n\n*{words}*" for words, file in pictures.items()),
-        f"## Use\n\n```python\n{_with_pipe(target.usage(place), base)}\n```",
+        f"## Use\n\n```python\n{_with_pipe(target.usage(place, change), base)}\n```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -36,7 +36,7 @@ class ComfyUI(PlainLora):
     def needs_base(self, change: Change) -> str:
         return "a ComfyUI file names the layers as the base's checkpoint does"
 
-    def usage(self, path: Path) -> str:
+    def usage(self, path: Path, change: Change) -> str:
         return f"# {path.name} goes into ComfyUI's models/loras"
 
     def tensors(self, factors: LayerFactors, change: Change) -> dict[str, Tensor]:

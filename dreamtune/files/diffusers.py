@@ -39,7 +39,7 @@ class Diffusers(PlainLora):
     ) -> dict[str, str]:
         return {name: of_module(name) for name in names}
 
-    def usage(self, path: Path) -> str:
+    def usage(self, path: Path, change: Change) -> str:
         return f"pipe.load_lora_weights({path.parent.name!r}, weight_name={path.name!r})"
 
     def tensors(self, factors: LayerFactors, change: Change) -> dict[str, Tensor]:

@@ -136,7 +136,7 @@ class ExportFormat(Format):
         """
 
     @abstractmethod
-    def usage(self, path: Path) -> str:
+    def usage(self, path: Path, change: Change) -> str:
         """Lines of Python that use it, from the folder above; `pipe` is the base's pipeline."""
 
     def place(self, folder: Path, name: str) -> Path:
@@ -171,15 +171,17 @@ def read_adapter(
     """The adapter in a file of any format, all of it checked but the base. Raises UnreadableFile
     where none reads it, and for what is wrong in it.
 
-    network: see `Format.read`. prefixes: by default those of the network's family.
+    network: see `Format.read`. prefixes: by default those of the network's family; of no network,
+    those that fit.
     """
     from dreamtune.files.tensors import naming
     from dreamtune.models.load import prefixes_of
 
-    prefixes = prefixes or prefixes_of(network)
-    _, found, file = open_adapter(path, prefixes)
+    if prefixes is None and network is not None:
+        prefixes = prefixes_of(network)
+    _, found, file, own = open_adapter(path, prefixes)
     with naming(file.name):
-        return found.read(file, network, prefixes)
+        return found.read(file, network, own)
 
 
 def is_adapter(path: Path) -> bool:
@@ -187,18 +189,21 @@ def is_adapter(path: Path) -> bool:
     read, for it may be a whole model. True of a damaged file, whose reader says what is wrong.
     """
     from dreamtune.files.tensors import read_keys
-    from dreamtune.models.load import prefixes_of
+    from dreamtune.models.load import known_prefixes
 
     try:
         file = read_keys(path)
     except UnreadableFile:
         return True
-    return any(found.reads(file, prefixes_of(None)) for found in formats().values())
+    return any(found.reads(file, own) for own in known_prefixes() for found in formats().values())
 
 
-def open_adapter(path: Path, prefixes: Prefixes) -> tuple[str, Format, TensorFile]:
-    """A file, with the format that reads it and its name. Raises UnreadableFile where none does."""
+def open_adapter(path: Path, prefixes: Prefixes | None) -> tuple[str, Format, TensorFile, Prefixes]:
+    """A file, with the format that reads it, its name, and the prefixes by which it does. Raises
+    UnreadableFile where none does. prefixes: None for those of any family.
+    """
     from dreamtune.files.tensors import read_tensors
+    from dreamtune.models.load import known_prefixes
 
     if path.suffix in PICKLES:
         raise UnreadableFile(
@@ -206,9 +211,10 @@ def open_adapter(path: Path, prefixes: Prefixes) -> tuple[str, Format, TensorFil
             " trust it, with `pipe.load_lora_weights`, and save it with `pipe.save_lora_weights`"
         )
     file = read_tensors(path)
-    for name, found in formats().items():
-        if found.reads(file, prefixes):
-            return name, found, file
+    for own in known_prefixes() if prefixes is None else [prefixes]:
+        for name, found in formats().items():
+            if found.reads(file, own):
+                return name, found, file, own
     first = next(iter(file.tensors), "none")
     raise UnreadableFile(
         f"`{file.name}` is in none of the formats {', '.join(formats())}: its {len(file.tensors)} "

@@ -79,8 +79,8 @@ def describe(path: str | Path, base: Any = None) -> Info:
     """
     place = adapter_file(path)
     network = None if base is None else load_network(base)
-    prefixes = prefixes_of(network)
-    name, found, file = open_adapter(place, prefixes)
+    given = None if network is None else prefixes_of(network)
+    name, found, file, prefixes = open_adapter(place, given)
     info = Info(place, name, "", changed=file.difference() if file.changed else "")
     with naming(file.name):
         if isinstance(found, LoraFormat) and found.is_lora(file):

@@ -13,6 +13,7 @@ from dreamtune.files.info import Info
 from dreamtune.files.names import flat
 from dreamtune.files.tensors import hash_of_json
 from dreamtune.injection.targets import TARGET_MODULES
+from dreamtune.models.load import prefixes_for
 
 BAR = 24  # characters of the longest bar
 SHOWN = 200  # of a value
@@ -111,7 +112,8 @@ def _ways(info: Info) -> str:
         ways.append(f"pipe.load_lora_weights({folder}, weight_name={name})")
     if info.format == "peft":
         folder = json.dumps(str(info.path.parent), ensure_ascii=False)
-        ways.append(f"peft.PeftModel.from_pretrained(pipe.unet, {folder})")
+        network = prefixes_for(info.layers).peft.rstrip(".")
+        ways.append(f"peft.PeftModel.from_pretrained(pipe.{network}, {folder})")
     return "\n".join(ways)
 
 

@@ -49,7 +49,7 @@ class Kohya(PlainLora):
             return "a kohya file has other names for SDXL, and these layers do not tell it"
         return ""
 
-    def usage(self, path: Path) -> str:
+    def usage(self, path: Path, change: Change) -> str:
         return (
             f"# {path.name} goes into ComfyUI's models/loras or A1111's models/Lora; in diffusers:"
             f"\npipe.load_lora_weights({str(path.parent.name)!r}, weight_name={path.name!r})"

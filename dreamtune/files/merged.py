@@ -51,7 +51,7 @@ class Merged(ExportFormat):
     def place(self, folder: Path, name: str) -> Path:
         return folder / f"{name}_merged"
 
-    def usage(self, path: Path) -> str:
+    def usage(self, path: Path, change: Change) -> str:
         if (path / "model_index.json").exists():
             kind = json.loads((path / "model_index.json").read_text())["_class_name"]
         else:

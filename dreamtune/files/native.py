@@ -110,7 +110,7 @@ class Native(ExportFormat):
             file = replace(file, target_modules=entries, some_layers=False)
         write_new(path, file.tensors, about_of(file), overwrite)
 
-    def usage(self, path: Path) -> str:
+    def usage(self, path: Path, change: Change) -> str:
         return f"import dreamtune\n\ndreamtune.load(pipe, {f'{path.parent.name}/{path.name}'!r})"
 
     def reads(self, file: TensorFile, prefixes: Prefixes) -> bool:

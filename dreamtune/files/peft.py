@@ -22,6 +22,7 @@ from dreamtune.files.stated import Stated, stated
 from dreamtune.files.tensors import TensorFile, hash_of_json, holds, other_contents, write_new
 from dreamtune.files.whole import whole
 from dreamtune.injection.adapter_file import AdapterFile
+from dreamtune.models.load import prefixes_for
 
 CONFIG = "adapter_config.json"
 LIMIT = 1 << 20  # bytes
@@ -53,10 +54,11 @@ class Peft(PlainLora):
             return ""
         return super().needs_base(change)
 
-    def usage(self, path: Path) -> str:
+    def usage(self, path: Path, change: Change) -> str:
+        network = prefixes_for(change.file.shapes).peft.rstrip(".")
         return (
             "from peft import PeftModel\n\n"
-            f"model = PeftModel.from_pretrained(pipe.unet, {path.parent.name!r})"
+            f"model = PeftModel.from_pretrained(pipe.{network}, {path.parent.name!r})"
         )
 
     def tensors(self, factors: LayerFactors, change: Change) -> dict[str, Tensor]:

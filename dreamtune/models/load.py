@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -205,6 +205,19 @@ def prefixes_of(network: torch.nn.Module | None) -> Prefixes:
         return Prefixes(TRANSFORMER, "lora_unet_", roots)  # the latter of every network
     found: Prefixes = (own or family_class(FAMILIES[0])).prefixes
     return found
+
+
+def known_prefixes() -> list[Prefixes]:
+    """Those of all families, each once: of files whose network is not known."""
+    return list(dict.fromkeys(family_class(family).prefixes for family in FAMILIES))
+
+
+def prefixes_for(layers: Iterable[str]) -> Prefixes:
+    """Of the first family whose networks have the first part of one of these module paths; else
+    those of the first family.
+    """
+    paths, known = tuple(layers), known_prefixes()
+    return next((p for p in known if any(x.startswith(p.roots) for x in paths)), known[0])
 
 
 def family_with(network: torch.nn.Module) -> type[Any] | None:

@@ -21,11 +21,11 @@ def speed_up(pipe: Any) -> None:
     """The same pictures faster, until `slow_down`, for calls without gradients.
 
     On a GPU each kind of call (a batch, a size of picture) is recorded as a CUDA graph at its
-    second time, a UNet's with fused kernels, and replayed from then on: the base and any number of
-    adapters, whose strengths and routes are values that the recorded work reads. A route or a
-    strength that changes costs no recording. A UNet's weights become channels-last. What is
-    recorded takes memory: that of a call, and per row of the batch as much as an adapter of the
-    largest rank in use, rounded up to 16, 32, 64, ...
+    second time, with fused kernels where there are some (of UNets, Flux.2 and Z-Image), and
+    replayed from then on: the base and any number of adapters, whose strengths and routes are
+    values that the recorded work reads. A route or a strength that changes costs no recording. A
+    UNet's weights become channels-last. What is recorded takes memory: that of a call, and per row
+    of the batch as much as an adapter of the largest rank in use, rounded up to 16, 32, 64, ...
 
     On a CPU one adapter of `dreamtune.load` can be sped up, in all rows at strength 1: adapted
     weights are stacked, and query, key and value are one product.

@@ -119,6 +119,11 @@ class Run:
             records.check_settings(self.checkpoint, self.dir / run_folder.CONFIG)
             self.start = run_folder.step_of(self.checkpoint)
         elif not (self.dir / run_folder.CONFIG).is_file():
+            if config.instance_data_dir is None:  # not the package's fox in another run's place
+                raise ValueError(
+                    f"`{self.dir}` holds no settings of a run yet, and no photos are named: give "
+                    "all that the run was started with beside --resume_from_checkpoint latest."
+                )
             return replace(config, resume_from_checkpoint=None)
         return continued(config, self.dir / run_folder.CONFIG)
 

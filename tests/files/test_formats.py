@@ -194,7 +194,7 @@ class Whole(ExportFormat):
     def check(self, change: Change) -> str:
         return "the change itself"
 
-    def usage(self, path: Path) -> str:
+    def usage(self, path: Path, change: Any) -> str:
         return f"load({path.name!r})"
 
     def write(self, path: Path, change: Change, overwrite: bool) -> None:

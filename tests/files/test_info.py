@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 from loras import flat, in_checkpoint, pairs, products, spelt, targets, write
+from safetensors.torch import save_file
 from tiny import disturb, tiny_unet
+from tiny_transformers import tiny
 from torch import Tensor
 
 import dreamtune
@@ -120,6 +122,25 @@ def test_without_a_base_the_layers_have_their_names(spelling: str, tmp_path: Pat
     assert rows(page(info))["layers"] == "32: to_q, to_k, to_v, to_out.0 of attn1, attn2"
     open_ = "1; PEFT keeps the strength in `adapter_config.json`, which is not beside it"
     assert rows(page(info))["strength"] == (open_ if spelling == "PEFT" else "1")
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya", "comfyui", "peft"])
+def test_of_a_transformer(format: str, tmp_path: Path) -> None:
+    """Without its base, and beside another file; page and card are of its pipeline."""
+    network: Any = tiny("ZImageTransformer2DModel")
+    adapter = dreamtune.inject(network, "lora", rank=2)
+    disturb(adapter)
+    file, base, out = adapter.save(tmp_path / "ours"), tmp_path / "base", tmp_path / "out"
+    network.save_pretrained(base)
+    given = ["--format", format, "--pretrained_model_name_or_path", str(base)]
+    assert main(["export", str(file), str(out), *given]) == 0
+    save_file({"x": torch.ones(1)}, out / "other.safetensors")
+    info = describe(out)
+    together = format in ("kohya", "comfyui")  # query, key and value are one layer there
+    assert (info.path.parent, info.format, len(info.layers)) == (out, format, 8 if together else 16)
+    if format == "peft":
+        for text in ((out / "README.md").read_text(), rows(page(info))["load"]):
+            assert "PeftModel.from_pretrained(pipe.transformer, " in text
 
 
 def test_lycoris(tmp_path: Path) -> None:

@@ -216,6 +216,35 @@ def test_other_shapes_and_arguments(files, device):
     close(fast.found, plain.found, 1e-4)
 
 
+def test_memory_that_no_graph_holds_is_not_recorded_into(monkeypatch):
+    """A pool ends with its last graph: the next recording has a new one, and no error."""
+    monkeypatch.setattr("dreamtune.fast.served.GRAPHS", 2)
+    unet = tiny_unet()
+    recorder, pools, failing = recorded(unet), [], []
+    capture = recorder._capture
+
+    def told(run):
+        pools.append(recorder.pool.handle)
+        if failing:
+            raise RuntimeError(failing.pop())
+        return capture(run)
+
+    monkeypatch.setattr(recorder, "_capture", told)
+    for rows in (1, 1, 2, 2):
+        out(unet, rows)
+    assert pools[0] == pools[1]  # shared while there is a graph
+    for rows in (3, 4, 4):  # two kinds that came once let both go
+        out(unet, rows)
+    assert pools[2] != pools[1]
+    recorder._look()
+    failing.append("no memory")
+    out(unet, 1)
+    with pytest.raises(RuntimeError, match="no memory"):
+        out(unet, 1)
+    out(unet, 1)
+    assert len(set(pools[2:])) == len(pools[2:]) == 3
+
+
 def test_who_touches_the_model_has_it_plain(files, device):
     def with_hook(unet):
         unet.mid_block.register_forward_hook(lambda m, a, y: y * 2)

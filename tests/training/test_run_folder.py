@@ -257,6 +257,8 @@ def test_one_command_begins_and_goes_on(
     """
     command = Config(**{**settings, "max_train_steps": 3}, resume_from_checkpoint="latest")
     folder = Path(settings["output_dir"])
+    with pytest.raises(ValueError, match="no settings of a run yet, and no photos are named: give"):
+        train(Config(output_dir=str(folder), resume_from_checkpoint="latest"))
     assert [r["step"] for r in train(command).history] == [0, 3]
     assert f"Nothing to resume in {folder} yet" in capsys.readouterr().out
     first = (folder / "adapter.safetensors").read_bytes()
