@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamtune.fast import rows
-from dreamtune.fast.unet import unknown
+from dreamtune.fast.unet import unknown, untouched
 
 Angles = tuple[Tensor, Tensor]
 Forward = Callable[..., Any]
@@ -49,9 +49,6 @@ def eps_of(norm: Any, dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps if norm.eps is None else norm.eps)
 
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 def are_their_own(passed_by: Sequence[Any], attention: Any, processor: type) -> bool:
     """Whether the modules that a fused block does not call compute as diffusers wrote them: nobody
     has hooked into one or changed it, nor its attention.
@@ -59,8 +56,7 @@ def are_their_own(passed_by: Sequence[Any], attention: Any, processor: type) -> 
     return (
         type(attention.processor) is processor
         and not getattr(attention, "fused_projections", False)
-        and not any("forward" in m.__dict__ for m in passed_by)
-        and not any(getattr(m, hooks) for m in passed_by for hooks in HOOKS)
+        and untouched(*passed_by)
     )
 
 

@@ -92,18 +92,32 @@ def time_bias(m: Any) -> Tensor:
     return (m.time_emb_proj.bias + m.conv1.bias).detach()
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def untouched(*modules: Any) -> bool:
+    """Whether nobody has hooked into one or replaced its forward, which a block that does not call
+    it would leave out.
+    """
+    return not any(
+        "forward" in m.__dict__ or any(getattr(m, hooks) for hooks in HOOKS) for m in modules
+    )
+
+
 def plain(*layers: Any) -> bool:
     """Whether their weights are all that they compute with: an adapted layer is of another class,
     and a block that takes its weight would leave the change out.
     """
-    return all(type(layer) in (nn.Linear, nn.Conv2d) for layer in layers if layer is not None)
+    given = [layer for layer in layers if layer is not None]
+    return all(type(layer) in (nn.Linear, nn.Conv2d) for layer in given) and untouched(*given)
 
 
 def resnet(
     m: Any, original: Callable[..., Tensor], silu: SiLU, bias: Any, x: Tensor, temb: Tensor
 ) -> Tensor:
     """`ResnetBlock2D.forward`."""
-    if not plain(m.conv1, m.conv2, m.conv_shortcut, m.time_emb_proj):
+    layers = plain(m.conv1, m.conv2, m.conv_shortcut, m.time_emb_proj)
+    if not (layers and untouched(m.norm1, m.norm2, m.nonlinearity)):
         return original(x, temb)
     h, x = apply_norm(m.norm1, x, silu=True)
     h = ops.convolution(h, m.conv1.weight, m.conv1.padding)
@@ -145,7 +159,8 @@ def transformer(
     **options: Any,
 ) -> Any:
     """`Transformer2DModel.forward`, of pictures."""
-    other = unknown(rest, options) or not plain(m.proj_in, m.proj_out)
+    own = plain(m.proj_in, m.proj_out) and untouched(m.norm)
+    other = unknown(rest, options) or not own
     if return_dict or m.gradient_checkpointing or other:
         return original(
             hidden_states, encoder_hidden_states, *rest, return_dict=return_dict, **options
@@ -187,7 +202,8 @@ def block(
     **options: Any,
 ) -> Tensor:
     """`BasicTransformerBlock.forward`, with each sum in the norm that follows it."""
-    other = unknown(rest, options) or not plain(m.ff.net[0].proj)
+    own = plain(m.ff.net[0].proj) and untouched(m.norm1, m.norm2, m.norm3, m.ff, m.ff.net[0])
+    other = unknown(rest, options) or not own
     if attention_mask is not None or other:
         return original(hidden_states, attention_mask, encoder_hidden_states, *rest, **options)
     y, x = apply_layer_norm(m.norm1, hidden_states)

@@ -72,8 +72,12 @@ class Wave:
             self.base, [r.config for r in kept], [r.cache for r in kept], [r.pools for r in kept]
         )
         why = self.base.why_not_captured(self.step.cache.prompts)
-        for run in kept:
-            run.speed = not_captured(run.speed, why, run.given)
+        try:
+            for run in kept:
+                run.speed = not_captured(run.speed, why, run.given)
+        except ValueError:
+            self.adapter.eject()
+            raise
         self.slots = {n: Slot(self.adapter, self.step, i) for i, n in enumerate(labels)}
         for label, run in self.runs.items():
             run.resume(self.slots[label])

@@ -168,23 +168,9 @@ def test_eject_gives_the_processors_back() -> None:
     assert [m.processor for m in unet.modules() if hasattr(m, "processor")] == before
 
 
-BYPASSED = ["conv1", "conv_shortcut", "time_emb_proj", "proj_in", "proj_out", "ff.net.0.proj"]
-
-
-@pytest.mark.parametrize(
-    ("family", "target"),
-    [
-        *(("sd", target) for target in [*BYPASSED, "ff.net.2"]),
-        *(("xl", target) for target in ["conv1", "ff.net.0.proj", "ff.net.2", "add_embedding.*"]),
-    ],
-)
-def test_a_fused_block_leaves_no_change_out(
-    family: str, target: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fused first, then adapted, as in a run: a block must not take a weight past its change. The
-    kernels are torch's own here.
-    """
-    import dreamtune
+@pytest.fixture
+def kernels_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused blocks' operators, by torch's own."""
 
     def group_norm(x: Any, w: Any, b: Any, groups: int, eps: float, silu: bool, add: Any) -> Any:
         y = F.group_norm(x if add is None else x + add[:, :, None, None], groups, w, b, eps)
@@ -198,6 +184,24 @@ def test_a_fused_block_leaves_no_change_out(
     monkeypatch.setattr(ops, "layer_norm", layer_norm)
     monkeypatch.setattr(ops, "geglu", lambda x: F.gelu(x.chunk(2, -1)[1]) * x.chunk(2, -1)[0])
     monkeypatch.setattr(ops, "add_bias", lambda x, y, b: x + y + b[:, None, None])
+
+
+BYPASSED = ["conv1", "conv_shortcut", "time_emb_proj", "proj_in", "proj_out", "ff.net.0.proj"]
+
+
+@pytest.mark.parametrize(
+    ("family", "target"),
+    [
+        *(("sd", target) for target in [*BYPASSED, "ff.net.2"]),
+        *(("xl", target) for target in ["conv1", "ff.net.0.proj", "ff.net.2", "add_embedding.*"]),
+    ],
+)
+def test_a_fused_block_leaves_no_change_out(
+    family: str, target: str, kernels_of_torch: None
+) -> None:
+    """Fused first, then adapted, as in a run: a block must not take a weight past its change."""
+    import dreamtune
+
     outputs = []
     make_unet, call = {"sd": (tiny_unet, unet_inputs), "xl": (tiny_xl_unet, xl_inputs)}[family]
     given: Any = call(2, torch.float64)
@@ -212,6 +216,25 @@ def test_a_fused_block_leaves_no_change_out(
         outputs.append(unet(*args, **kwargs).sample)
     assert (outputs[0] - outputs[1]).abs().max() > 1e-2
     torch.testing.assert_close(outputs[2:], outputs[:2], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "kind", ["conv2", "norm2", "nonlinearity", "proj_in", "norm3", "ff", "net.0"]
+)
+def test_a_fused_block_leaves_no_hook_out(kind: str, kernels_of_torch: None) -> None:
+    """Of a module that it does not call."""
+    outputs = []
+    for fused, hooked in ((False, False), (False, True), (True, True)):
+        unet = tiny_unet(torch.float64).requires_grad_(False)
+        if fused:
+            fuse.fuse(unet)
+        found = [m for name, m in unet.named_modules() if hooked and name.endswith(f".{kind}")]
+        for module in found:
+            module.register_forward_hook(lambda m, given, out: out * 1.1)
+        assert bool(found) is hooked
+        outputs.append(unet(*unet_inputs(2, torch.float64)).sample)
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-4
+    torch.testing.assert_close(outputs[2], outputs[1], rtol=0, atol=1e-10)
 
 
 def test_compiled_blocks_are_the_blocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
