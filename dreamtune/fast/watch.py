@@ -76,7 +76,7 @@ def why_not_recorded(model: nn.Module) -> str | None:
     if len(devices) != 1:
         return f"the model is on {', '.join(sorted(map(str, devices)))}: it must be on one device"
     if any(map(offloaded_whole, model.modules())):
-        return "the model is offloaded: its weights are not in one place"
+        return "the model is offloaded, or has a cache of diffusers: a recorded call does neither"
     for name, module in model.named_modules():
         if module is not model and any(module.__dict__[hooks] for hooks in HOOKS):
             return f"`{name}` has hooks, which a recorded forward would not run"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_several_adapters import close, inputs, said, written
 from tiny import disturb, images, tiny_pipeline, tiny_unet
+from tiny_transformers import tiny
 from torch.utils import _pytree as pytree
 
 import dreamtune
@@ -308,6 +309,17 @@ def test_a_hook_inside_is_refused(files):
     unet = tiny_unet()
     unet.mid_block.register_forward_hook(lambda m, a, y: y)
     assert "`mid_block` has hooks" in why_not_recorded(unet)
+
+
+def test_a_cache_of_diffusers_is_refused_while_it_is_on():
+    from diffusers.hooks import FirstBlockCacheConfig
+
+    model = tiny("FluxTransformer2DModel")
+    assert why_not_recorded(model) is None
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    assert "has a cache of diffusers" in why_not_recorded(model)
+    model.disable_cache()
+    assert why_not_recorded(model) is None
 
 
 def test_merged_and_back(files, device):
