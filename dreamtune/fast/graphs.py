@@ -198,8 +198,9 @@ class CapturedForward:
         model: Any = self.model
         addresses = [p.data_ptr() for p in model.parameters()]
         if addresses != self._addresses:
+            if any(self.graphs.values()):  # before that it may be the step's already
+                self.pool.renew()
             self.graphs, self._addresses = {}, addresses
-            self.pool.renew()
         with torch.no_grad():
             self.adapter.refresh()  # into the places that a graph reads
         self.eager, own = model.forward, model.__dict__.get("forward")

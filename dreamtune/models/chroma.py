@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,15 +11,15 @@ from torch import Tensor
 from dreamtune.models.base import Parts, SamplingDefaults
 from dreamtune.models.clip_text import unseen
 from dreamtune.models.conditioning import Conditioning
-from dreamtune.models.flux import TOKENS, Flux, places
+from dreamtune.models.flux import TOKENS, Flux, check_channels, ids_of
 from dreamtune.models.latent import AUTOENCODERS, cast
-from dreamtune.models.patches import PATCH, packed, unpacked
+from dreamtune.models.patches import PatchedBase, packed, unpacked
 from dreamtune.models.prefixes import TRANSFORMER, Prefixes
 from dreamtune.models.rules import Depth, DepthOr0, Whole, Wholes, rules
-from dreamtune.models.transformer import TransformerBase
+from dreamtune.models.transformer import TransformerBase, check_told
 
 
-class Chroma(TransformerBase):
+class Chroma(PatchedBase):
     """A transformer that is told the states of T5, and a mask: 0 where they are filled up, but for
     the first of these. As in the pipeline it is added to the attention, so that it weakens what is
     0, and leaves nothing out.
@@ -52,14 +51,12 @@ class Chroma(TransformerBase):
             "proj_out.",
         ),
     )  # fmt: skip
-    multiple = Flux.multiple
     target_modules = Flux.target_modules
     told = (
         "prompt_embeds", "prompt_attention_mask",
         "negative_prompt_embeds", "negative_prompt_attention_mask",
     )  # fmt: skip
     encoding = {**TransformerBase.encoding, "max_sequence_length": TOKENS}
-    apart = True
     uncaptured = "the network of Chroma makes numbers on the host in each forward"
     uncheckpointed = (
         "diffusers recomputes the later blocks of Chroma without the mask of the prompt, which are "
@@ -70,11 +67,6 @@ class Chroma(TransformerBase):
         """Raises ValueError for parts that do not belong together."""
         check_parts(about["id"], parts)
         super().__init__(parts, **about)
-
-    @property
-    def resolution(self) -> int:
-        """That of the pipeline: no file says it."""
-        return 128 * self.latent_scale
 
     def sampling_defaults(self, size: int) -> SamplingDefaults:
         """The pipeline's own guidance."""
@@ -92,10 +84,8 @@ class Chroma(TransformerBase):
 
     def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         sigma = t / self.scheduler.config.num_train_timesteps
-        grid, tokens = x.shape[-2:], conditioning["prompt_embeds"].shape[1]
-        img_ids = self.kept(grid, partial(places, *grid))
-        txt_ids = self.kept(tokens, partial(torch.zeros, tokens, 3))
-        return predict(self.transformer, self.dtype, x, sigma, conditioning, img_ids, txt_ids)
+        ids = ids_of(self, x, conditioning)
+        return predict(self.transformer, self.dtype, x, sigma, conditioning, *ids)
 
 
 def predict(
@@ -126,17 +116,6 @@ def predict(
 
 def check_parts(source: str, parts: Parts) -> None:
     """Raises ValueError for parts of several models."""
-    config, latents = parts["transformer"].config, parts["vae"].config.latent_channels
-    given = config.out_channels or config.in_channels
-    if (config.in_channels, given) != (latents * PATCH**2,) * 2:
-        raise ValueError(
-            f"`{source}`: the transformer takes {config.in_channels} channels and gives {given}, "
-            f"the patches of its autoencoder have {latents * PATCH**2}: they are not of the same "
-            "model."
-        )
-    width = parts["text_encoder"].config.d_model
-    if config.joint_attention_dim != width:
-        raise ValueError(
-            f"`{source}`: the transformer is told {config.joint_attention_dim} numbers a token, "
-            f"T5 gives {width}: they are not of the same model."
-        )
+    check_channels(source, parts)
+    told, t5 = parts["transformer"].config.joint_attention_dim, parts["text_encoder"].config.d_model
+    check_told(source, told, t5, by="T5 gives")

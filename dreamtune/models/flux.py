@@ -13,16 +13,16 @@ from dreamtune.models.base import Parts, SamplingDefaults
 from dreamtune.models.clip_text import unseen
 from dreamtune.models.conditioning import NOTHING, Conditioning
 from dreamtune.models.latent import AUTOENCODERS
-from dreamtune.models.patches import PATCH, packed, unpacked
+from dreamtune.models.patches import PATCH, PatchedBase, packed, unpacked
 from dreamtune.models.prefixes import TRANSFORMER, Prefixes
 from dreamtune.models.text import CLIP_TOKENIZERS
-from dreamtune.models.transformer import TransformerBase
+from dreamtune.models.transformer import TransformerBase, check_told
 
 TOKENS = 512  # of a prompt, as the pipeline's call has it
 TRAINED_AT = 1.0  # guidance that the network is told in training, as diffusers' README has it
 
 
-class Flux(TransformerBase):
+class Flux(PatchedBase):
     """A transformer that is told the states of T5, the pooled state of CLIP, and where in picture
     and text each token stands; a distilled one (dev) how strongly its pictures are guided, too.
     """
@@ -51,7 +51,6 @@ class Flux(TransformerBase):
             "transformer_blocks.", "single_transformer_blocks.", "norm_out.", "proj_out.",
         ),
     )  # fmt: skip
-    multiple = 16
     target_modules = (
         *TARGET_MODULES, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
     )  # fmt: skip
@@ -62,18 +61,12 @@ class Flux(TransformerBase):
     encoding = {
         **TransformerBase.encoding, "prompt_2": None, "max_sequence_length": TOKENS,
     }  # fmt: skip
-    apart = True
     nothing = NOTHING
 
     def __init__(self, parts: Parts, **about: Any) -> None:
         """Raises ValueError for parts that do not belong together."""
         check_parts(about["id"], parts)
         super().__init__(parts, **about)
-
-    @property
-    def resolution(self) -> int:
-        """That of the pipeline: no file says it."""
-        return 128 * self.latent_scale
 
     @property
     def takes_negatives(self) -> bool:
@@ -90,10 +83,15 @@ class Flux(TransformerBase):
 
     def predict(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         sigma = t / self.scheduler.config.num_train_timesteps
-        grid, tokens = x.shape[-2:], conditioning["prompt_embeds"].shape[1]
-        img_ids = self.kept(grid, partial(places, *grid))
-        txt_ids = self.kept(tokens, partial(torch.zeros, tokens, 3))
-        return predict(self.transformer, self.dtype, x, sigma, conditioning, img_ids, txt_ids)
+        ids = ids_of(self, x, conditioning)
+        return predict(self.transformer, self.dtype, x, sigma, conditioning, *ids)
+
+
+def ids_of(base: TransformerBase, x: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+    """(patches, 3) and (tokens, 3), where those of latents and of a prompt stand, on the device."""
+    grid, tokens = x.shape[-2:], conditioning["prompt_embeds"].shape[1]
+    of_picture = base.kept(grid, partial(places, *grid))
+    return of_picture, base.kept(tokens, partial(torch.zeros, tokens, 3))
 
 
 def places(height: int, width: int) -> Tensor:
@@ -133,6 +131,17 @@ def predict(
 
 def check_parts(source: str, parts: Parts) -> None:
     """Raises ValueError for parts of several models."""
+    config = parts["transformer"].config
+    check_channels(source, parts)
+    pooled, t5 = parts["text_encoder"].config.hidden_size, parts["text_encoder_2"].config.d_model
+    check_told(source, config.pooled_projection_dim, pooled, "of pooled text")
+    check_told(source, config.joint_attention_dim, t5, by="T5 gives")
+
+
+def check_channels(source: str, parts: Parts) -> None:
+    """Raises ValueError for a transformer that takes or gives other patches than the autoencoder's:
+    one that is told a picture takes more.
+    """
     config, latents = parts["transformer"].config, parts["vae"].config.latent_channels
     given = config.out_channels or config.in_channels
     if (config.in_channels, given) != (latents * PATCH**2,) * 2:
@@ -141,16 +150,4 @@ def check_parts(source: str, parts: Parts) -> None:
             f"the patches of its autoencoder have {latents * PATCH**2}: they are not of the same "
             "model, or it is one that is told a picture (Fill, Control), which cannot be tuned "
             "here."
-        )
-    pooled = parts["text_encoder"].config.hidden_size
-    if config.pooled_projection_dim != pooled:
-        raise ValueError(
-            f"`{source}`: the transformer is told {config.pooled_projection_dim} numbers of pooled "
-            f"text, its text encoder gives {pooled}: they are not of the same model."
-        )
-    width = parts["text_encoder_2"].config.d_model
-    if config.joint_attention_dim != width:
-        raise ValueError(
-            f"`{source}`: the transformer is told {config.joint_attention_dim} numbers a token, "
-            f"T5 gives {width}: they are not of the same model."
         )

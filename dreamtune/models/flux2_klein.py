@@ -13,18 +13,18 @@ from dreamtune.injection.targets import TARGET_MODULES
 from dreamtune.models.base import Latents, Parts, SamplingDefaults
 from dreamtune.models.conditioning import Conditioning
 from dreamtune.models.folder import ModelFolder
+from dreamtune.models.patches import PatchedBase, check_patches
 from dreamtune.models.prefixes import TRANSFORMER, Prefixes
 from dreamtune.models.rules import Flag, rules
 from dreamtune.models.text import unseen_in_chat
-from dreamtune.models.transformer import TransformerBase
+from dreamtune.models.transformer import TransformerBase, check_told
 
 DISTILLED = "is_distilled"
 INDEX = rules(is_distilled=Flag)
-PATCH = 2  # latents a side
 TOKENS = 512  # of a prompt, as the pipeline's call has it
 
 
-class Flux2Klein(TransformerBase):
+class Flux2Klein(PatchedBase):
     """A transformer that is told the states of three layers of Qwen3 on a chat with the prompt, and
     where in picture and text each token stands. Latents are patches of the autoencoder's codes, by
     the statistics that it keeps of them.
@@ -56,8 +56,6 @@ class Flux2Klein(TransformerBase):
             "proj_out.",
         ),
     )  # fmt: skip
-    multiple = 16
-    apart = True
     target_modules = (
         *TARGET_MODULES, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
         "to_qkv_mlp_proj", "to_out",
@@ -76,11 +74,6 @@ class Flux2Klein(TransformerBase):
         parts = super().load_folder(folder, dtype, prediction_type)
         stated = folder.config("", INDEX, "model_index.json")
         return {**parts, DISTILLED: stated.get(DISTILLED, False)}
-
-    @property
-    def resolution(self) -> int:
-        """That of the pipeline: no file says it."""
-        return 128 * self.latent_scale
 
     def sampling_defaults(self, size: int) -> SamplingDefaults:
         """Guidance as the pipeline itself would take it, which has none of a distilled base."""
@@ -143,19 +136,13 @@ def predict(
 def check_parts(source: str, parts: Parts) -> None:
     """Raises ValueError for parts of several models."""
     config, latents = parts["transformer"].config, parts["vae"].config.latent_channels
-    if config.in_channels != latents * PATCH**2:
-        raise ValueError(
-            f"`{source}`: the transformer takes {config.in_channels} channels, the patches of its "
-            f"autoencoder have {latents * PATCH**2}: they are not of the same model."
-        )
+    check_patches(source, config.in_channels, latents)
     if config.guidance_embeds:
         raise ValueError(
             f"`{source}`: its transformer is told a guidance (`guidance_embeds`), as that of "
             "Flux.2 dev, which cannot be tuned here."
         )
     width = 3 * parts["text_encoder"].config.hidden_size
-    if config.joint_attention_dim != width:
-        raise ValueError(
-            f"`{source}`: the transformer is told {config.joint_attention_dim} numbers a token, "
-            f"three layers of its text encoder give {width}: they are not of the same model."
-        )
+    check_told(
+        source, config.joint_attention_dim, width, by="three layers of its text encoder give"
+    )

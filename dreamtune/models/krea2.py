@@ -24,6 +24,7 @@ from dreamtune.models.masked import (
 from dreamtune.models.patches import PATCH, packed, unpacked
 from dreamtune.models.prefixes import TRANSFORMER, Prefixes
 from dreamtune.models.rules import Depth, Flag, Positive, Token, Whole, Wholes, rules
+from dreamtune.models.transformer import check_told
 
 DISTILLED, LAYERS, SIDE = "is_distilled", "text_encoder_select_layers", "patch_size"
 Layers = Annotated[list[Token], Field(min_length=1, max_length=200)]
@@ -135,11 +136,7 @@ def check_parts(source: str, parts: Parts) -> None:
     text = parts["text_encoder"].config.get_text_config()
     if parts.get(SIDE, PATCH) != PATCH:
         raise ValueError(f"`{source}`: its `{SIDE}` must be {PATCH}, got {parts[SIDE]}.")
-    if config.text_hidden_dim != text.hidden_size:
-        raise ValueError(
-            f"`{source}`: the transformer is told {config.text_hidden_dim} numbers a token and "
-            f"layer, its text encoder gives {text.hidden_size}: they are not of the same model."
-        )
+    check_told(source, config.text_hidden_dim, text.hidden_size, "a token and layer")
     layers = parts.get(LAYERS)
     if layers is not None and len(layers) != config.num_text_layers:
         raise ValueError(

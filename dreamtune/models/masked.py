@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dreamtune.models.base import Latents, Parts
-from dreamtune.models.patches import PATCH
+from dreamtune.models.patches import PatchedBase, check_patches
 from dreamtune.models.rules import VIDEO_AUTOENCODER
 from dreamtune.models.transformer import TransformerBase
 
@@ -20,7 +20,7 @@ AUTOENCODER = (("diffusers", "AutoencoderKLQwenImage"),)
 TOKENIZERS = (("transformers", "Qwen2Tokenizer"), ("transformers", "Qwen2TokenizerFast"))
 
 
-class MaskedBase(TransformerBase):
+class MaskedBase(PatchedBase):
     """A family that is told, beside the states of a prompt, which of its tokens are filled up."""
 
     autoencoder_rules = VIDEO_AUTOENCODER
@@ -29,17 +29,10 @@ class MaskedBase(TransformerBase):
         "negative_prompt_embeds", "negative_prompt_embeds_mask",
     )  # fmt: skip
     encoding = {**TransformerBase.encoding, "max_sequence_length": TOKENS}
-    apart = True
-    multiple = 16
 
     @property
     def latent_scale(self) -> int:
         return int(2 ** len(self.vae.config.temperal_downsample))
-
-    @property
-    def resolution(self) -> int:
-        """That of the pipeline: no file says it."""
-        return 128 * self.latent_scale
 
     def coded(self, pixels: Tensor) -> Any:
         return self.vae.encode(pixels.unsqueeze(2))
@@ -71,8 +64,4 @@ def check_common(source: str, parts: Parts) -> None:
             f"`{source}`: the autoencoder has {vae.z_dim} channels, `latents_mean` "
             f"{len(vae.latents_mean)} numbers and `latents_std` {len(vae.latents_std)}."
         )
-    if taken != vae.z_dim * PATCH**2:
-        raise ValueError(
-            f"`{source}`: the transformer takes {taken} channels, the patches of its autoencoder "
-            f"have {vae.z_dim * PATCH**2}: they are not of the same model."
-        )
+    check_patches(source, taken, vae.z_dim)

@@ -4,7 +4,32 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from dreamtune.models.transformer import TransformerBase
+
 PATCH = 2  # latents a side
+
+
+class PatchedBase(TransformerBase):
+    """A family whose network is told patches, and whose pipeline encodes negative prompts apart."""
+
+    apart = True
+    multiple = 16
+
+    @property
+    def resolution(self) -> int:
+        """That of the pipelines: no file says it."""
+        return 128 * self.latent_scale
+
+
+def check_patches(source: str, taken: int, channels: int) -> None:
+    """Raises ValueError where the transformer takes other patches than those of the autoencoder's
+    channels.
+    """
+    if taken != channels * PATCH**2:
+        raise ValueError(
+            f"`{source}`: the transformer takes {taken} channels, the patches of its autoencoder "
+            f"have {channels * PATCH**2}: they are not of the same model."
+        )
 
 
 def packed(x: Tensor) -> Tensor:

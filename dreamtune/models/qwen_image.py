@@ -21,6 +21,7 @@ from dreamtune.models.masked import (
 )
 from dreamtune.models.patches import PATCH, packed, unpacked
 from dreamtune.models.prefixes import TRANSFORMER, Prefixes
+from dreamtune.models.transformer import check_told
 
 OF_OTHERS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 
@@ -110,8 +111,4 @@ def check_parts(source: str, parts: Parts) -> None:
             "it is not one that makes pictures of noise alone."
         )
     width = parts["text_encoder"].config.get_text_config().hidden_size
-    if config.joint_attention_dim != width:
-        raise ValueError(
-            f"`{source}`: the transformer is told {config.joint_attention_dim} numbers a token, "
-            f"its text encoder gives {width}: they are not of the same model."
-        )
+    check_told(source, config.joint_attention_dim, width)

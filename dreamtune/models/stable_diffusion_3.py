@@ -14,7 +14,7 @@ from dreamtune.models.conditioning import Conditioning
 from dreamtune.models.latent import AUTOENCODERS
 from dreamtune.models.prefixes import TRANSFORMER, Prefixes
 from dreamtune.models.text import CLIP_TOKENIZERS
-from dreamtune.models.transformer import TransformerBase
+from dreamtune.models.transformer import TransformerBase, check_told
 
 CLIP = (("transformers", "CLIPTextModelWithProjection"),)
 T5_TOKENS = 256  # of a prompt, as the pipeline's call has it
@@ -125,11 +125,8 @@ def check_parts(source: str, parts: Parts) -> None:
         )
     first, second, third = (parts[name] for name in StableDiffusion3.encoder_names)
     pooled = first.config.projection_dim + second.config.projection_dim
-    if config.pooled_projection_dim != pooled:
-        raise ValueError(
-            f"`{source}`: the transformer is told {config.pooled_projection_dim} numbers of pooled "
-            f"text, its text encoders give {pooled}: they are not of the same model."
-        )
+    told = config.pooled_projection_dim
+    check_told(source, told, pooled, "of pooled text", "its text encoders give")
     width, clip = config.joint_attention_dim, first.config.hidden_size + second.config.hidden_size
     t5 = third.config.d_model if third is not None else width
     if t5 != width or clip > width:

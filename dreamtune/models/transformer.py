@@ -15,6 +15,17 @@ from dreamtune.models.latent import LatentBase
 from dreamtune.models.rules import TRANSFORMER
 
 
+def check_told(
+    source: str, told: int, given: int, of: str = "a token", by: str = "its text encoder gives"
+) -> None:
+    """Raises ValueError where the transformer is told other numbers than there are."""
+    if told != given:
+        raise ValueError(
+            f"`{source}`: the transformer is told {told} numbers {of}, {by} {given}: they are not "
+            "of the same model."
+        )
+
+
 class TransformerBase(LatentBase):
     """A family whose transformer is trained by flow matching.
 

@@ -13,7 +13,7 @@ from dreamtune.models.conditioning import Arguments, Conditioning
 from dreamtune.models.latent import AUTOENCODERS
 from dreamtune.models.prefixes import TRANSFORMER, Prefixes
 from dreamtune.models.text import unseen_in_chat
-from dreamtune.models.transformer import TransformerBase
+from dreamtune.models.transformer import TransformerBase, check_told
 
 PATCH = 2  # latents a side
 TOKENS = 512  # of a prompt, as the pipeline's call has it
@@ -132,8 +132,4 @@ def check_parts(source: str, parts: Parts) -> None:
             f"{list(config.all_patch_size)}."
         )
     width = parts["text_encoder"].config.hidden_size
-    if config.cap_feat_dim != width:
-        raise ValueError(
-            f"`{source}`: the transformer is told {config.cap_feat_dim} numbers a token, its text "
-            f"encoder gives {width}: they are not of the same model."
-        )
+    check_told(source, config.cap_feat_dim, width)

@@ -109,7 +109,7 @@ def make_call(case: str, unet: Any, batch: int, args: argparse.Namespace) -> Cal
         _, step = make_step(
             unet, method, 1, batch, fused=fused, compiled=kind == "compiled", **options
         )
-        plain = kind == "eager" or args.device == "cpu" or uncaptured(args.unet)
+        plain = kind == "eager" or args.device == "cpu"
         run: Any = step if plain else CapturedStep(step)
         counter = iter(range(10**9))
         return lambda: run(next(counter), 1.0)
@@ -129,11 +129,6 @@ def make_call(case: str, unet: Any, batch: int, args: argparse.Namespace) -> Cal
 
 def dtype_on(device: str) -> torch.dtype:
     return torch.bfloat16 if device.startswith("cuda") else torch.float32
-
-
-def uncaptured(name: str) -> str:
-    """Why its family's steps are not captured; "" where they are."""
-    return FLOWS[name].family.uncaptured if name in FLOWS else ""
 
 
 def make_unet(args: argparse.Namespace) -> Any:
@@ -192,9 +187,6 @@ def rows_of(args: argparse.Namespace, error: Callable[[str], Any]) -> list[str]:
     if not args.device.startswith("cuda"):  # nothing is captured, or fused
         kinds = ("eager", "frozen", "peft", "lycoris", "dense", "diffusers")
         cases = [c for c in cases if c.split("-")[0] in kinds and c != "frozen-captured"]
-    elif why := uncaptured(args.unet):
-        print(f"No step is captured ({why}): `ours` runs as `eager`, without `frozen-captured`.")
-        cases = [c for c in cases if c != "frozen-captured"]
     return cases
 
 
@@ -270,8 +262,7 @@ def main(argv: list[str] | None = None) -> int:
         print_kinds(args.kinds)
     if args.keep:
         keep(args.keep, args.unet, args.device, measured)
-    floors = {"ours": "frozen" if uncaptured(args.unet) else "frozen-captured"}
-    print_ratios(times, {**floors, "eager": "frozen", "compiled": ""})
+    print_ratios(times, {"ours": "frozen-captured", "eager": "frozen", "compiled": ""})
     return 0
 
 

@@ -112,6 +112,25 @@ class Repeated(CapturedForward):
         return replay, (leaves, spec)
 
 
+def test_memory_is_renewed_once_graphs_are_gone_and_not_before() -> None:
+    """What a step was recorded into before the first pictures stays that of both."""
+    adapter, step = make("delora", [0])
+    step(0, 1.0)
+    forward = Repeated(adapter)
+    of_step = forward.pool.handle
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    given = x, torch.tensor(3.0), torch.randn(2, 5, 24, dtype=torch.float64)
+    for _ in range(2):
+        with torch.no_grad(), forward.installed():
+            for _ in range(2):
+                adapter.model(*given, return_dict=False)
+        assert forward.pool.handle == of_step and forward.recorded == 1
+    moved = next(adapter.model.parameters())
+    moved.data = moved.data.clone()
+    with torch.no_grad(), forward.installed():
+        assert forward.pool.handle != of_step and not forward.graphs
+
+
 @pytest.mark.parametrize("kind", [Repeated, pytest.param(CapturedForward, marks=pytest.mark.gpu)])
 def test_a_forward_that_is_told_more_is_replayed(kind: type[CapturedForward]) -> None:
     """XL's, with a dictionary of tensors: one graph a shape, whatever is in them."""
