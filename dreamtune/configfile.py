@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -67,7 +68,7 @@ def signatures() -> dict[str, Signature]:
     Parsed, not imported: importing a method costs a second of torch, which `--help` must not take.
     What this process has registered by itself is asked directly.
     """
-    found = packaged()
+    found = dict(packaged())
     for name, point in entry_points().items():
         if name in found:
             raise wrong(point, "dreamtune has a method of that name")
@@ -77,8 +78,9 @@ def signatures() -> dict[str, Signature]:
     return found if adapters is None else found | adapters.registered_signatures()
 
 
+@functools.cache
 def packaged() -> dict[str, Signature]:
-    """The methods of the package, from adapters/*.py."""
+    """The methods of the package, from adapters/*.py; read once a process."""
     files = map(Source, sorted((Path(__file__).parent / "adapters").glob("*.py")))
     named = [(name_of(node), node, file) for file in files for node in file.classes.values()]
     return {name: file.signature(node) for name, node, file in named if name is not None}

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -147,6 +148,7 @@ def do_task(
     if done.is_file() and not json.loads(done.read_text())["failed"]:  # what failed is tried again
         return f"{name_of(task)}: was done"
     method, seed, part = task
+    began = time.perf_counter()
     folder, protocol = work / "photos" / f"{part:02}", find_protocol(plan.protocol)
     config = config_of(work, plan, task)
     failed = {} if method == BASE else trained(config)
@@ -155,7 +157,8 @@ def do_task(
     done.parent.mkdir(exist_ok=True)
     with whole(done) as partial:
         partial.write_text(json.dumps({"failed": failed, "sampling": how}))
-    return f"{name_of(task)}: {count} images made" + (f", {len(failed)} failed" if failed else "")
+    said = f"{name_of(task)}: {count} images made" + (f", {len(failed)} failed" if failed else "")
+    return f"{said}, {time.perf_counter() - began:.1f} s"
 
 
 def forget_failures(work: Path, tasks: Sequence[tuple[str, int, int]]) -> None:
