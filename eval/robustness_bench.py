@@ -17,6 +17,7 @@ from torch import Tensor
 from dreamtune.config import Config
 from dreamtune.config import Settings as Resolved
 from dreamtune.data.photos import hold_out, read_folder
+from dreamtune.data.words import validation_prompts
 from dreamtune.evaluation.prompts import unrelated
 from dreamtune.evaluation.validation import Evaluator
 from dreamtune.injection.inject import InjectedAdapter
@@ -24,7 +25,6 @@ from dreamtune.metrics import Features, Scorers, TextExtractor
 from dreamtune.metrics.scorers import References
 from dreamtune.training.cache import Cache, Pools, build_cache
 from dreamtune.training.defaults import resolve, sampling_of, subject_of, with_subject
-from dreamtune.training.run import validation_prompts
 from dreamtune.training.speed import choose_speed, speed_up
 from dreamtune.training.train import base_of
 from dreamtune.training.wave import release

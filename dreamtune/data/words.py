@@ -294,3 +294,13 @@ def leading(place: re.Match[str], article: str) -> str:
     if was[0].isupper():
         now = now.upper() if was.isupper() and len(was) > 1 else now.capitalize()
     return now + place["gap"]
+
+
+def validation_prompts(
+    words: SubjectWords, templates: Sequence[str], images: int
+) -> tuple[list[str], list[str]]:
+    """The prompts, one an image with `images` of each template; and what a scorer is asked, to whom
+    an identifier means nothing.
+    """
+    prompts = [words.prompt(template) for template in templates for _ in range(images)]
+    return prompts, [words.plain(prompt) for prompt in prompts]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from PIL import Image
 
 from dreamtune.fields import Seed, checker, validated
 from dreamtune.files.find import adapter_file, base_of_run, run_settings
@@ -75,10 +77,15 @@ def generate(
             guidance_scale=guidance_scale,
             guidance_rescale=settings.get("guidance_rescale", usual.guidance_rescale),
         )
+    return saved(images, output_dir)
+
+
+def saved(images: Iterable[Image.Image], folder: Path) -> list[Path]:
+    """Numbered PNG files, beside those that are there."""
     paths: list[Path] = []
     number = 0
     for image in images:
-        while (path := output_dir / f"{number:04d}.png").exists():
+        while (path := folder / f"{number:04d}.png").exists():
             number += 1
         with whole(path) as partial:
             image.save(partial, "PNG")

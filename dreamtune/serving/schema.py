@@ -52,16 +52,7 @@ class Picture(BaseModel):
 
 def settled(request: Request, settings: Settings, engine: Backend) -> tuple[Row, Shape]:
     """With the server's own for what is not given. Raises Refused for what it does not have."""
-    for name in ("prompt", "negative_prompt"):
-        length = len(getattr(request, name))
-        if length > settings.max_prompt:
-            raise Refused(
-                422,
-                f"`{name}` is too long.",
-                got=f"{length} characters",
-                allowed=f"{settings.max_prompt} characters",
-                way_out="Say it in fewer words.",
-            )
+    check_lengths(request, settings)
     steps = settings.num_inference_steps if request.steps is None else request.steps
     if steps > settings.max_steps:
         raise Refused(
@@ -83,14 +74,38 @@ def settled(request: Request, settings: Settings, engine: Backend) -> tuple[Row,
     scale = request.guidance_scale
     if scale is None:
         scale = usual_guidance(settings, engine)
-    if request.negative_prompt and not engine.takes_negatives:
+    if request.negative_prompt:
+        check_negative(request, scale, engine)
+    check_adapters(request, engine)
+    seed = secrets.randbelow(DRAWN_SEEDS) if request.seed is None else request.seed
+    row = Row(request.prompt, request.negative_prompt, request.adapter, seed)
+    negated = bool(row.negative_prompt) or engine.empty_is_none
+    return row, Shape(size, steps, float(scale), negated)
+
+
+def check_lengths(request: Request, settings: Settings) -> None:
+    for name in ("prompt", "negative_prompt"):
+        length = len(getattr(request, name))
+        if length > settings.max_prompt:
+            raise Refused(
+                422,
+                f"`{name}` is too long.",
+                got=f"{length} characters",
+                allowed=f"{settings.max_prompt} characters",
+                way_out="Say it in fewer words.",
+            )
+
+
+def check_negative(request: Request, scale: float, engine: Backend) -> None:
+    """Raises Refused for a negative prompt that would do nothing."""
+    if not engine.takes_negatives:
         raise Refused(
             422,
             "There is no `negative_prompt` for this base, which is told its guidance as a number.",
             got=request.negative_prompt[:100],
             way_out="Leave `negative_prompt` out.",
         )
-    if request.negative_prompt and scale <= 1:
+    if scale <= 1:
         raise Refused(
             422,
             "`negative_prompt` acts by guidance alone, and there is none.",
@@ -98,6 +113,10 @@ def settled(request: Request, settings: Settings, engine: Backend) -> tuple[Row,
             allowed="a `guidance_scale` above 1",
             way_out="Raise `guidance_scale`, or leave `negative_prompt` out.",
         )
+
+
+def check_adapters(request: Request, engine: Backend) -> None:
+    """Raises Refused for adapters that are not there, or too many."""
     if isinstance(request.adapter, Mapping):
         if len(request.adapter) > MIXED:
             raise Refused(
@@ -113,10 +132,6 @@ def settled(request: Request, settings: Settings, engine: Backend) -> tuple[Row,
     for name in names:
         if name not in engine.adapters:
             raise unknown(name, engine)
-    seed = secrets.randbelow(DRAWN_SEEDS) if request.seed is None else request.seed
-    row = Row(request.prompt, request.negative_prompt, request.adapter, seed)
-    negated = bool(row.negative_prompt) or engine.empty_is_none
-    return row, Shape(size, steps, float(scale), negated)
 
 
 def usual_guidance(settings: Settings, engine: Backend) -> float:

@@ -80,16 +80,15 @@ def make_router(jobs: Jobs) -> APIRouter:
     Who may ask, and from which page, is looked at before.
     """
     router = APIRouter()
+    add_uploads(router, jobs)
+    add_jobs(router, jobs)
+    return router
+
+
+def add_uploads(router: APIRouter, jobs: Jobs) -> None:
+    """The routes that take photos."""
     limits = jobs.limits
     reading = asyncio.Semaphore(READING)
-
-    def known(id: str) -> str:
-        try:
-            return jobs.get(id).id
-        except KeyError:
-            raise Refused(
-                404, f"there is no job {shown(id)}: GET /jobs lists those that are there."
-            ) from None
 
     @router.post("/train", status_code=202)
     @explained
@@ -120,6 +119,10 @@ def make_router(jobs: Jobs) -> APIRouter:
             found["words"] = words
         return JSONResponse(found)
 
+
+def add_jobs(router: APIRouter, jobs: Jobs) -> None:
+    """The routes that tell of jobs, and end them."""
+
     @router.get("/jobs")
     async def list_jobs() -> Response:
         found = await run_in_threadpool(jobs.list)
@@ -128,7 +131,7 @@ def make_router(jobs: Jobs) -> APIRouter:
     @router.get("/jobs/{id}")
     @explained
     async def one_job(id: str) -> Response:
-        known(id)
+        known(jobs, id)
         events = await run_in_threadpool(jobs.events, id)
         samples = [event["step"] for event in events if event["kind"] == "sample"]
         last = next((event for event in reversed(events) if event["kind"] == "progress"), None)
@@ -139,11 +142,8 @@ def make_router(jobs: Jobs) -> APIRouter:
     @explained
     async def job_events(id: str, request: Request) -> Response:
         """Server-sent events, those after the `Last-Event-ID` of the header or `?after=`."""
-        known(id)
-        last = request.headers.get("last-event-id") or request.query_params.get("after") or "0"
-        if not (last.isascii() and last.isdecimal() and len(last) < 10):
-            raise Refused(422, f"the number of the last event must be digits, got {shown(last)}.")
-        after = int(last)
+        known(jobs, id)
+        after = last_event(request)
         over = jobs.get(id).over
         if over and not await run_in_threadpool(jobs.events, id, after):
             return Response(status_code=204)  # to a browser: do not ask again
@@ -156,7 +156,7 @@ def make_router(jobs: Jobs) -> APIRouter:
     @explained
     async def sample(id: str, step: str) -> Response:
         """The sheet of pictures of a scoring, a PNG."""
-        known(id)
+        known(jobs, id)
         number = int(step) if step.isascii() and step.isdecimal() and len(step) < 10 else -1
         path = await run_in_threadpool(jobs.sample, id, number)
         if path is None:
@@ -168,11 +168,28 @@ def make_router(jobs: Jobs) -> APIRouter:
     @router.delete("/jobs/{id}", status_code=202)
     @explained
     async def cancel(id: str) -> Response:
-        known(id)
+        known(jobs, id)
         job = await run_in_threadpool(jobs.cancel, id)
         return JSONResponse(job.public(), 202)
 
-    return router
+
+def known(jobs: Jobs, id: str) -> None:
+    """Raises Refused for a job that is not there."""
+    try:
+        jobs.get(id)
+    except KeyError:
+        raise Refused(
+            404, f"there is no job {shown(id)}: GET /jobs lists those that are there."
+        ) from None
+
+
+def last_event(request: Request) -> int:
+    """The number of the last event that is known there, 0 for none. Raises Refused for what is
+    none."""
+    last = request.headers.get("last-event-id") or request.query_params.get("after") or "0"
+    if not (last.isascii() and last.isdecimal() and len(last) < 10):
+        raise Refused(422, f"the number of the last event must be digits, got {shown(last)}.")
+    return int(last)
 
 
 def needed(fields: dict[str, str], name: str) -> str:

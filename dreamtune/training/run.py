@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dreamtune.config import STACKED, Config, Settings
+from dreamtune.config import Config, Settings
 from dreamtune.configfile import absolute, continued
 from dreamtune.data.photos import KEPT_SIDE, changed, hold_out, read_folder, statement
-from dreamtune.data.words import SubjectWords
+from dreamtune.data.words import validation_prompts
 from dreamtune.evaluation.overfit import overfitting
 from dreamtune.evaluation.selection import Choice, choose_best, stale
 from dreamtune.evaluation.validation import Evaluator, load_scorers
@@ -34,6 +34,7 @@ from dreamtune.training.defaults import (
 )
 from dreamtune.training.lock import FolderLock
 from dreamtune.training.output import say
+from dreamtune.training.reporting import report_of
 from dreamtune.training.resume import find_checkpoint, resumed_folder
 from dreamtune.training.run_folder import TrainResult as TrainResult
 from dreamtune.training.slots import Slot
@@ -325,7 +326,7 @@ class Run:
         finally:
             shutil.rmtree(final, ignore_errors=True)
         if self.evaluator.scorers is not None:
-            self.write_report()
+            say(report_of(self))
         best = self.dir / run_folder.BEST
         lora = best / run_folder.LORA if self.has_lora(slot) else None
         say(f"{self.choice.reason}\nBest: {lora or best / run_folder.ADAPTER}")
@@ -341,49 +342,8 @@ class Run:
             self.choice.reason,
         )
 
-    def write_report(self) -> None:
-        from dreamtune.evaluation.report import write_report
-
-        c, steps = self.config, [r["step"] for r in self.history]
-        grids = {s: g for s in steps if (g := self.evaluator.saved(s)) is not None}
-        if lost := [step for step in (0, self.best_step) if step not in grids]:
-            place = self.evaluator.folder
-            return say(f"No report: the images of step {lost[0]} in {place} are gone or damaged.")
-        guidance = self.base.guidance_options(c.guidance_scale)
-        options: dict[str, Any] = {"num_inference_steps": c.num_inference_steps, **guidance}
-        if c.guidance_rescale:
-            options["guidance_rescale"] = c.guidance_rescale
-        hidden = ("output_dir", "name", "resume_from_checkpoint", "validation_prompt", *STACKED)
-        path = write_report(
-            self.dir,
-            title=self.subject.name,
-            photos=self.images,
-            prompts=self.evaluator.prompts,
-            base_images=grids[0],
-            adapted_images=grids[self.best_step],
-            history=self.history,
-            choice=self.choice,
-            settings={k: v for k, v in absolute(c).to_dict().items() if k not in hidden},
-            base=self.base.id,
-            example_prompt=self.evaluator.prompts[0],
-            sample_settings=options,
-            progress=[(s, g[0]) for s, g in grids.items()],
-            protocol=self.evaluator.scorers.protocol,
-        )
-        say(f"Report: {path}")
-
     def close(self) -> None:
         """Lets the folder go. May be called twice."""
         self.tracker.close()
         if self.lock is not None:
             self.lock.release()
-
-
-def validation_prompts(
-    words: SubjectWords, templates: Sequence[str], images: int
-) -> tuple[list[str], list[str]]:
-    """The prompts, one an image with `images` of each template; and what a scorer is asked, to whom
-    an identifier means nothing.
-    """
-    prompts = [words.prompt(template) for template in templates for _ in range(images)]
-    return prompts, [words.plain(prompt) for prompt in prompts]

@@ -13,9 +13,8 @@ from dreamtune import embedded
 from dreamtune.config import Config
 from dreamtune.data.english import article_of
 from dreamtune.data.photos import read_folder
-from dreamtune.data.words import fill, read_words, without_identifier
+from dreamtune.data.words import fill, read_words, validation_prompts, without_identifier
 from dreamtune.training.defaults import PROMPTS, subject_of
-from dreamtune.training.run import validation_prompts
 from dreamtune.training.sweep import words as own_settings
 
 TEMPLATES = [*embedded.prompts(), *PROMPTS]

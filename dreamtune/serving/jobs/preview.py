@@ -10,6 +10,7 @@ from typing import Any
 
 from dreamtune.config import EMBEDDED, Config
 from dreamtune.data.views import square
+from dreamtune.data.words import validation_prompts
 from dreamtune.serving.jobs.asked import (
     Files,
     Limits,
@@ -19,7 +20,6 @@ from dreamtune.serving.jobs.asked import (
     subject_words,
 )
 from dreamtune.training.defaults import templates_of
-from dreamtune.training.run import validation_prompts
 
 SIDE = 192  # pixels of a crop that is shown
 
