@@ -108,7 +108,7 @@ def test_analyse(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     found = json.loads((run / "analysis.json").read_text())
     assert [entry["step"] for entry in found["files"]] == [1, 2]
-    assert "step 2: weights moved by" in said and "of its bound used" in said
+    assert "step 2, the best: weights moved by" in said and "of its bound used" in said
     page = (run / "report.html").read_text()
     assert page.count("What happened to the weights") == 1 and page.count("Relative weight") >= 2
     assert main(["analyse", str(run / "nothing")]) == 1

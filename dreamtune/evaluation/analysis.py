@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from dreamtune.evaluation.curves import curve
 from dreamtune.files.export import network_of_run
-from dreamtune.files.find import adapter_file, run_of
+from dreamtune.files.find import BEST, adapter_file, run_of
 from dreamtune.files.fingerprint import check_base, fingerprint
 from dreamtune.files.formats import read_adapter
 from dreamtune.files.layers import adapter_of_layer, weights_of
 from dreamtune.files.names import block_of
+from dreamtune.files.tensors import read_keys
 from dreamtune.files.whole import check_writable, whole
 from dreamtune.injection.adapter_file import AdapterFile
 from dreamtune.models.load import load_network
@@ -94,27 +95,28 @@ def analyse(
     output: str | Path | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Of an adapter's file, or of all checkpoints of a run's folder.
+    """Of an adapter's file, or of a run's folder: all checkpoints and the best, which is the one
+    that loading and exporting take.
 
     Args:
         base: what `dreamtune.export` takes; of a run its own by default.
         output: where the JSON goes; by default analysis.json of the run, else it is only returned.
-            The report of a run gains its plots.
+            The report of a run gains its plots, and a table of the best.
         tell: called with a line for each file that is done.
 
-    Returns: `method`, `files`: for each `name`, `step` (None outside a run), `layers`, `blocks`
-    and `mean` of `analyse_file`'s values.
+    Returns: `method`, `files`: for each `name`, `step` (None outside a run), `best` (whether it is
+    the run's best), `layers`, `blocks` and `mean` of `analyse_file`'s values.
 
     Raises ValueError: no adapter there, no base or another one, a file that cannot be written.
     """
     folder = Path(source)
     run = folder if folder.is_dir() and run_of(folder / "x") == folder.resolve() else None
-    files = files_of_run(run) if run else [(None, adapter_file(source))]
+    files = files_of_run(run) if run else [(None, False, adapter_file(source))]
     target = Path(output) if output is not None else run / FILE if run else None
     if target is not None:
         check_writable(target.parent)
     entries, method, network = [], "", None
-    for step, path in files:
+    for step, best, path in files:
         if network is None:
             network = (
                 load_network(base)
@@ -130,7 +132,7 @@ def analyse(
         blocks: dict[str, dict[str, Any]] = {}
         for name in dict.fromkeys(block_of(layer) for layer in layers):
             blocks[name] = means({k: v for k, v in layers.items() if block_of(k) == name})
-        entry = {"name": path.name, "step": step, "mean": means(layers)}
+        entry = {"name": path.name, "step": step, "best": best, "mean": means(layers)}
         entries.append({**entry, "blocks": blocks, "layers": layers})
         tell(line(entry))
     result = {"method": method, "files": entries}
@@ -142,19 +144,26 @@ def analyse(
     return result
 
 
-def files_of_run(run: Path) -> list[tuple[int | None, Path]]:
-    """(step, adapter) of each checkpoint by step, or of best/ where there are none."""
-    found = []
+def files_of_run(run: Path) -> list[tuple[int | None, bool, Path]]:
+    """(step, whether it is the best, adapter) of each checkpoint and of best/, by step: a best that
+    has a checkpoint too is in both, and stands once."""
+    found: dict[int, tuple[bool, Path]] = {}
     for folder in run.glob("checkpoint-*"):
         number = folder.name.rpartition("-")[2]
         if number.isdigit():
-            found.append((int(number), adapter_file(folder)))
-    return [*sorted(found)] or [(None, adapter_file(run))]
+            found[int(number)] = False, adapter_file(folder)
+    if (run / BEST).is_dir():
+        best = adapter_file(run / BEST)
+        step = read_keys(best).about.get("metadata", {}).get("step")
+        if isinstance(step, int):
+            found[step] = True, best
+    return [(step, *found[step]) for step in sorted(found)] or [(None, False, adapter_file(run))]
 
 
 def line(entry: Mapping[str, Any]) -> str:
     mean = entry["mean"]
     where = entry["name"] if entry["step"] is None else f"step {entry['step']}"
+    where += ", the best" if entry["best"] and entry["step"] is not None else ""
     share = "" if mean["share"] is None else f", {mean['share']:.0%} of its bound used"
     return (
         f"{where}: weights moved by {mean['distance']:.2%} of their size, hyperspherical energy "
@@ -163,22 +172,25 @@ def line(entry: Mapping[str, Any]) -> str:
 
 
 def plots(entries: Sequence[Mapping[str, Any]]) -> str:
-    """A section of the report: each kind over the steps, and a table of the last one by block."""
-    last = entries[-1]
+    """A section of the report: each kind over the steps, and a table by block of the best, or of
+    the last where there is none."""
+    place = next((i for i, entry in enumerate(entries) if entry["best"]), len(entries) - 1)
+    shown = entries[place]
     rows = "".join(
         f'<tr><th scope="row"><code>{name}</code></th>'
         + "".join(f"<td>{'–' if v[k] is None else f'{v[k]:.4f}'}</td>" for k in KINDS)
         + "</tr>"
-        for name, v in last["blocks"].items()
+        for name, v in shown["blocks"].items()
     )
     charts = ""
     if len(entries) > 1:
         steps = [entry["step"] for entry in entries]
         for kind, title in KINDS.items():
             values = [entry["mean"][kind] for entry in entries]
-            charts += curve(title, steps, values, len(steps) - 1, number_format=".4f")
+            charts += curve(title, steps, values, place, number_format=".4f")
     heads = "".join(f'<th scope="col">{title}</th>' for title in KINDS.values())
-    when = "" if last["step"] is None else f" at step {last['step']}"
+    when = "" if shown["step"] is None else f" at step {shown['step']}"
+    when += ", the best" if shown["best"] and when else ""
     return (
         '<section aria-labelledby="analysis"><h2 id="analysis">What happened to the weights</h2>'
         f'<div class="charts">{charts}</div><div class="scroll"><table><thead><tr>'

@@ -9,9 +9,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from dreamtune.config import EMBEDDED
 from dreamtune.configfile import read_run
+from dreamtune.fields import UnreadableFile
 from dreamtune.files.formats import formats, is_adapter
 from dreamtune.files.hub import EXAMPLE, Repository, Where, name_of_folder, parents
+from dreamtune.files.tensors import read_keys
 
 CONFIG, STATE, BEST = "config.yaml", "run_state.json", "best"
 SETTINGS = ("adapter_config.json", STATE)  # that are read beside an adapter
@@ -169,11 +172,28 @@ def name_of(file: Path) -> str:
 
 
 def base_of_run(file: Path) -> str:
-    """The base of the run that a file lies in. Raises ValueError outside a run."""
+    """The base of the run that a file lies in; outside a run the package's, if the file says that
+    it is of that. Raises ValueError for another, with what the file says: that may be anyone's, and
+    nothing is downloaded for it unasked.
+    """
     base = run_settings(file).get("pretrained_model_name_or_path")
-    if base is None:
-        raise ValueError(
-            f"`{file}` does not lie in the folder of a run: name its base with "
-            "--pretrained_model_name_or_path."
-        )
-    return str(base)
+    if base is not None:
+        return str(base)
+    said = stated_base(file)
+    if said == EMBEDDED:
+        return EMBEDDED
+    hint = f" (the file says `{said}`)" if said else ""
+    raise ValueError(
+        f"`{file}` does not lie in the folder of a run: name its base{hint} with "
+        "--pretrained_model_name_or_path."
+    )
+
+
+def stated_base(file: Path) -> str:
+    """What the header of a file of ours says of its base; "" where it says nothing."""
+    try:
+        metadata = read_keys(file).about.get("metadata")
+    except UnreadableFile:
+        return ""
+    base = metadata.get("base") if isinstance(metadata, dict) else None
+    return base if isinstance(base, str) else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,28 @@ def test_a_lora_is_measured_too(tmp_path: Path):
     mine, theirs = (analyse(f, base=tiny_unet())["files"][0] for f in (native, lora))
     assert mine["mean"]["share"] == pytest.approx(1) and theirs["mean"]["share"] is None
     assert theirs["mean"]["distance"] == pytest.approx(mine["mean"]["distance"], rel=1e-4)
+
+
+def test_of_a_run_the_best_is_what_is_told(tmp_path: Path):
+    """Its checkpoint may be gone: `checkpoints_total_limit` keeps the last ones."""
+    (tmp_path / "config.yaml").write_text("{}")
+    (tmp_path / "report.html").write_text("<main>x<footer>y</footer></main>")
+    adapter = dreamtune.inject(tiny_unet(), "delora", rank=2)
+    for step in (15, 30, 45):
+        disturb(adapter, size=step / 100)
+        if step > 15:
+            adapter.save(tmp_path / f"checkpoint-{step}" / "adapter.safetensors")
+        if step in (15, 30):
+            adapter.save(tmp_path / "best" / "adapter.safetensors", metadata={"step": step})
+            told: list[str] = []
+            found = analyse(tmp_path, base=tiny_unet(), tell=told.append)["files"]
+            assert [(f["step"], f["best"]) for f in found][-1] == (step, True)
+    found = analyse(tmp_path, base=tiny_unet(), tell=told.append)["files"]
+    assert [(f["step"], f["best"]) for f in found] == [(30, True), (45, False)]
+    assert told[-2].startswith("step 30, the best: ") and told[-1].startswith("step 45: ")
+    page = (tmp_path / "report.html").read_text()
+    (table,) = re.findall(r"<th scope=\"col\">(Block[^<]*)</th>", page)
+    assert table == "Block at step 30, the best"
 
 
 def test_the_section_of_a_report_is_replaced(tmp_path: Path):

@@ -116,5 +116,19 @@ def test_settings_and_base_of_a_run(run_dir: Path, tmp_path: Path, tiny_pipeline
     for place in ("adapter.safetensors", "best/adapter.safetensors", "checkpoint-6/best/x"):
         assert base_of_run(run_dir / place) == str(tiny_pipeline_dir)
     assert run_settings(tmp_path / "x.safetensors") == {}
-    with pytest.raises(ValueError, match="does not lie in the folder of a run: name its base"):
+    with pytest.raises(ValueError, match="does not lie in the folder of a run: name its base w"):
         base_of_run(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("said", ["embedded", "ann/other-base"])
+def test_the_base_that_a_file_says(tmp_path: Path, said: str) -> None:
+    """The package's is taken; nothing is downloaded because a file says so."""
+    adapter = dreamtune.inject(tiny_unet(), "lora", rank=1)
+    native = adapter.save(tmp_path / "a.safetensors", metadata={"base": said})
+    lora = dreamtune.export(adapter, tmp_path, metadata={"base": said})
+    for file in (native, lora):
+        if said == "embedded":
+            assert base_of_run(file) == "embedded"
+        else:
+            with pytest.raises(ValueError, match=f"base .the file says `{said}`. with --pretr"):
+                base_of_run(file)

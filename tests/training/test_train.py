@@ -305,7 +305,7 @@ def test_resume_refusals(settings: dict[str, Any], photo_dir: Path, tmp_path: Pa
 
 
 def test_kill_leaves_the_previous_checkpoint_whole(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The write of the second checkpoint dies half way: the first is whole, and is resumed from."""
     original, calls = run_folder.write_tensors, []
@@ -318,12 +318,12 @@ def test_kill_leaves_the_previous_checkpoint_whole(
             os._exit(9)
         original(path, *rest)
 
-    child = os.fork()
-    if not child:
+    def work() -> None:
         monkeypatch.setattr(run_folder, "write_tensors", dying)
         train(Config(**settings, checkpointing_steps=2))
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+    log = tmp_path / "log.txt"
+    assert ended(start(work, log)) == 9, log.read_text()
     run_dir = Path(settings["output_dir"])
     assert [p.name for p in run_folder.checkpoints(run_dir)] == ["checkpoint-2"]
     result = train(Config(resume_from_checkpoint="latest", output_dir=str(run_dir)))
