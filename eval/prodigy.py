@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +27,10 @@ sys.path[:0] = [str(ROOT / "eval"), str(ROOT)]
 from robustness_bench import Bench  # noqa: E402
 from robustness_plan import FEW, Run, Settings, subjects_of  # noqa: E402
 from robustness_plan import PARTS as ALL_PARTS  # noqa: E402
+from robustness_stats import mean_of, own_prompt  # noqa: E402
 from robustness_wave import Stack, scored  # noqa: E402
 
+from dreamtune.evaluation.statistics import Estimate  # noqa: E402
 from dreamtune.training.optim import SlotAdamW  # noqa: E402
 
 VARIANTS = ("lora", "delora")
@@ -94,8 +95,8 @@ def lines_of(bench: Bench, run: Run) -> list[dict[str, Any]]:
 
 
 def table(lines: Sequence[dict[str, Any]], against: Path | None) -> str:
-    """Means over the subjects at each scored step, and of AdamW at the method's own rate where a
-    file of `robustness.py` has it at that step.
+    """Means over the subjects, with their 95% intervals, at each scored step; and of AdamW at the
+    method's own rate where a file of `robustness.py` has it at that step.
     """
     rows = [(x["variant"], "Prodigy", x) for x in lines]
     if against is not None:
@@ -113,15 +114,21 @@ def table(lines: Sequence[dict[str, Any]], against: Path | None) -> str:
         if not sound:
             text.append(f"| {' | '.join(map(str, key))} | diverged | | | {len(own)} |")
             continue
-        dino = statistics.mean(x["dino"] for x in sound)
-        margin = statistics.mean(x["clip_t"] - x["clip_t_shuffled"] for x in sound)
+        dino = in_words(mean_of(sound, lambda x: x["dino"]))
+        margin = in_words(mean_of(sound, own_prompt))
         rates = [x["d"] for x in sound if "d" in x]
         rate = f"{min(rates):.1e} to {max(rates):.1e}" if rates else ""
         text.append(
-            f"| {' | '.join(map(str, key))} | {dino:.3f} | {margin:.3f} | {rate} | {len(sound)} of "
+            f"| {' | '.join(map(str, key))} | {dino} | {margin} | {rate} | {len(sound)} of "
             f"{len(own)} |"
         )
     return "\n".join(text)
+
+
+def in_words(e: Estimate | None) -> str:
+    if e is None or e.low is None or e.high is None:
+        return "" if e is None else f"{e.mean:.3f}"
+    return f"{e.mean:.3f} ({e.low:.3f} to {e.high:.3f})"
 
 
 def main() -> int:

@@ -110,6 +110,26 @@ def norms(results: Results) -> str:
     )
 
 
+STARTS = (("delora", "delora_peft"), ("delora_15", "delora_peft_15"))
+
+
+def starts(results: Results) -> str:
+    """The residual start minus PEFT's at equal lambda and rate, on the development subjects."""
+    lines = []
+    for ours, theirs in STARTS:
+        rows = results.of("lambda")
+        own = by([r for r in rows if r["variant"] == ours], "multiplier")
+        for m, here in own.items():
+            other = [r for r in rows if r["variant"] == theirs and r["multiplier"] == m]
+            found = [difference(results, here, other, key) for key in SCORES]
+            if any(found):
+                label = f"{title(results, ours)}, {multiplier(m)} x, minus {title(results, theirs)}"
+                lines.append([label, *(number(e, "+.3f") for e in found)])
+    if not lines:
+        return text("Not answered yet: no start of PEFT's is here.")
+    return table(["", *(f"{name_of(k)} (95%)" for k in SCORES)], lines)
+
+
 Section = Callable[[Results], str]
 QUESTIONS: tuple[tuple[str, Section], ...] = (
     ("How much do seeds spread?", seeds),
@@ -119,4 +139,5 @@ QUESTIONS: tuple[tuple[str, Section], ...] = (
         lambda results: versus(results, "delora", ("dora", "lora", "delora_peft", "delora_fixed")),
     ),
     ("What happens as norms go to 0?", norms),
+    ("Is the start why PEFT's image benchmark has DeLoRA last?", starts),
 )

@@ -23,7 +23,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "eval"), str(ROOT)]
 
-from robustness_confirm import confirmed  # noqa: E402
+from robustness_confirm import chosen, confirmed  # noqa: E402
 from robustness_figures import Line, Plot, plot, write_files  # noqa: E402
 from robustness_plan import PARTS  # noqa: E402
 from robustness_questions import QUESTIONS  # noqa: E402
@@ -42,7 +42,16 @@ from robustness_sections import (  # noqa: E402
     times,
     widths,
 )
-from robustness_stats import MAIN_SCORE, Results, Row, by, mean, minutes, read  # noqa: E402
+from robustness_stats import (  # noqa: E402
+    MAIN_SCORE,
+    PROMPT_KEPT,
+    Results,
+    Row,
+    by,
+    mean,
+    minutes,
+    read,
+)
 
 from dreamtune.evaluation.inline import img, write_main  # noqa: E402
 
@@ -53,8 +62,16 @@ STYLE = """
 .pictures img { width: 72px; height: 72px; margin: auto; }
 h3 { font-size: 1rem; margin: 1.6rem 0 .2rem; }
 """
-ALONG = (MAIN_SCORE, "clip_t_margin", "dino_drift", "dino_nearest", "distance", "share")
-BEYOND = ("clip_t_margin", "dino_held_out", "dino_drift", "dino_nearest", "distance")
+ALONG = (
+    MAIN_SCORE,
+    PROMPT_KEPT,
+    "clip_t_margin",
+    "dino_drift",
+    "dino_nearest",
+    "distance",
+    "share",
+)
+BEYOND = (PROMPT_KEPT, "clip_t_margin", "dino_held_out", "dino_drift", "dino_nearest", "distance")
 
 
 def rate_plot(results: Results, name: str, rows: Sequence[Row], key: str) -> Plot | None:
@@ -89,8 +106,8 @@ def base_of(results: Results, rows: Sequence[Row], key: str) -> float | None:
     """The base's mean over the subjects of the rows."""
     names = {row["subject"] for row in rows}
     base = [{**b, "seed": 0, "diverged": None} for s, b in results.base.items() if s in names]
-    if key in ("clip_t_margin", "distance", "dino_drift"):
-        return 0.0
+    if key in ("clip_t_margin", "distance", "dino_drift", PROMPT_KEPT):
+        return float(key == PROMPT_KEPT)
     found = mean(results, base, key) if base else None
     return None if found is None else found.mean
 
@@ -133,7 +150,7 @@ def time_section(results: Results) -> tuple[str, list[Plot | None]]:
     if not rows:
         return "", []
     own = [row for row in rows if row["multiplier"] == 1.0]
-    plots = [step_plot(results, "time", own, key) for key in (MAIN_SCORE, "clip_t_margin")]
+    plots = [step_plot(results, "time", own, key) for key in (MAIN_SCORE, PROMPT_KEPT)]
     head = f"{counted(rows)}, development subjects; the charts are of each one's own rate."
     parts = text(head), figures(plots), times(results, rows), text(TIMES)
     return section("time", "Time to quality", *parts), plots
@@ -206,7 +223,8 @@ def facts(results: Results) -> str:
         "how", "How it was made",
         text("Base: the embedded one; its numbers compare with nothing outside it. Means count "
              "each subject the same; 95% intervals by bootstrap over subjects, widened for how "
-             f"few they are. Scores: {', '.join(scored)}."),
+             f"few they are. Scores: {', '.join(scored)}. {name_of(PROMPT_KEPT)}: CLIP-T with the "
+             "own prompt minus with the others', over the same of the base."),
         f"<pre><code>{escape(json.dumps({**told, 'minutes of waves': spent}, indent=1))}</code>"
         "</pre>",
     )  # fmt: skip
@@ -240,6 +258,7 @@ def build(results: Results, out: Path) -> list[Path]:
         [
             head,
             *htmls[:3],
+            chosen(results),
             confirmed(results),
             questions(results),
             shown,

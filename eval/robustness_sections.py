@@ -10,6 +10,7 @@ from robustness_stats import (
     KEPT,
     MAIN_SCORE,
     NO_PICTURE,
+    PROMPT_KEPT,
     Results,
     Row,
     Sweep,
@@ -28,9 +29,13 @@ from dreamtune.evaluation.statistics import Estimate
 from dreamtune.metrics import METRICS
 
 NONE = "–"
-SCORES = (MAIN_SCORE, "dino_held_out", "clip_i", "clip_t_margin", "dino_nearest", "dino_drift")
+SCORES = (
+    MAIN_SCORE, "dino_held_out", "clip_i", PROMPT_KEPT, "clip_t_margin", "dino_nearest",
+    "dino_drift",
+)  # fmt: skip
 NAMES = {
     "clip_t_margin": "CLIP-T over the base's",
+    PROMPT_KEPT: "Prompt kept",
     "distance": "Relative weight distance",
     "share": "Share of the bound used",
     "strength": "Largest |lambda| over its start",

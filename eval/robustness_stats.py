@@ -25,7 +25,7 @@ from dreamtune.evaluation.statistics import (
 )
 
 KEPT = 0.95  # of the best: what a rate must keep, and what counts as quality reached
-MAIN_SCORE = "dino"
+MAIN_SCORE, PROMPT_KEPT = "dino", "prompt_kept"
 NO_PICTURE = 0.0  # the main score of a run that diverged: it gives no picture
 
 Row = Mapping[str, Any]
@@ -70,15 +70,24 @@ def read(path: Path) -> Results:
 
 
 def score(results: Results, row: Row, key: str) -> float | None:
-    """Of one row; `clip_t_margin` is over the base's. The main score of a run that diverged is
-    NO_PICTURE, others it has none."""
+    """Of one row; `clip_t_margin` is over the base's, `prompt_kept` a share of the base's. The main
+    score of a run that diverged is NO_PICTURE, others it has none."""
     if key == "clip_t_margin":
         own, base = row.get("clip_t"), results.base.get(row["subject"], {}).get("clip_t")
         return None if own is None or base is None else own - base
+    if key == PROMPT_KEPT:
+        mine, theirs = own_prompt(row), own_prompt(results.base.get(row["subject"], {}))
+        return None if mine is None or not theirs else mine / theirs
     if row["diverged"] and key == MAIN_SCORE:
         return NO_PICTURE
     value: float | None = row.get(key)
     return value
+
+
+def own_prompt(row: Row) -> float | None:
+    """CLIP-T with the own prompt minus with the others'."""
+    own, others = row.get("clip_t"), row.get("clip_t_shuffled")
+    return None if own is None or others is None else own - others
 
 
 def mean(results: Results, rows: Sequence[Row], key: str) -> Estimate | None:

@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,6 +26,8 @@ sys.path.append(str(Path(__file__).parents[1] / "eval"))
 import robustness  # noqa: E402
 import robustness_bench  # noqa: E402
 import robustness_choice  # noqa: E402
+import robustness_confirm  # noqa: E402
+import robustness_questions  # noqa: E402
 import robustness_report  # noqa: E402
 import robustness_wave  # noqa: E402
 from robustness_costs import MARGIN, UNSEEN, Costs, Wave, fitted, plan_text, waves_of  # noqa: E402
@@ -53,6 +56,8 @@ from robustness_stats import (  # noqa: E402
     difference,
     ends,
     mean,
+    read,
+    score,
     seed_spread,
     sweep,
     width,
@@ -496,3 +501,51 @@ def test_what_is_chosen_of_a_grid() -> None:
     assert robustness_choice.chosen(grid, 1.0) == (30, 1.0)
     assert robustness_choice.chosen(grid | {2.0: {10: (0.805, 1.0)}}, 1.0) == (30, 1.0)
     assert robustness_choice.chosen(grid | {2.0: {10: (0.82, 1.0)}}, 1.0) == (10, 2.0)
+
+
+def test_prompt_kept_is_a_share_of_the_bases_margin() -> None:
+    base = {"fox": {"clip_t": 0.9, "clip_t_shuffled": 0.4}, "cup": {"clip_t": 0.9}}
+    row = {"subject": "fox", "diverged": None, "clip_t": 0.8, "clip_t_shuffled": 0.35}
+    results = Results({}, [row], base, {})
+    assert score(results, row, "prompt_kept") == pytest.approx(0.45 / 0.5)
+    assert score(results, row | {"subject": "cup"}, "prompt_kept") is None
+    assert score(results, row | {"clip_t_shuffled": None}, "prompt_kept") is None
+    assert robustness_report.base_of(results, [row], "prompt_kept") == 1.0
+
+
+def cells(html: str, row: str) -> list[str]:
+    """Of the rows of a page's tables that begin so, without what is small."""
+    (found,) = re.findall(rf'<tr><th scope="row">{re.escape(row)}</th>(.*?)</tr>', html)
+    return re.findall(r"<td>([^<]*)", found)
+
+
+def test_what_was_chosen_and_confirmed_stands_on_the_page() -> None:
+    """The recorded runs, as the page tells of them."""
+    results = read(Path(__file__).parents[1] / "eval/results/2026-11-29-robustness/results.json")
+    page = robustness_confirm.chosen(results)
+    for name in robustness_choice.METHODS:
+        steps, rate = EMBEDDED[VARIANTS[name].method]
+        assert cells(page, VARIANTS[name].title)[:2] == [f"{steps}", f"{rate:.3g}"]
+    rows = [r for r in results.of("confirm", last=False) if r["step"] == 45]
+    ours, theirs = (
+        {r["subject"]: r["dino"] for r in rows if r["variant"] == name}
+        for name in ("delora", "lora")
+    )
+    gain = sum(ours[s] - theirs[s] for s in ours) / len(ours)
+    assert len(ours) == 25
+    found = cells(robustness_confirm.against(results, rows), "minus LoRA")
+    assert found[0].strip() == f"{gain:+.3f}"
+
+
+def test_the_starts_are_compared_at_equal_rate_and_strength() -> None:
+    results = read(Path(__file__).parents[1] / "eval/results/2026-11-29-robustness/results.json")
+    rows = [r for r in results.of("lambda") if r["multiplier"] == 4.0]
+    ours, theirs = (
+        [r["dino"] for r in sorted(rows, key=lambda r: r["subject"]) if r["variant"] == name]
+        for name in ("delora_15", "delora_peft_15")
+    )
+    gain = sum(a - b for a, b in zip(ours, theirs, strict=True)) / 5
+    title = "DeLoRA, lambda 15, 4 x, minus DeLoRA, PEFT&#x27;s start, lambda 15"
+    page = robustness_questions.starts(results)
+    assert cells(page, title)[0].strip() == f"{gain:+.3f}"
+    assert page.count("<tr>") == 1 + 6
