@@ -11,6 +11,7 @@ from urllib.parse import quote
 from benchmark_parts import BASE, Plan
 
 from dreamtune.evaluation.compare import Comparison, title_of
+from dreamtune.evaluation.compare import counted as clusters
 from dreamtune.evaluation.inline import write_main
 from dreamtune.evaluation.results import Results
 from dreamtune.evaluation.scatter import Cloud, cloud, scatter
@@ -21,9 +22,12 @@ from dreamtune.metrics import METRICS
 # What the plot shows where a protocol has it; else its first score of that kind.
 FIRST = {"subject": "dino", "prompt": "clip_t"}
 NOTE = (
-    "Behind each mean its 95% interval, a bootstrap over subjects that is widened for how few they "
-    "are, and of how many images it is. The intervals of two methods may overlap and the methods "
-    "still differ: the comparisons below are paired. Photos: among themselves."
+    "Behind each mean its 95% interval, a bootstrap over {} that is widened for how few they are, "
+    "and how many images it is of. Photos: among themselves."
+)
+PAIRED = (
+    " The intervals of two methods may overlap and the methods still differ: the comparisons below "
+    "are paired."
 )
 STYLE = """
 a { color: var(--accent); }
@@ -115,11 +119,13 @@ def table(results: Mapping[str, Results], together: Results) -> str:
         cells.append("–" if level is None else number(key, level))
         head = f'<th scope="row">{escape(title_of(key))}</th>'
         rows += f"<tr>{head}{''.join(f'<td>{text}</td>' for text in cells)}</tr>"
+    most = max((e for m in results for e in scores[m].values()), key=lambda e: e.clusters)
+    note = NOTE.format(clusters(most.clusters, most.unit)) + PAIRED * (len(results) > 1)
     return section(
         "scores",
         "Scores",
         f'<div class="scroll"><table class="scores"><thead><tr>{heads}</tr></thead>'
-        f'<tbody>{rows}</tbody></table></div><p class="soft">{escape(NOTE)}</p>',
+        f'<tbody>{rows}</tbody></table></div><p class="soft">{escape(note)}</p>',
     )
 
 
@@ -151,12 +157,13 @@ def plots(results: Mapping[str, Results], together: Results) -> str:
     titles = METRICS[x_key].title, METRICS[y_key].title
     anchors = [] if base is None else [replace(base, subjects=())]
     level = level_of(y_key, together)
-    charts = scatter([*methods, *anchors], *titles, level, "photos among themselves")
+    charts, closer = scatter([*methods, *anchors], *titles, level, "photos among themselves"), ""
     if len(methods) > 1 and (anchors or level is not None):
         charts += scatter(methods, *titles)
+        closer = " The second: the methods alone."
     inner = (
         f'<div class="charts">{charts}</div><p class="soft">Up and to the right is better. '
-        f"Ellipses: 95% of the mean. {escape(front(methods))}</p>"
+        f"Ellipses: 95% of the mean.{closer} {escape(front(methods))}</p>"
     )
     return section("plot", "Likeness and obedience", inner)
 

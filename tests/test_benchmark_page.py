@@ -64,6 +64,7 @@ def test_every_number_and_name_is_on_the_page(methods: dict[str, Results], tmp_p
             assert e is not None and e.low is not None and e.high is not None
             cell = f"{e.mean:.3f}<small>{e.low:.3f} to {e.high:.3f}</small><small>n = 12</small>"
             assert page.count(f"<td>{cell}</td>") == 1, (key, cell)
+    assert "a bootstrap over 3 subjects that is" in page
     assert page.count("<td>0.739</td>") == 1  # the photos: the mean of three subjects
     for line in pair.comparison.text("lora", EVIL).split("\n"):
         assert line in unescape(page)
@@ -89,7 +90,7 @@ def test_the_plot_has_a_point_and_an_ellipse_of_each_and_the_photos(
     for chart, count, level in ((anchored, 3, 1), (alone, 2, 0)):
         assert chart.count('class="mean ') == chart.count('class="ellipse ') == count
         assert chart.count('class="reference"') == level
-    assert "photos among themselves" in anchored
+    assert "photos among themselves" in anchored and "The second: the methods alone." in page
     assert "no other method is better in both than: lora." in page
 
 
@@ -102,6 +103,9 @@ def test_whom_a_failure_leaves_without_a_base(methods: dict[str, Results], tmp_p
         base=[r for r in lora.base if r.subject == "dog"],
         levels={"dino_photos": {"dog": 0.70}},
     )
+    alone = write_benchmark(tmp_path, plan_of("lora"), {"lora": part}, [], []).read_text()
+    assert "a bootstrap over 2 prompts of one subject that is" in alone
+    assert "comparisons" not in alone and "The second" not in alone
     known = {"lora": part, EVIL: methods[EVIL]}
     page = write_benchmark(tmp_path, plan_of(*known), known, [], []).read_text()
     e = mean_of(lora.base, "dino", "images")
@@ -132,3 +136,10 @@ def test_a_benchmark_none_of_whose_methods_could_be_trained(tmp_path: Path) -> N
     failed = [("dora", "dog", "why")]
     page = write_benchmark(tmp_path, plan_of("dora"), {}, [], failed).read_text()
     assert "dora: dog: why" in page and "0 images scored" in page and "<table" not in page
+
+
+def test_without_a_base_and_photos(methods: dict[str, Results], tmp_path: Path) -> None:
+    bare = {"lora": replace(methods["lora"], base=[], levels={})}
+    page = write_benchmark(tmp_path, plan_of("lora"), bare, [], []).read_text()
+    assert page.count('<figure class="chart">') == page.count('class="mean ') == 1
+    assert "Base" not in page and page.count("<td>–</td>") == 2
