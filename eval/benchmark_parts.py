@@ -10,6 +10,7 @@ go on anywhere that sees the folder.
     WORK/images/<method>/<subject>/<prompt>/      and of the base in images/base
     WORK/done/                                    a file for each part that is finished
     WORK/results/<method>/                        results.json, report.html
+    WORK/results/report.html                      all methods on one page; comparisons.txt
     WORK/scored/                                  what each method's results are of
 """
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from benchmark_page import Pair, write_benchmark
 from benchmark_parts import (
     BASE,
     IDENTIFIER,
@@ -131,25 +133,27 @@ def write_scores(
 
 
 def finish(work: Path, plan: Plan, tell: Callable[[str], None] = print) -> dict[str, Results]:
-    """The results of the methods that could be sampled, all scored, and how they compare."""
+    """The results of the methods that could be sampled, all scored, how they compare, and the page
+    of all."""
     results = {
         method: read_results(work / "results" / method)
         for method in plan.methods
         if sampling_of(work, plan, method)
     }
-    write_comparisons(work / "results" / "comparisons.txt", results, tell)
+    pairs = write_comparisons(work / "results" / "comparisons.txt", results, tell)
+    failed = [(m, *pair) for m in plan.methods for pair in failures(work, plan, m)]
+    tell(str(write_benchmark(work / "results", plan, results, pairs, failed)))
     return results
 
 
-def write_comparisons(path: Path, results: dict[str, Results], tell: Callable[[str], None]) -> None:
+def write_comparisons(
+    path: Path, results: dict[str, Results], tell: Callable[[str], None]
+) -> list[Pair]:
     """Of each pair of methods, in sentences."""
-    names: Sequence[str] = list(results)
-    texts = [
-        compare(results[a], results[b]).text(a, b)
-        for i, a in enumerate(names)
-        for b in names[i + 1 :]
-    ]
+    pairs = [Pair(a, b, compare(results[a], results[b])) for a, b in combinations(results, 2)]
+    texts = [pair.comparison.text(pair.a, pair.b) for pair in pairs]
     with whole(path) as partial:
         partial.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
     for text in texts:
         tell(text)
+    return pairs

@@ -11,7 +11,8 @@ of the embedded base, 25 prompts x 4 images; its numbers compare with nothing el
 here is one of `dreamtune train`.
 
 The subjects of a part train stacked. Run again it goes on: what is done is not done again, what is
-half done is finished. Several processes share the parts:
+half done is finished. DIR/results/report.html has all methods, and links each one's own page.
+Several processes share the parts:
 
     accelerate launch --multi_gpu --num_processes 2 eval/dreambench.py ...   # each its own GPU
     python eval/dreambench.py --ray local:2 ...             # N workers; or auto, or an address

@@ -290,6 +290,7 @@ def test_ray_is_asked_for_by_name(
         dreambench.main(asked)
 
 
+@pytest.mark.cluster
 def test_a_killed_worker_s_subjects_are_done_again(
     flags: list[str], alone: Path, tmp_path: Path
 ) -> None:

@@ -210,4 +210,5 @@ def put(
         fontweight="bold" if value else "normal",
         gid=f"{MARK}halo",
         annotation_clip=False,
+        zorder=5,  # above all marks
     )

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 SIZE = 420, 310
 CHI2 = 5.991  # 95% of chi-squared with two degrees of freedom
 CORNERS = 48  # of an ellipse that is drawn
+NAME = 80, 16  # what a name takes of the chart, in pixels
 
 Point = tuple[float, float]
 
@@ -128,16 +129,32 @@ def scatter(
         if level is not None:
             axes.axhline(level, color=SOFT, linewidth=1, dashes=(5, 4), gid=f"{MARK}reference")
             put(axes, level_name, (0, level), (0, 4), "right", right_edge=True)
+        heights = apart(clouds, axes.get_xlim(), axes.get_ylim())
         for number, one in reversed([*enumerate(clouds)]):
-            draw(axes, one, first=not number)
+            draw(axes, one, heights[number], first=not number)
 
     said = "; ".join(f"{c.name} at {c.mean[0]:.3f}, {c.mean[1]:.3f}" for c in clouds)
     title = f"{y_title} against {x_title}"
     return chart(title, f"{title}: {said}", SIZE, paint)
 
 
-def draw(axes: Axes, cloud: Cloud, first: bool) -> None:
-    """Its ellipse, its subjects where there are several, its mean with its name."""
+def apart(clouds: Sequence[Cloud], x: Point, y: Point) -> list[float]:
+    """Where each name stands, on the axis of y: at its mean, or below the names that it would cover
+    there. x, y: (low, high) of the axes."""
+    width, line = (NAME[i] / SIZE[i] * (high - low) for i, (low, high) in enumerate((x, y)))
+    heights = [one.mean[1] for one in clouds]
+    done: list[int] = []
+    for number in sorted(range(len(clouds)), key=lambda n: -heights[n]):
+        near = [n for n in done if abs(clouds[n].mean[0] - clouds[number].mean[0]) < width]
+        for other in sorted(near, key=lambda n: -heights[n]):
+            if abs(heights[other] - heights[number]) < line:
+                heights[number] = heights[other] - line
+        done.append(number)
+    return heights
+
+
+def draw(axes: Axes, cloud: Cloud, height: float, first: bool) -> None:
+    """Its ellipse, its subjects where there are several, its mean, and its name at that height."""
     colour, kind = (ACCENT, "first") if first else (SOFT, "second")
     if cloud.outline:
         corners = [*cloud.outline, cloud.outline[0]]
@@ -153,4 +170,5 @@ def draw(axes: Axes, cloud: Cloud, first: bool) -> None:
     axes.plot(*([value] for value in cloud.mean), **dots, gid=f"{MARK}mean {kind}")
     low, high = axes.get_xlim()
     right = cloud.mean[0] < low + 0.6 * (high - low)
-    put(axes, cloud.name, cloud.mean, (9 if right else -9, 6), "left" if right else "right")
+    at = cloud.mean[0], height
+    put(axes, cloud.name, at, (9 if right else -9, 6), "left" if right else "right")

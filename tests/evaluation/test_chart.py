@@ -20,7 +20,7 @@ import dreamtune
 from dreamtune.evaluation.chart import limited, limits
 from dreamtune.evaluation.curves import curve
 from dreamtune.evaluation.results import Row, mean_of
-from dreamtune.evaluation.scatter import cloud, scatter
+from dreamtune.evaluation.scatter import Cloud, apart, cloud, scatter
 from dreamtune.evaluation.sweep_curves import Point, swept_curve
 
 EVIL = '<script>alert("x")</script> $x_1$ & \\frac {'
@@ -189,6 +189,18 @@ def test_a_cloud_is_where_the_table_s_means_are(averaging: str) -> None:
         assert found.mean[0] == pytest.approx(naive, abs=1e-12)
     means = {s: np.mean([r.scores["dino"] for r in rows() if r.subject == s]) for s in "abc"}
     assert [y for _, y in found.subjects] == pytest.approx([*means.values()])
+
+
+def test_names_do_not_cover_each_other() -> None:
+    """Those of means that are near in x stand a line apart, the highest at its own mean."""
+    means = [(0.5, 0.50), (0.5, 0.52), (0.5, 0.51), (0.9, 0.51), (0.5, 0.1)]
+    clouds = [Cloud(str(i), mean, [], []) for i, mean in enumerate(means)]
+    line = 16 / 310
+    found = apart(clouds, (0.0, 1.0), (0.0, 1.0))
+    assert found == pytest.approx([0.52 - 2 * line, 0.52, 0.52 - line, 0.51, 0.1])
+    drawn = parsed(scatter(clouds, "x", "y"))
+    places = sorted(float(t.get("y", "")) for t in drawn.iter("text") if t.text in ("0", "1", "2"))
+    assert len(places) == 3 and min(np.diff(places)) > 10
 
 
 def test_an_ellipse_is_as_wide_as_the_two_intervals() -> None:
