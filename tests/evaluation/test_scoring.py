@@ -116,6 +116,28 @@ def test_the_interval_of_a_share_is_a_share(results):
     assert 0 <= found.low <= found.mean <= found.high <= 1
 
 
+def test_a_subject_under_another_name_in_the_gallery_is_itself(folders, scorers, tmp_path):
+    """Else it would find the same photos there, a tie, which is no find."""
+    images = shutil.copytree(folders[1], tmp_path / "images")
+    shutil.copy(folders[0] / "dog" / "reference" / "0.png", images / "dog" / PROMPTS[0] / "0.png")
+    task = task_of((folders[0], images, folders[2]))
+    dog = replace(task.photos["dog"], name="rex")
+    others = {name: own for name, own in task.photos.items() if name != "dog"}
+    first, again, one = (
+        score_images(replace(task, gallery=gallery), scorers, EVERY)
+        for gallery in (None, {**others, "rex": dog}, {**others, "rex": replace(dog, photos=[])})
+    )
+    found = {row.key: row.scores.get("dino_retrieval") for row in first.images}
+    assert 1.0 in [share for key, share in found.items() if key[0] == "dog"]
+    for result, count in ((again, "7 photos"), (one, "2 photos")):
+        assert {r.key: r.scores.get("dino_retrieval") for r in result.images} == found
+        assert [text for text in result.warnings if text.startswith("Gallery")] == [
+            f"Gallery: `rex` has {count} of `dog`, so it is taken for the same subject: `dog` is "
+            "not looked for among its photos."
+        ]
+    assert not any(text.startswith("Gallery") for text in first.warnings)
+
+
 def test_masks_paint_what_they_say():
     image, cover = picture(1), mask(0)
     inside = np.asarray(painted(image, cover, (1.0, 0.0, 0.0), subject=False))
