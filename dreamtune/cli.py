@@ -223,8 +223,8 @@ def cache(argv: Sequence[str]) -> int:
     parser.epilog = (
         "`dreamtune score` keeps the features of pictures (no picture, no name) by what their "
         "files hold, so that a second scoring encodes nothing. DREAMTUNE_CACHE names another "
-        "folder, or is off; DREAMTUNE_CACHE_MB is the cap, above which what was not used for "
-        "longest goes."
+        "folder, or is off; DREAMTUNE_CACHE_MB is the cap in MiB, above which what was not used "
+        "for longest goes."
     )
     a = parser.parse_args(argv)
     from dreamtune.metrics import feature_cache
@@ -234,10 +234,10 @@ def cache(argv: Sequence[str]) -> int:
         say(f"There is no cache: {feature_cache.PLACE} is {feature_cache.OFF}.")
         return 0
     if a.clear:
-        say(f"Removed {feature_cache.trim(folder, 0) / 1e6:.1f} MB from {folder}")
+        say(f"Removed {feature_cache.trim(folder, 0) / 2**20:.1f} MiB from {folder}")
     held = feature_cache.all_files(folder)
-    size, most = sum(size for _, size, _ in held) / 1e6, feature_cache.limit() / 1e6
-    say(f"{folder}: {len(held)} files, {size:.1f} MB of at most {most:.0f}")
+    size, most = sum(size for _, size, _ in held) / 2**20, feature_cache.limit() >> 20
+    say(f"{folder}: {len(held)} files, {size:.1f} MiB of at most {most}")
     return 0
 
 

@@ -27,7 +27,7 @@ from typing import Any
 from dreamtune import embedded
 from dreamtune.config import Config
 from dreamtune.data.photos import is_picture_name
-from dreamtune.evaluation.layout import Found, Photos, read_photos
+from dreamtune.evaluation.layout import Found, Photos, read_photos, without
 from dreamtune.evaluation.prompts import templates, unrelated
 from dreamtune.evaluation.protocol_file import find_protocol
 from dreamtune.evaluation.protocols import Protocol
@@ -225,7 +225,8 @@ def sampled(
         for subject, photos in known.items():
             assert photos.words is not None
             on_embedded, noun = sampler.base.embedded, photos.words.class_noun
-            own = templates(protocol.prompts, noun, on_embedded)
+            captions = without(photos, config.holdout).captions
+            own = templates(protocol.prompts, noun, on_embedded, captions)
             others = unrelated(protocol.unrelated, noun, on_embedded)
             prompts = named_prompts(photos.words, own, others)
             folder = work / "images" / method / subject

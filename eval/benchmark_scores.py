@@ -21,6 +21,7 @@ from benchmark_parts import (
     plain_json,
 )
 
+from dreamtune import embedded
 from dreamtune.evaluation.compare import compare
 from dreamtune.evaluation.layout import Photos, read_images, read_photos, without
 from dreamtune.evaluation.protocol_file import find_protocol
@@ -46,6 +47,7 @@ def scored_by(work: Path, plan: Plan, method: str, weights: dict[str, str]) -> d
     return {
         "seeds": plan.seeds,
         "weights": weights,
+        **({"gallery": "embedded"} if embedded_base(plan) else {}),
         "protocol": plain_json(find_protocol(plan.protocol).statement()),
         "done": {name: mark.stat().st_mtime_ns for name, mark in marks.items()},
     }
@@ -107,6 +109,12 @@ def failures(work: Path, plan: Plan, method: str) -> list[tuple[str, str]]:
     return [pair for d in done_of(work, plan, method) for pair in d["failed"].items()]
 
 
+def gallery_of(plan: Plan) -> dict[str, Photos] | None:
+    """All subjects of the embedded base, as `dreamtune score` has them for its runs, so that both
+    compare; None, the benchmark's own subjects, on another base."""
+    return read_photos(embedded.SUBJECTS, IDENTIFIER)[0] if embedded_base(plan) else None
+
+
 def write_scores(
     work: Path,
     plan: Plan,
@@ -125,7 +133,7 @@ def write_scores(
     scorers = load_scorers(protocol, weights, embedded_base(plan))
     images = of_seeds(read_images(work / "images" / method), seeds)
     base = of_seeds(read_images(work / "images" / BASE), seeds)
-    job = Task(images, photos, about, base=base, identifier=IDENTIFIER, sampling=how)
+    job = Task(images, photos, about, gallery_of(plan), base, identifier=IDENTIFIER, sampling=how)
     results, folder = score_images(job, scorers, protocol), work / "results" / method
     folder.mkdir(parents=True, exist_ok=True)
     write_results(results, folder)

@@ -15,9 +15,13 @@ from typing import Any
 
 import pytest
 import yaml
+from galleries import write_images
 
+from dreamtune import embedded
+from dreamtune.evaluation.layout import Found, read_photos
 from dreamtune.evaluation.protocol_file import find_protocol
 from dreamtune.evaluation.results import read_results
+from dreamtune.evaluation.scoring import Task, gallery_hash
 
 sys.path.append(str(Path(__file__).parents[1] / "eval"))
 
@@ -198,6 +202,34 @@ def test_a_mark_of_scores_is_of_one_plan(
     other = replace(find_protocol("dreamtune"), metrics=("dino",))
     monkeypatch.setattr(benchmark_scores, "find_protocol", lambda name: other)
     assert not benchmark_scores.is_scored(work, plan, "lora", {})
+
+
+def test_subjects_of_the_embedded_base_are_found_among_all_of_them(
+    tmp_path: Path, scorer_names: dict[str, str]
+) -> None:
+    """As `dreamtune score` finds those of its runs, so that the two compare; not among the
+    benchmark's own, which are one here."""
+    rule = {
+        "like": "dreamtune", "name": "found", "metrics": ["dino_retrieval"], "unrelated": [],
+        "encoders": {"dino": {"weights": scorer_names["dino"]}},
+    }  # fmt: skip
+    (tmp_path / "found.yaml").write_text(yaml.safe_dump(rule))
+    name = embedded.subjects("report")[0].id
+    plan = Plan(
+        "emojibench", {name: "x"}, [[name]], ["lora"], [0], str(tmp_path / "found.yaml"),
+        ["--pretrained_model_name_or_path", "embedded"],
+    )  # fmt: skip
+    benchmark_parts.prepare(tmp_path, plan, benchmark_parts.sources("emojibench", None))
+    for kind in ("lora", "base"):
+        write_images(tmp_path / "images" / kind, [name])
+    benchmark_scores.write_scores(tmp_path, plan, "lora", {}, {"name": "lora"}, {"steps": 2})
+    found = read_results(tmp_path / "results" / "lora")
+    assert found.scores()["dino_retrieval"].n == 4
+    every = read_photos(embedded.SUBJECTS)[0]
+    assert len(every) == 42
+    assert found.protocol["gallery"] == gallery_hash(Task(Found([], []), {}, {}, every))
+    other = ["--pretrained_model_name_or_path", "a/b"]
+    assert benchmark_scores.gallery_of(replace(plan, training=other)) is None
 
 
 def test_what_failed_is_forgotten_before_anyone_waits_for_it(marked: tuple[Path, Plan]) -> None:

@@ -10,6 +10,8 @@ from dreamtune.evaluation.results import Results, Row
 from dreamtune.evaluation.statistics import Estimate, estimate, weights
 from dreamtune.metrics import METRICS
 
+# What a benchmark of many subjects does not state of its sampling: each image says it.
+OF_IMAGES = ("prompts", "unrelated", "seeds")
 SHOWN = 8  # differences of protocols that a message lists
 
 
@@ -138,9 +140,11 @@ def title_of(key: str) -> str:
 def check_comparable(a: Results, b: Results) -> None:
     """Raises ValueError that lists what differs."""
     apart = differing(loose(a.protocol), loose(b.protocol))
-    sampled = (a.protocol.get("sampling"), b.protocol.get("sampling"))
-    if None not in sampled:
-        apart += differing(*sampled, "sampling")
+    first, second = (r.protocol.get("sampling") for r in (a, b))
+    if first is not None and second is not None:
+        unsaid = [name for name in OF_IMAGES if name not in first or name not in second]
+        how_a, how_b = ({k: v for k, v in s.items() if k not in unsaid} for s in (first, second))
+        apart += differing(how_a, how_b, "sampling")
     if apart:
         more = f", and {len(apart) - SHOWN} more" if len(apart) > SHOWN else ""
         raise ValueError(

@@ -56,6 +56,7 @@ OBJECT = (
     "a {} on top of a white rug",
     *_BOTH_LAST,
 )
+CAPTIONS = "captions"
 LIVE_CLASSES = ("cat", "dog")  # of DreamBooth's set; a protocol file names "live" for others
 
 # Ours: what should stay as it is when a subject is learned, of sorts that photos of it are not.
@@ -82,14 +83,37 @@ UNRELATED_EMBEDDED = (
 )
 
 
-def templates(named: str | Sequence[str], class_noun: str, on_embedded: bool) -> list[str]:
-    """The templates of a protocol's `prompts`."""
+def templates(
+    named: str | Sequence[str],
+    class_noun: str,
+    on_embedded: bool,
+    captions: Sequence[str | None] = (),
+) -> list[str]:
+    """The templates of a protocol's `prompts`. captions: of the subject's held-out photos, None for
+    one without. Raises ValueError where they are asked for and there are none."""
     if not isinstance(named, str):
         return list(named)
+    if named == CAPTIONS:
+        return prompts_of_captions(captions)
     if named == "embedded" or (named == "ours" and on_embedded):
         return embedded.prompts()
     live = named == "live" or (named != "object" and class_noun.lower() in LIVE_CLASSES)
     return list(LIVE if live else OBJECT)
+
+
+def prompts_of_captions(captions: Sequence[str | None]) -> list[str]:
+    """Each distinct one, as it stands: an image is found by it again."""
+    found = list(dict.fromkeys(caption for caption in captions if caption))
+    if not found:
+        raise ValueError(
+            "the protocol's prompts are the captions of the held-out photos, and none of the "
+            f"{len(captions)} held-out photos has one. Write each into a file beside the photo, "
+            "`reference/0.txt` of `reference/0.jpg`, with the subject's words as it was trained "
+            "(`a sks dog on a red chair`), or take a protocol with `prompts` of its own."
+        )
+    if odd := next((caption for caption in found if "{}" in caption), None):
+        raise ValueError(f"the caption `{odd}` has {{}} in it: write the subject's words.")
+    return found
 
 
 def unrelated(named: str | Sequence[str], class_noun: str, on_embedded: bool) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from dreamtune.configfile import parse_yaml
+from dreamtune.evaluation.prompts import CAPTIONS
 from dreamtune.evaluation.protocols import PROTOCOLS, Encoder, Protocol, TextScore
 from dreamtune.evaluation.statistics import Averaging
 from dreamtune.fields import (
@@ -69,7 +70,7 @@ KEYS = {
     "file": ("like", *Protocol.__dataclass_fields__),
     "encoder": tuple(Encoder.__dataclass_fields__),
 }
-PROMPT_LISTS = ("ours", "dreambooth", "live", "object", "embedded")
+PROMPT_LISTS = ("ours", "dreambooth", "live", "object", "embedded", CAPTIONS)
 
 
 def find_protocol(name: str | Path) -> Protocol:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dreamtune.evaluation.prompts import CAPTIONS
 from dreamtune.evaluation.statistics import Averaging
 from dreamtune.metrics.preprocess import Resizing
 
@@ -40,7 +41,8 @@ class Protocol:
         text_score: what a prompt metric reports of a cosine.
         identifier: whether the text encoder is asked with the rare word in the prompt.
         prompts: templates, or a list by name: "live", "object", "dreambooth" (which of the two, by
-            the class), "embedded", or "ours" (of the embedded base its own, else DreamBooth's).
+            the class), "embedded", "ours" (of the embedded base its own, else DreamBooth's), or
+            "captions" (those of the subject's held-out photos, as they stand).
         images_per_prompt: seeds first_seed, first_seed + 1, ... of each prompt.
         unrelated: prompts that do not name the subject, for drift: "ours", or a list; () for none.
         sampling: settings of `Sampling` that images are made with, instead of the run's or base's.
@@ -133,8 +135,8 @@ PROTOCOLS = {
         ),
         Protocol(
             "peft_image",
-            "PEFT's image benchmark: DINOv2-base, each image with the held-out photo whose caption "
-            "is its prompt, and drift of unrelated prompts",
+            "PEFT's image benchmark: DINOv2-base, images of the captions of the held-out photos, "
+            "each with the photo of its caption, and drift of unrelated prompts",
             ("dinov2_own_photo", "dinov2_drift"),
             {
                 "dinov2": Encoder(
@@ -143,6 +145,7 @@ PROTOCOLS = {
                 )
             },
             averaging="images",
+            prompts=CAPTIONS,
             images_per_prompt=3,
             unrelated="ours",
         ),

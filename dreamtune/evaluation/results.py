@@ -87,7 +87,8 @@ class Results:
     source: what was scored. protocol: all that the numbers depend on beside the pictures. inputs:
     hashes of the photos by subject. base: rows of the base's pictures, where they were there.
     levels: key -> subject -> a number of the photos themselves, such as `dino_photos`. coverage,
-    warnings: what was there and what was not. seconds: what took how long.
+    warnings: what was there and what was not; its `photos` are counts by subject, of photos and
+    held-out ones. seconds: what took how long.
     """
 
     source: Mapping[str, Any]
@@ -123,6 +124,25 @@ class Results:
         found = {key: mean_of(rows, key, self.averaging, replicates) for key in self.keys}
         return {key: value for key, value in found.items() if value is not None}
 
+    def level_scores(self, replicates: int = REPLICATES) -> dict[str, Estimate]:
+        """Of each of `levels` the mean over the subjects. n: their photos, or subjects where
+        `coverage` does not count those."""
+        found = {}
+        for key, values in self.levels.items():
+            subjects = list(values)
+            own = estimate(list(values.values()), subjects, subjects, replicates=replicates)
+            counts = [self.photo_count(subject) for subject in subjects]
+            n = own.n if None in counts else sum(count or 0 for count in counts)
+            metric = next((m for m in METRICS.values() if m.comparison_key == key), None)
+            own = within(own, metric.bounds if metric else None)
+            found[key] = replace(own, n=n, unit="subjects")
+        return found
+
+    def photo_count(self, subject: str) -> int | None:
+        """None where `coverage` does not say."""
+        counts = self.coverage.get("photos", {}).get(subject)
+        return int(counts[0]) if counts else None
+
 
 def mean_of(
     rows: Sequence[Row], key: str, averaging: Averaging, replicates: int = REPLICATES
@@ -136,6 +156,11 @@ def mean_of(
     metric = METRICS.get(key)
     tied, bounds = (metric.tied, metric.bounds) if metric else (False, None)
     found = estimate([value for _, value in known], subjects, prompts, w, replicates, tied)
+    return within(found, bounds)
+
+
+def within(found: Estimate, bounds: tuple[float, float] | None) -> Estimate:
+    """Without what of the interval is beyond the bounds."""
     if bounds is None or found.low is None or found.high is None:
         return found
     return replace(found, low=max(found.low, bounds[0]), high=min(found.high, bounds[1]))
@@ -145,6 +170,7 @@ def write_results(results: Results, folder: Path) -> None:
     """The three files, into a folder that is there."""
     scores = {key: asdict(value) for key, value in results.scores().items()}
     base = {key: asdict(value) for key, value in results.scores(results.base).items()}
+    levels = {key: asdict(value) for key, value in results.level_scores().items()}
     stated = {
         "format_version": FORMAT_VERSION,
         "dreamtune": __version__,
@@ -152,6 +178,7 @@ def write_results(results: Results, folder: Path) -> None:
         "protocol": results.protocol,
         "scores": scores,
         "base_scores": base,
+        "level_scores": levels,
         "coverage": results.coverage,
         "warnings": list(results.warnings),
         "inputs": results.inputs,
@@ -174,7 +201,8 @@ def write_results(results: Results, folder: Path) -> None:
 
 
 def per_subject(results: Results) -> tuple[list[str], list[list[Any]]]:
-    """(heads, lines): of each subject and score the mean, its interval over prompts, and n."""
+    """(heads, lines): of each subject and score the mean, its interval over prompts, and n; of a
+    level n alone, the photos, which are no sample of its prompts."""
     lines: list[list[Any]] = []
     for subject in results.subjects:
         rows = [row for row in results.images if row.subject == subject]
@@ -183,7 +211,16 @@ def per_subject(results: Results) -> tuple[list[str], list[list[Any]]]:
             [subject, key, e.mean, e.low, e.high, e.n, e.clusters, e.unit] for key, e in own.items()
         ]
         lines += [
-            [subject, key, values[subject], None, None, None, None, "photos"]
+            [
+                subject,
+                key,
+                values[subject],
+                None,
+                None,
+                results.photo_count(subject),
+                None,
+                "photos",
+            ]
             for key, values in results.levels.items()
             if subject in values
         ]

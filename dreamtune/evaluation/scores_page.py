@@ -24,9 +24,10 @@ SHEET = 25  # images of a subject that its sheet shows, one a prompt
 EXTREMES = 6
 COPIES = 12
 NOTE = (
-    "Behind each mean its 95% interval: a bootstrap over {}, widened for how few they are. Over "
-    "the base: differences of images of one prompt and seed. Photos: among themselves, the level "
-    "of a perfect generator; above it are copies."
+    "Behind each mean its 95% interval: a bootstrap over {}, widened for how few they are. n: "
+    "images; over the base, differences of two of one prompt and seed. Photos: among themselves, "
+    "the mean over the subjects and n photos, the level of a perfect generator; above it are "
+    "copies. One subject's have no interval."
 )
 
 Show = Callable[[Row], str]
@@ -36,7 +37,7 @@ def write_page(
     results: Results, folder: Path, pictures: Mapping[Any, Picture], photos: Mapping[str, Photos]
 ) -> Path:
     """report.html in the folder. pictures: by `Row.key`; photos: by subject."""
-    scores = results.scores()
+    scores, levels = results.scores(), results.level_scores()
     kinds = {kind: first_of(results, kind) for kind in ("subject", "prompt")}
 
     def show(row: Row) -> str:
@@ -52,11 +53,18 @@ def write_page(
         warnings=warnings(results.warnings),
         heads="".join(
             f'<th scope="col">{h}</th>'
-            for h in ("Score", "Mean (95%)", "Images", "Base", "Over the base (95%)", "Photos")
+            for h in (
+                "Score",
+                "Mean (95%)",
+                "Images",
+                "Base (95%)",
+                "Over the base (95%)",
+                "Photos (95%)",
+            )
         ),
-        rows="".join(row_of(key, value, results) for key, value in scores.items()),
+        rows="".join(row_of(key, value, results, levels) for key, value in scores.items()),
         note=escape(NOTE.format(counted(unit.clusters, unit.unit))),
-        plot=plot(results, kinds),
+        plot=plot(results, kinds, levels),
         heat="".join(heat(results, key, photos) for key in kinds.values() if key),
         extremes="".join(extremes(results, key, show) for key in kinds.values() if key),
         copies=copies(results, show),
@@ -101,20 +109,23 @@ def interval(key: str, e: Estimate, sign: str = "") -> str:
     return " to ".join(f"{x:{sign}.3f}" if sign else number(key, x) for x in (e.low, e.high))
 
 
+def noted(key: str, e: Estimate, sign: str = "") -> str:
+    return f"{interval(key, e, sign)}, n\u00a0=\u00a0{e.n}"
+
+
 def fact(key: str, e: Estimate, results: Results) -> str:
     main = "main" if METRICS[key].kind != "other" else ""
-    note = f"{interval(key, e)}, n\u00a0=\u00a0{e.n}"
     return (
         f'<div class="{main}"><dt>{escape(METRICS[key].title)}</dt>'
-        f"<dd>{number(key, e.mean)}<small>{escape(note)}</small></dd></div>"
+        f"<dd>{number(key, e.mean)}<small>{escape(noted(key, e))}</small></dd></div>"
     )
 
 
-def row_of(key: str, e: Estimate, results: Results) -> str:
+def row_of(key: str, e: Estimate, results: Results, levels: Mapping[str, Estimate]) -> str:
     base, over = "–", "–"
     theirs = {row.key: row for row in results.base if row.scores.get(key) is not None}
     if found := mean_of(results.base, key, results.averaging):
-        base = number(key, found.mean)
+        base = f"{number(key, found.mean)} <small>{escape(noted(key, found))}</small>"
     pairs = [
         (theirs[row.key], row)
         for row in results.images
@@ -122,28 +133,29 @@ def row_of(key: str, e: Estimate, results: Results) -> str:
     ]
     if pairs:
         d = difference_of(key, pairs, results).estimate
-        over = f"{d.mean:+.3f} <small>{escape(interval(key, d, '+'))}</small>"
+        over = f"{d.mean:+.3f} <small>{escape(noted(key, d, '+'))}</small>"
     cells = (
         f"{number(key, e.mean)} <small>{escape(interval(key, e))}</small>",
         str(e.n),
         base,
         over,
-        level_text(key, results),
+        level_text(key, levels),
     )
     head = f'<th scope="row">{escape(title_of(key))}</th>'
     return f"<tr>{head}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
-def level_of(key: str, results: Results) -> float | None:
+def level_of(key: str, levels: Mapping[str, Estimate]) -> Estimate | None:
     """The mean over the subjects of what the photos are among themselves."""
     metric = METRICS.get(key)
-    values = results.levels.get(metric.comparison_key if metric else "", {})
-    return fmean(values.values()) if values else None
+    return levels.get(metric.comparison_key) if metric else None
 
 
-def level_text(key: str, results: Results) -> str:
-    value = level_of(key, results)
-    return "–" if value is None else number(key, value)
+def level_text(key: str, levels: Mapping[str, Estimate]) -> str:
+    if (e := level_of(key, levels)) is None:
+        return "–"
+    note = f"n\u00a0=\u00a0{e.n}" if e.low is None else noted(key, e)
+    return f"{number(key, e.mean)} <small>{escape(note)}</small>"
 
 
 def warnings(texts: Sequence[str]) -> str:
@@ -156,7 +168,7 @@ def warnings(texts: Sequence[str]) -> str:
     )
 
 
-def plot(results: Results, kinds: Mapping[str, str | None]) -> str:
+def plot(results: Results, kinds: Mapping[str, str | None], levels: Mapping[str, Estimate]) -> str:
     x_key, y_key = kinds["prompt"], kinds["subject"]
     if x_key is None or y_key is None:
         return ""
@@ -165,11 +177,12 @@ def plot(results: Results, kinds: Mapping[str, str | None]) -> str:
     shown = [c for c in clouds if c is not None]
     if not shown:
         return ""
-    level = level_of(y_key, results)
+    level = level_of(y_key, levels)
     if level is None and y_key.endswith("_held_out"):
-        level = level_of(y_key.removesuffix("_held_out"), results)
+        level = level_of(y_key.removesuffix("_held_out"), levels)
+    line = level.mean if level else None
     chart = scatter(
-        shown, METRICS[x_key].title, METRICS[y_key].title, level, "photos among themselves"
+        shown, METRICS[x_key].title, METRICS[y_key].title, line, "photos among themselves"
     )
     return (
         '<section aria-labelledby="plot-title"><h2 id="plot-title">Likeness and obedience</h2>'

@@ -13,6 +13,7 @@ from torch import Tensor
 from dreamtune.data.photos import listed
 from dreamtune.data.words import without_identifier
 from dreamtune.evaluation.coverage import coverage_of, warnings_of
+from dreamtune.evaluation.gallery import renamed, rivals
 from dreamtune.evaluation.layout import Found, Generated, Photos
 from dreamtune.evaluation.protocols import Protocol, check_encoders
 from dreamtune.evaluation.results import Results, Row
@@ -26,11 +27,11 @@ from dreamtune.metrics.store import INSIDE, OUTSIDE, FeatureStore, Picture
 class Task:
     """What is scored against what.
 
-    photos: by subject. gallery: subjects that one's own is looked for among; by default `photos`.
-    base: the base's images, by the same subjects, prompts and seeds. identifier: taken out of
-    prompts of subjects whose words are not known. sampling: how the images were made, None where
-    that is not known. skipped: names of other files in the folders. masks: what made those that
-    were not given, None if nothing did.
+    photos: by subject. gallery: subjects that one's own is looked for among, by default `photos`;
+    one of its name or with a photo of it is itself. base: the base's images, by the same subjects,
+    prompts and seeds. identifier: taken out of prompts of subjects whose words are not known.
+    sampling: how the images were made, None where that is not known. skipped: names of other files
+    in the folders. masks: what made those that were not given, None if nothing did.
     """
 
     images: Found
@@ -88,7 +89,8 @@ def score_images(task: Task, scorers: Scorers, protocol: Protocol) -> Results:
         seconds=book.store.seconds,
     )
     coverage = coverage_of(task.images, task.photos, rows, protocol, book.store, task.skipped)
-    return replace(result, coverage=coverage, warnings=warnings_of(coverage))
+    twice = renamed([task.photos[s] for s in subjects], task.others) if book.needs_gallery else []
+    return replace(result, coverage=coverage, warnings=[*warnings_of(coverage), *twice])
 
 
 def gallery_hash(task: Task) -> str:
@@ -226,7 +228,7 @@ class _Book:
         if metric.unrelated:
             return self.with_base(found, name, images)
         looking = metric.key.endswith(RETRIEVAL)
-        return self.with_gallery(found, name, photos.name) if looking else found
+        return self.with_gallery(found, name, photos) if looking else found
 
     def plain(self, image: Generated) -> str:
         """What the text encoder is asked."""
@@ -266,8 +268,8 @@ class _Book:
         base[torch.tensor([p is not None for p in theirs])] = rows
         return replace(found, base=base)
 
-    def with_gallery(self, found: Features, name: str, own: str) -> Features:
-        others = [p for subject, p in self.task.others.items() if subject != own]
+    def with_gallery(self, found: Features, name: str, own: Photos) -> Features:
+        others = rivals(own, self.task.others).values()
         if not others:
             return found
         pictures = [p.held_out or p.photos for p in others]

@@ -88,12 +88,13 @@ def text_of(checks: Sequence[Check], photos: Mapping[str, Photos], protocol: Pro
     source, _ = PUBLISHED.get(protocol.name, ("", {}))
     lines = [
         f"Real images of {len(photos)} subjects, {count} photos, by protocol {protocol.name}.",
-        f"{'':<10}{'published':>10}  {'different photos (95%)':<26}with self pairs (95%)",
+        f"{'':<10}{'published':>10}  {'different photos (95%)':<26}{'with self pairs (95%)':<26}n",
     ]
     for check in checks:
         said = "–" if check.published is None else f"{check.published:.3f}"
         lines.append(
-            f"{check.title:<10}{said:>10}  {interval(check.apart):<26}{interval(check.itself)}"
+            f"{check.title:<10}{said:>10}  {interval(check.apart):<26}{interval(check.itself):<26}"
+            f"{check.apart.n} photos"
         )
     if source:
         lines.append(f"Published: {source}.")

@@ -150,10 +150,17 @@ def table(folder: Path, entries: Sequence[Entry]) -> str:
             )
         else:
             cells = f"<td>{line['steps']}</td><td>{line['best_step']}</td>"
-            cells += "".join(f"<td>{text_of(key, line['scores'].get(key))}</td>" for key in keys)
+            cells += "".join(f"<td>{cell_of(key, line['scores'])}</td>" for key in keys)
         rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
     return f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+
+
+def cell_of(key: str, scores: Mapping[str, float]) -> str:
+    """A number, with its standard error where there is one."""
+    error = METRICS[key].error_text(scores) if key in METRICS else ""
+    text = text_of(key, scores.get(key))
+    return f"{text} <small>{error}</small>" if error else text
 
 
 def text_of(key: str, value: float | None) -> str:

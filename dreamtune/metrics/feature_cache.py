@@ -25,7 +25,7 @@ from dreamtune.metrics.extractor import Extractor
 
 PLACE, LIMIT = "DREAMTUNE_CACHE", "DREAMTUNE_CACHE_MB"
 OFF = "off"
-DEFAULT_MB = 512  # 200,000 pictures of both usual encoders
+DEFAULT_MB = 512  # MiB; 200,000 pictures of both usual encoders
 WIDEST = 1 << 13  # rows of more numbers (LPIPS) cost more to read than to make again
 SUFFIX = ".safetensors"
 
@@ -54,7 +54,7 @@ def limit() -> int:
     """Bytes. Raises ValueError for a limit that is none."""
     text = os.environ.get(LIMIT, str(DEFAULT_MB))
     if not text.isdecimal():
-        raise ValueError(f"{LIMIT} must be a whole number of megabytes, got {text!r}.")
+        raise ValueError(f"{LIMIT} must be a whole number of MiB, got {text!r}.")
     return int(text) << 20
 
 

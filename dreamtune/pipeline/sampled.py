@@ -11,7 +11,7 @@ from PIL import Image
 
 from dreamtune.config import Config
 from dreamtune.data.words import SubjectWords
-from dreamtune.evaluation.layout import PROMPT, UNRELATED
+from dreamtune.evaluation.layout import PROMPT, UNRELATED, Photos
 from dreamtune.evaluation.prompts import templates, unrelated
 from dreamtune.evaluation.protocols import Protocol
 from dreamtune.files.find import base_of_run, run_settings
@@ -75,16 +75,17 @@ def sample_into(
     sampler: Sampler,
     file: Path | None,
     words: SubjectWords,
-    subject: str,
+    subject: Photos,
     protocol: Protocol,
     tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Fills `images/` and, with an adapter, `base/` of the folder: images of one subject.
 
     file: of the adapter; None for the base alone. Returns what a result says of the sampling.
+    Raises ValueError where the prompts are captions and the held-out photos have none.
     """
     on_embedded = sampler.base.embedded
-    own = templates(protocol.prompts, words.class_noun, on_embedded)
+    own = templates(protocol.prompts, words.class_noun, on_embedded, subject.captions)
     others = unrelated(protocol.unrelated, words.class_noun, on_embedded)
     prompts = named_prompts(words, own, others)
     seeds = range(protocol.first_seed, protocol.first_seed + protocol.images_per_prompt)
@@ -98,7 +99,7 @@ def sample_into(
             elif place == "base":
                 continue
             tell(f"Sampling {len(prompts) * len(seeds)} images into {folder / place}")
-            make(pipe, folder / place / subject, prompts, seeds, sampler.sampling)
+            make(pipe, folder / place / subject.name, prompts, seeds, sampler.sampling)
     return {**sampler.statement(), "prompts": own, "unrelated": others, "seeds": list(seeds)}
 
 

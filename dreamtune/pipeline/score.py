@@ -96,7 +96,7 @@ def score(
         )
         scorers = load_scorers(chosen, named, sampler.base.embedded)
         about = stated(file, kind, name, sampler)
-        how = sample_into(output, sampler, file, words, subject.name, chosen, tell)
+        how = sample_into(output, sampler, file, words, subject, chosen, tell)
         task = sampled(output, file, about, subject, how)
         if gallery is None and sampler.base.embedded:
             gallery = embedded.SUBJECTS

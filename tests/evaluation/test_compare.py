@@ -86,6 +86,11 @@ def test_other_protocols_are_refused_with_what_differs():
         assert part in str(caught.value)
     assert "about" not in str(caught.value)
     steps = [{**PROTOCOL, "sampling": {"steps": n}} for n in (25, 50)]
+    said = {**PROTOCOL, "sampling": {"steps": 25, "prompts": ["a {}"], "seeds": [0, 1]}}
+    compare(results(protocol=steps[0]), results(protocol=said))  # a benchmark's, and of one run
+    other = {**PROTOCOL, "sampling": {**said["sampling"], "prompts": ["a red {}"]}}
+    with pytest.raises(ValueError, match="`sampling.prompts`: "):
+        compare(results(protocol=other), results(protocol=said))
     with pytest.raises(ValueError, match="`sampling.steps`: 25 and 50"):
         compare(results(protocol=steps[0]), results(protocol=steps[1]))
     # of a folder of images nobody knows

@@ -41,6 +41,17 @@ def test_the_dreambooth_prompts_are_35():
     assert all(p.count("{}") == 1 for p in (*prompts.LIVE, *prompts.OBJECT))
 
 
+def test_prompts_that_are_captions():
+    """A property of the protocol, which a file may take too; each once, as it stands."""
+    assert PROTOCOLS["peft_image"].statement()["prompts"] == "captions"
+    found = prompts.templates("captions", "dog", False, ["an sks dog", None, "b", "an sks dog"])
+    assert found == ["an sks dog", "b"]
+    with pytest.raises(ValueError, match="none of the 2 held-out photos has one. Write each into"):
+        prompts.templates("captions", "dog", False, [None, None])
+    with pytest.raises(ValueError, match="the caption `a {}` has {} in it"):
+        prompts.templates("captions", "dog", False, ["a {}"])
+
+
 def test_a_file_starts_from_a_preset(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(

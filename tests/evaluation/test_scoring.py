@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from dreamtune.evaluation.protocols import Encoder, Protocol
 from dreamtune.evaluation.results import read_results, write_results
 from dreamtune.evaluation.scores_page import heat, write_page
 from dreamtune.evaluation.scoring import Task, score_images
+from dreamtune.evaluation.statistics import estimate
 from dreamtune.metrics import METRICS, Scorers
 from dreamtune.metrics import store as store_module
 from dreamtune.metrics.preprocess import painted
@@ -114,6 +116,28 @@ def test_every_score_equals_a_naive_loop(folders, scorers, results):
 def test_the_interval_of_a_share_is_a_share(results):
     found = results.scores()["dino_retrieval"]
     assert 0 <= found.low <= found.mean <= found.high <= 1
+
+
+def test_a_subject_under_another_name_in_the_gallery_is_itself(folders, scorers, tmp_path):
+    """Else it would find the same photos there, a tie, which is no find."""
+    images = shutil.copytree(folders[1], tmp_path / "images")
+    shutil.copy(folders[0] / "dog" / "reference" / "0.png", images / "dog" / PROMPTS[0] / "0.png")
+    task = task_of((folders[0], images, folders[2]))
+    dog = replace(task.photos["dog"], name="rex")
+    others = {name: own for name, own in task.photos.items() if name != "dog"}
+    first, again, one = (
+        score_images(replace(task, gallery=gallery), scorers, EVERY)
+        for gallery in (None, {**others, "rex": dog}, {**others, "rex": replace(dog, photos=[])})
+    )
+    found = {row.key: row.scores.get("dino_retrieval") for row in first.images}
+    assert 1.0 in [share for key, share in found.items() if key[0] == "dog"]
+    for result, count in ((again, "7 photos"), (one, "2 photos")):
+        assert {r.key: r.scores.get("dino_retrieval") for r in result.images} == found
+        assert [text for text in result.warnings if text.startswith("Gallery")] == [
+            f"Gallery: `rex` has {count} of `dog`, so it is taken for the same subject: `dog` is "
+            "not looked for among its photos."
+        ]
+    assert not any(text.startswith("Gallery") for text in first.warnings)
 
 
 def test_masks_paint_what_they_say():
@@ -310,6 +334,51 @@ def test_bad_input_is_named(folders, scorers, tmp_path, case, message):
     broken(images, photos, case)
     with pytest.raises(ValueError, match=message):
         score_images(task_of((photos, images, folders[2])), scorers, EVERY)
+
+
+def test_levels_have_an_interval_and_n(folders, scorers, results, tmp_path):
+    """By the bootstrap over subjects, n the photos; one subject's have n alone."""
+    values = list(results.levels["dino_photos"].values())
+    level = results.level_scores()["dino_photos"]
+    by_hand = estimate(values, SUBJECTS, SUBJECTS)
+    assert (level.low, level.high) == (by_hand.low, min(by_hand.high, 1.0))
+    assert level.mean == pytest.approx(sum(values) / 3) and level.low < level.mean < level.high
+    assert (level.n, level.clusters, level.unit) == (3 + 4 + 5, 3, "subjects")
+    write_results(results, tmp_path)
+    stated = json.loads((tmp_path / "results.json").read_text())
+    assert stated["level_scores"]["dino_photos"] == asdict(level)
+    with (tmp_path / "per_subject.csv").open(newline="") as file:
+        rows = {(r["subject"], r["score"]): r for r in csv.DictReader(file)}
+    own = rows["backpack_dog", "dino_photos"]
+    assert (own["n"], own["unit"], own["low"]) == ("4", "photos", "")
+    task = task_of(folders)
+    pictures = {i.key: i.picture for i in task.images.images}
+    page = write_page(results, tmp_path, pictures, task.photos).read_text()
+    line = page.split('<th scope="row">DINO</th>')[1].split("</tr>")[0]
+    assert f"{level.mean:.3f} <small>{level.low:.3f} to {level.high:.3f}, n\u00a0=\u00a012" in line
+    base = results.scores(results.base)["dino"]
+    assert f"{base.mean:.3f} <small>{base.low:.3f} to {base.high:.3f}, n\u00a0=\u00a012" in line
+    assert line.count("n\u00a0=\u00a012") == 3  # over the base too
+
+    images = replace(task.images, images=[i for i in task.images.images if i.subject == "dog"])
+    alone = score_images(replace(task, images=images), scorers, EVERY)
+    level = alone.level_scores()["dino_photos"]
+    assert (level.low, level.high, level.n, level.clusters) == (None, None, 5, 1)
+    page = write_page(alone, tmp_path, pictures, task.photos).read_text()
+    assert f"<td>{level.mean:.3f} <small>n\u00a0=\u00a05</small></td>" in page
+
+
+def test_results_of_an_earlier_version_are_read(results, tmp_path):
+    """Without the means of levels, and without what is counted."""
+    write_results(results, tmp_path)
+    whole = read_results(tmp_path)
+    stated = json.loads((tmp_path / "results.json").read_text())
+    for name in ("level_scores", "coverage"):
+        del stated[name]
+    (tmp_path / "results.json").write_text(json.dumps(stated))
+    back = read_results(tmp_path)
+    assert compare(whole, back).verdict().startswith("A and B cannot be told apart")
+    assert back.level_scores()["dino_photos"].n == 3  # subjects: their photos were not counted
 
 
 def test_the_page_is_whole_and_escapes_what_people_wrote(folders, scorers, tmp_path):

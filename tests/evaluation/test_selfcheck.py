@@ -49,6 +49,7 @@ def test_both_conventions_are_those_of_naive_loops(
         assert checks[key].published == PUBLISHED["oft"][1][key]
     text = text_of(list(checks.values()), photos, protocol)
     assert f"0.703  {checks['dino'].apart.mean:.3f} (" in text
+    assert all(line.endswith("12 photos") for line in text.splitlines()[2:4])
     assert "it is of 30 subjects with 158 photos, these are others" in text
 
 

@@ -71,6 +71,12 @@ def test_what_failed_and_what_a_name_holds(tmp_path: Path) -> None:
     assert "'=dog" in (tmp_path / "summary.csv").read_text()  # no formula for a spreadsheet
 
 
+def test_numbers_have_their_standard_error(tmp_path: Path) -> None:
+    history = [{"step": 2, "seconds": 1.0, "dino": 0.5, "dino_se": 0.0214, "clip_i": 0.25}]
+    page = write_summary(tmp_path, "one", [Entry("a", "a", {}, history, 2)]).read_text()
+    assert "<td>0.500 <small>± 0.021</small></td><td>0.250</td>" in page
+
+
 def test_where_swept_values_stand() -> None:
     assert places_of("learning_rate", [1e-4, 1e-2, 1e-3]) == ({v: v for v in (1e-4, 1e-2, 1e-3)}, 1)
     assert places_of("rank", [2, 4, 8]) == ({2: 2, 4: 4, 8: 8}, False)

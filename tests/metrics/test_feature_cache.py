@@ -108,12 +108,12 @@ def test_the_command_says_and_clears(
     mine = root / "mine.safetensors"
     mine.write_text("somebody's")
     assert main(["cache"]) == 0
-    assert "1 files, 0.0 MB of at most 537" in capsys.readouterr().out
+    assert "1 files, 0.0 MiB of at most 512" in capsys.readouterr().out
     assert main(["cache", "--clear"]) == 0
-    assert "0 files, 0.0 MB" in capsys.readouterr().out
+    assert "0 files, 0.0 MiB of at most 512" in capsys.readouterr().out
     assert list(root.iterdir()) == [mine]
     monkeypatch.setenv("DREAMTUNE_CACHE_MB", "few")
     assert main(["cache"]) == 1
-    assert "must be a whole number of megabytes, got 'few'" in capsys.readouterr().err
+    assert "must be a whole number of MiB, got 'few'" in capsys.readouterr().err
     monkeypatch.setenv("DREAMTUNE_CACHE", "off")
     assert main(["cache"]) == 0 and feature_cache.place() is None

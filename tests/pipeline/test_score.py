@@ -96,6 +96,38 @@ def test_a_pipeline_folder(
     assert "DINO, drift is not known" in "\n".join(found["warnings"])
 
 
+def test_the_captions_of_held_out_photos_are_prompts(
+    settings: dict[str, Any], scorer_names: dict[str, str], tmp_path: Path, capsys: Any
+) -> None:
+    """PEFT's protocol, with a small encoder: each image has its own photo; of a run, by a pipeline
+    alone, and where no photo has a caption."""
+    rule = tmp_path / "small.yaml"
+    rule.write_text(
+        "like: peft_image\nmetrics: [dino_own_photo]\nencoders: {dino: {weights: x}}\n"
+        "images_per_prompt: 2\nunrelated: []\nsampling: {steps: 2}\n"
+    )
+    photos = write_photos(tmp_path / "photos", ["dog"]) / "dog"
+    captions = ["a sks dog on a  red chair", "a sks dog in the snow"]
+    dino = {"dino": scorer_names["dino"]}
+    settings |= {"instance_data_dir": str(photos), "max_train_steps": 1, "validation_steps": 0}
+    run = dreamtune.train(Config(**settings)).run_dir
+    assert main(["score", str(run), "--protocol", str(rule), "--dino", dino["dino"],
+                 "--output_dir", str(tmp_path / "no")]) == 1  # fmt: skip
+    assert "none of the 2 held-out photos has one. Write each" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+    for number, caption in enumerate(captions):
+        (photos / "reference" / f"{number}.txt").write_text(f"{caption}\n")
+    base = Path(settings["pretrained_model_name_or_path"])
+    flags = ["--photos", str(photos), "--instance_prompt", "a sks dog"]
+    for name, source, more in (("a", run, []), ("b", base, flags)):
+        found = scored(dino, source, rule, tmp_path / name, *more)
+        assert found["scores"]["dino_own_photo"]["n"] == 2 * len(captions)
+        assert found["protocol"]["prompts"] == "captions"
+        wanted = [" ".join(caption.split()) for caption in captions]
+        assert found["protocol"]["sampling"]["prompts"] == wanted
+        assert {row["prompt"] for row in found["images"]} == {*wanted}
+
+
 def test_folders_of_two_methods(
     scorer_names: dict[str, str], rule: Path, tmp_path: Path, capsys: Any
 ) -> None:
