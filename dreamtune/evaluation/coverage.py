@@ -6,15 +6,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dreamtune.data.photos import listed
-from dreamtune.evaluation.layout import Found, Photos
 from dreamtune.evaluation.protocols import Protocol
 from dreamtune.evaluation.results import Row
 from dreamtune.metrics import METRICS, Metric
 from dreamtune.metrics.similarity import RETRIEVAL
-from dreamtune.metrics.store import BLACK, PLAIN, FeatureStore
+from dreamtune.metrics.store import BLACK, PLAIN, FeatureStore, Picture
+
+if TYPE_CHECKING:
+    from dreamtune.evaluation.scoring import Task
 
 LACKING = {
     "_held_out": "there are no photos in `reference/`",
@@ -22,18 +24,21 @@ LACKING = {
     RETRIEVAL: "there is no gallery of other subjects",
     "_diversity": "each prompt has one image",
 }
+# By the ending of a key: what is looked at, and what one that shows nothing does there.
+LOOKED_AT = {
+    "": ("images", "they count in every mean"),
+    "_photos": ("photos", "their subject is compared with them all the same"),
+    "_held_out": ("held-out photos", "their subject is compared with them all the same"),
+    "_base": ("images of the base", "they count in its means"),
+}
 FEW = 2  # subjects below which a result says nothing of others
 
 
 def coverage_of(
-    found: Found,
-    photos: Mapping[str, Photos],
-    rows: Sequence[Row],
-    protocol: Protocol,
-    store: FeatureStore,
-    skipped: Sequence[str] = (),
+    task: Task, rows: Sequence[Row], protocol: Protocol, store: FeatureStore
 ) -> dict[str, Any]:
     """Counts, and the names of what lacks or is odd, as plain data."""
+    found, photos = task.images, task.photos
     images = [image for image in found.images if not image.unrelated]
     subjects = list(dict.fromkeys(image.subject for image in images))
     prompts = list(dict.fromkeys(image.prompt for image in images))
@@ -43,11 +48,6 @@ def coverage_of(
     most = max(own.values())
     digests = Counter(image.picture.digest for image in found.images)
     trained = {s: {p.digest for p in photos[s].photos} for s in subjects}
-
-    def looking(look: str) -> list[str]:
-        found_ = (i.picture for i in found.images if store.looks.get(i.picture.digest) == look)
-        return sorted(picture.name for picture in found_)
-
     related = {key: not METRICS[key].unrelated for key in protocol.metrics}
     return {
         "subjects": len(subjects),
@@ -72,21 +72,39 @@ def coverage_of(
             ]
             for key, of_subject in related.items()
         },
-        "black": looking(BLACK),
-        "one_colour": looking(PLAIN),
+        **empty_pictures(task, store),
         "repeated": sorted(i.picture.name for i in found.images if digests[i.picture.digest] > 1),
         "copies_of_photos": sorted(
             i.picture.name for i in images if i.picture.digest in trained[i.subject]
         ),
-        "skipped_files": sorted([*found.skipped, *skipped]),
+        "skipped_files": sorted([*found.skipped, *task.skipped]),
+    }
+
+
+def empty_pictures(task: Task, store: FeatureStore) -> dict[str, list[str]]:
+    """Names of the pictures that are black, or of one colour, by the endings of `LOOKED_AT`."""
+    own = task.photos.values()
+    pictures: dict[str, list[Picture]] = {
+        "": [image.picture for image in task.images.images],
+        "_photos": [picture for subject in own for picture in subject.photos],
+        "_held_out": [picture for subject in own for picture in subject.held_out],
+        "_base": [] if task.base is None else [image.picture for image in task.base.images],
+    }
+    return {
+        f"{key}{ending}": sorted(p.name for p in some if store.looks.get(p.digest) == look)
+        for ending, some in pictures.items()
+        for key, look in (("black", BLACK), ("one_colour", PLAIN))
     }
 
 
 def warnings_of(coverage: Mapping[str, Any]) -> list[str]:
     """Sentences on what is odd in it."""
     said = [
-        (coverage["black"], "images are black; they count in every mean"),
-        (coverage["one_colour"], "images are of one colour; they count in every mean"),
+        *(
+            (coverage[f"{key}{ending}"], f"{what} are {look}; {effect}")
+            for ending, (what, effect) in LOOKED_AT.items()
+            for key, look in (("black", "black"), ("one_colour", "of one colour"))
+        ),
         (coverage["repeated"], "images are byte for byte another one"),
         (coverage["copies_of_photos"], "images are byte for byte a training photo"),
         (coverage["incomplete_prompts"], "prompts have fewer images than the protocol makes"),

@@ -65,7 +65,7 @@ def score_images(task: Task, scorers: Scorers, protocol: Protocol) -> Results:
         known = set(subjects)
         base = book.rows([i for i in task.base.images if i.subject in known and not i.unrelated])
     if not any(value is not None for row in rows for value in row.scores.values()):
-        coverage = coverage_of(task.images, task.photos, rows, protocol, book.store, task.skipped)
+        coverage = coverage_of(task, rows, protocol, book.store)
         raise ValueError(f"nothing can be scored. {' '.join(warnings_of(coverage))}")
     scored = scorers.protocol
     result = Results(
@@ -87,7 +87,7 @@ def score_images(task: Task, scorers: Scorers, protocol: Protocol) -> Results:
         versions=scored["versions"],
         seconds=book.store.seconds,
     )
-    coverage = coverage_of(task.images, task.photos, rows, protocol, book.store, task.skipped)
+    coverage = coverage_of(task, rows, protocol, book.store)
     return replace(result, coverage=coverage, warnings=warnings_of(coverage))
 
 

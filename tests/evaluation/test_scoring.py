@@ -239,6 +239,38 @@ def test_a_black_picture_is_counted_where_it_is(folders, scorers, tmp_path):
     assert found.coverage["black"] == [f"dog/{PROMPTS[0]}/{n}.png" for n in (7, 8)]
 
 
+def test_photos_and_base_images_that_show_nothing_are_said_apart(folders, scorers, tmp_path):
+    photos, images, base = (
+        shutil.copytree(folder, tmp_path / name)
+        for folder, name in zip(folders, ("photos", "images", "base"))
+    )
+    black, red = Image.new("RGB", (40, 40)), Image.new("RGB", (40, 40), "red")
+    black.save(photos / "dog" / "1.png")
+    red.save(photos / "backpack" / "2.png")
+    red.save(photos / "dog" / "reference" / "0.png")
+    black.save(photos / "backpack" / "reference" / "1.png")
+    black.save(base / "dog" / PROMPTS[0] / "0.png")
+    found = score_images(task_of((photos, images, base)), scorers, EVERY)
+    names = {
+        "black": [], "one_colour": [],
+        "black_photos": ["dog/1.png"], "one_colour_photos": ["backpack/2.png"],
+        "black_held_out": ["backpack/reference/1.png"],
+        "one_colour_held_out": ["dog/reference/0.png"],
+        "black_base": [f"dog/{PROMPTS[0]}/0.png"], "one_colour_base": [],
+    }  # fmt: skip
+    assert {key: found.coverage[key] for key in names} == names
+    text = "\n".join(found.warnings)
+    for part in (
+        "1 photos are black; their subject is compared with them all the same: "
+        "dog/1.png.", "1 photos are of one colour; their subject",
+        "1 held-out photos are black; their subject is compared with them all the same: backpack/",
+        "1 held-out photos are of one colour",
+        f"1 images of the base are black; they count in its means: dog/{PROMPTS[0]}/0.png.",
+    ):  # fmt: skip
+        assert part in text, part
+    assert "1 images are black" not in text
+
+
 def test_no_interval_goes_beyond_what_a_score_can_be(results):
     for key, e in results.scores().items():
         if e.low is None or key not in METRICS or (bounds := METRICS[key].bounds) is None:
