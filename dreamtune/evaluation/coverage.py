@@ -72,12 +72,35 @@ def coverage_of(
             ]
             for key, of_subject in related.items()
         },
+        "base": base_of(task, protocol),
         **empty_pictures(task, store),
         "repeated": sorted(i.picture.name for i in found.images if digests[i.picture.digest] > 1),
         "copies_of_photos": sorted(
             i.picture.name for i in images if i.picture.digest in trained[i.subject]
         ),
         "skipped_files": sorted([*found.skipped, *task.skipped]),
+    }
+
+
+def base_of(task: Task, protocol: Protocol) -> dict[str, Any] | None:
+    """What the base has made of what the images are of; None without images of the base. Those of
+    unrelated prompts count where the protocol looks at them."""
+    if task.base is None:
+        return None
+    drift = any(METRICS[key].unrelated for key in protocol.metrics)
+    ours, theirs = (
+        {i.key: i.picture.name for i in found.images if drift or not i.unrelated}
+        for found in (task.images, task.base)
+    )
+    subjects, there = ({key[0] for key in keys} for keys in (ours, theirs))
+    lacking = [key for key in ours if key not in theirs]
+    return {
+        "subjects": [len(subjects & there), len(subjects)],
+        "images": [len(ours) - len(lacking), len(ours)],
+        "missing_subjects": sorted(subjects - there),
+        "missing_images": sorted(ours[key] for key in lacking if key[0] in there),
+        "others": sorted(name for key, name in theirs.items() if key not in ours),
+        "skipped_files": sorted(task.base.skipped),
     }
 
 
@@ -112,6 +135,19 @@ def warnings_of(coverage: Mapping[str, Any]) -> list[str]:
         (coverage["missing_subjects"], "subjects have photos and no images"),
         (coverage["skipped_files"], "files or folders are no pictures, and were skipped"),
     ]
+    if base := coverage["base"]:
+        said += [
+            (base["missing_subjects"], "subjects have no images of the base"),
+            (
+                base["missing_images"],
+                "images have none of the base of their prompt and seed to be compared with",
+            ),
+            (base["others"], "images of the base are of a subject, prompt or seed without images"),
+            (
+                base["skipped_files"],
+                "files or folders of the base are no pictures, and were skipped",
+            ),
+        ]
     warnings = [
         f"{len(names)} {what}: {listed(names).removesuffix(', ...')}{', …' * (len(names) > 5)}."
         for names, what in said

@@ -271,6 +271,40 @@ def test_photos_and_base_images_that_show_nothing_are_said_apart(folders, scorer
     assert "1 images are black" not in text
 
 
+def test_what_the_base_lacks_is_counted_and_said(folders, scorers, results, tmp_path):
+    whole = {"missing_subjects": [], "missing_images": [], "others": [], "skipped_files": []}
+    assert results.coverage["base"] == {"subjects": [3, 3], "images": [15, 15], **whole}
+    assert "base" not in "".join(results.warnings)
+    base = shutil.copytree(folders[2], tmp_path / "base")
+    shutil.rmtree(base / "backpack")
+    (base / "dog" / PROMPTS[0] / "1.png").rename(base / "dog" / PROMPTS[0] / "9.png")
+    shutil.rmtree(base / "dog" / "unrelated")
+    (base / "notes.txt").write_text("notes")
+    found = score_images(task_of((*folders[:2], base)), scorers, EVERY)
+    lacking = [f"dog/{PROMPTS[0]}/1.png", "dog/unrelated/a pizza/0.png"]
+    assert found.coverage["base"] == {
+        "subjects": [2, 3], "images": [8, 15], "missing_subjects": ["backpack"],
+        "missing_images": lacking, "others": [f"dog/{PROMPTS[0]}/9.png"],
+        "skipped_files": ["notes.txt"],
+    }  # fmt: skip
+    for text in (
+        "1 subjects have no images of the base: backpack.",
+        "2 images have none of the base of their prompt and seed to be compared with: "
+        + ", ".join(lacking) + ".",
+        "1 images of the base are of a subject, prompt or seed without images: dog/"
+        + f"{PROMPTS[0]}/9.png.",
+        "1 files or folders of the base are no pictures, and were skipped: notes.txt.",
+    ):  # fmt: skip
+        assert text in found.warnings, text
+    usual = replace(EVERY, metrics=("dino", "clip_t"))  # no score of it is of unrelated prompts
+    three = Scorers(scorers.extractors, [m for m in scorers.metrics if m.key in usual.metrics])
+    found = score_images(task_of((*folders[:2], base)), three, usual)
+    assert found.coverage["base"]["images"] == [7, 12]
+    assert found.coverage["base"]["missing_images"] == lacking[:1]
+    none = score_images(task_of(folders, base=None), three, usual)
+    assert none.coverage["base"] is None and "base" not in "".join(none.warnings)
+
+
 def test_no_interval_goes_beyond_what_a_score_can_be(results):
     for key, e in results.scores().items():
         if e.low is None or key not in METRICS or (bounds := METRICS[key].bounds) is None:
