@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dreamtune.data.photos import listed
+from dreamtune.evaluation.prompt_sets import prompt_counts
 from dreamtune.evaluation.protocols import Protocol
 from dreamtune.evaluation.results import Row
 from dreamtune.metrics import METRICS, Metric
@@ -44,8 +45,6 @@ def coverage_of(
     prompts = list(dict.fromkeys(image.prompt for image in images))
     counts = Counter((image.subject, image.prompt) for image in images)
     expected = protocol.images_per_prompt
-    own = Counter(subject for subject, _ in counts)
-    most = max(own.values())
     digests = Counter(image.picture.digest for image in found.images)
     trained = {s: {p.digest for p in photos[s].photos} for s in subjects}
     related = {key: not METRICS[key].unrelated for key in protocol.metrics}
@@ -56,9 +55,7 @@ def coverage_of(
         "images": len(images),
         "unrelated_images": len(found.images) - len(images),
         "photos": {s: [len(photos[s].photos), len(photos[s].held_out)] for s in subjects},
-        "subjects_with_fewer_prompts": sorted(
-            f"{subject} ({count} of {most})" for subject, count in own.items() if count < most
-        ),
+        **prompt_counts(images, photos, task.identifier, protocol),
         "images_per_prompt": [min(counts.values()), max(counts.values())],
         "incomplete_prompts": sorted(
             f"{subject}: {prompt} ({count} of {expected})"
@@ -131,7 +128,8 @@ def warnings_of(coverage: Mapping[str, Any]) -> list[str]:
         (coverage["repeated"], "images are byte for byte another one"),
         (coverage["copies_of_photos"], "images are byte for byte a training photo"),
         (coverage["incomplete_prompts"], "prompts have fewer images than the protocol makes"),
-        (coverage["subjects_with_fewer_prompts"], "subjects lack prompts that others have"),
+        (lacking_prompts(coverage), "subjects lack prompts that others have"),
+        (coverage["subjects_with_fewer_prompts"], "subjects have fewer prompts than others"),
         (coverage["missing_subjects"], "subjects have photos and no images"),
         (coverage["skipped_files"], "files or folders are no pictures, and were skipped"),
     ]
@@ -148,11 +146,12 @@ def warnings_of(coverage: Mapping[str, Any]) -> list[str]:
                 "files or folders of the base are no pictures, and were skipped",
             ),
         ]
-    warnings = [
-        f"{len(names)} {what}: {listed(names).removesuffix(', ...')}{', …' * (len(names) > 5)}."
-        for names, what in said
-        if names
-    ]
+    warnings = [f"{len(names)} {what}: {brief(names)}." for names, what in said if names]
+    if (asked := coverage["protocol_prompts"]) and asked[0] < asked[1]:
+        warnings.append(
+            f"{asked[0]} of {asked[1]} prompts of the protocol are there; no subject has "
+            f"{brief(coverage['prompts_of_no_subject'])}."
+        )
     low, high = coverage["images_per_prompt"]
     if low != high:
         warnings.append(f"Prompts have {low} to {high} images: those with more weigh more.")
@@ -167,6 +166,18 @@ def warnings_of(coverage: Mapping[str, Any]) -> list[str]:
         elif count < total:
             warnings.append(f"{METRICS[key].title}: {count} of {total} images have it.")
     return warnings
+
+
+def brief(names: list[str]) -> str:
+    return listed(names).removesuffix(", ...") + ", …" * (len(names) > 5)
+
+
+def lacking_prompts(coverage: Mapping[str, Any]) -> list[str]:
+    """Subjects with what they lack."""
+    return [
+        f"{subject} ({brief([f'`{prompt}`' for prompt in prompts])})"
+        for subject, prompts in sorted(coverage["missing_prompts"].items())
+    ]
 
 
 def needs(metric: Metric) -> str:

@@ -221,7 +221,8 @@ def test_what_is_odd_is_counted_and_said(folders, scorers, tmp_path):
         "1 images are black; they count", "1 images are of one colour", "2 images are byte for",
         "1 images are byte for byte a training photo", "1 subjects have photos and no images",
         "2 files or folders are no pictures, and were skipped: dog/a sks thing on the beach/more/, "
-        "notes.txt", "1 subjects lack prompts that others have: backpack_dog (1 of 2)",
+        "notes.txt", "1 subjects lack prompts that others have: backpack_dog (`a {} in the snow`).",
+        "2 of 25 prompts of the protocol are there; no subject has a {} in the jungle, ",
         "Prompts have 2 to 6 images",
         "2 prompts have fewer images than the protocol makes", "DINO, masked: 1 of 10 images",
     ):  # fmt: skip
