@@ -69,6 +69,7 @@ def coverage_of(
             ]
             for key, of_subject in related.items()
         },
+        "masks": dict(zip(("images", "photos"), masks_of(task), strict=True)),
         "base": base_of(task, protocol),
         **empty_pictures(task, store),
         "repeated": sorted(i.picture.name for i in found.images if digests[i.picture.digest] > 1),
@@ -77,6 +78,14 @@ def coverage_of(
         ),
         "skipped_files": sorted([*found.skipped, *task.skipped]),
     }
+
+
+def masks_of(task: Task) -> tuple[int, int]:
+    """How many of the images, and of the photos that they are compared with, have a mask."""
+    images = [image for image in task.images.images if not image.unrelated]
+    subjects = {image.subject for image in images}
+    photos = [p for name, own in task.photos.items() if name in subjects for p in own.photos]
+    return sum(i.picture.mask is not None for i in images), sum(p.mask is not None for p in photos)
 
 
 def base_of(task: Task, protocol: Protocol) -> dict[str, Any] | None:
@@ -162,7 +171,8 @@ def warnings_of(coverage: Mapping[str, Any]) -> list[str]:
         )
     for key, (count, total) in coverage["scored"].items():
         if not count:
-            warnings.append(f"{METRICS[key].title} is not known: {needs(METRICS[key])}.")
+            why = needs(METRICS[key], coverage["masks"])
+            warnings.append(f"{METRICS[key].title} is not known: {why}.")
         elif count < total:
             warnings.append(f"{METRICS[key].title}: {count} of {total} images have it.")
     return warnings
@@ -180,9 +190,15 @@ def lacking_prompts(coverage: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def needs(metric: Metric) -> str:
+def needs(metric: Metric, masks: Mapping[str, int]) -> str:
+    """masks: how many images and photos have one. Prompts are followed around the subject of an
+    image alone, photos need no mask for that."""
     if metric.masked:
-        return "there are no masks"
+        sides = ("images",) if metric.kind == "prompt" else ("images", "photos")
+        without = [side for side in sides if not masks[side]]
+        if not without:
+            return "no subject has masks of both its images and its photos"
+        return f"the {' and the '.join(without)} have no masks"
     if metric.unrelated:
         return "it needs images of unrelated prompts, of the method and of the base"
     for ending, lacking in LACKING.items():

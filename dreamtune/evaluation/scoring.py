@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dreamtune.data.photos import listed
 from dreamtune.data.words import without_identifier
-from dreamtune.evaluation.coverage import coverage_of, warnings_of
+from dreamtune.evaluation.coverage import coverage_of, masks_of, warnings_of
 from dreamtune.evaluation.layout import Found, Generated, Photos
 from dreamtune.evaluation.protocols import Protocol, check_encoders
 from dreamtune.evaluation.results import Results, Row
@@ -125,9 +125,12 @@ class _Book:
         own = [s for name, s in self.task.photos.items() if name in named]
         photos = [p for s in own for p in (*s.photos, *s.held_out)]
         made = [] if self.task.base is None else self.task.base.images
-        masked = {m.extractor.name for m in self.scorers.metrics if m.masked}
-        if not any(p.mask for p in photos):
-            masked = set()
+        of_images, of_photos = masks_of(self.task)
+        masked = {
+            m.extractor.name
+            for m in self.scorers.metrics
+            if m.masked and of_images and (of_photos or m.kind == "prompt")
+        }
         kept = feature_cache.place()
         self.store = FeatureStore(self.scorers.extractors, sorted(masked), kept)
         self.store.add([*(i.picture for i in images), *photos, *(i.picture for i in made)])

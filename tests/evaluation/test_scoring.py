@@ -125,6 +125,43 @@ def test_masks_paint_what_they_say():
     assert (outside[~on] == pixels[~on]).all() and (outside[on] == (255, 0, 0)).all()
 
 
+def test_prompts_need_masks_of_the_images_alone(folders, scorers, results, tmp_path):
+    """Against a picture painted by hand; likeness needs the photos' masks too, and says so."""
+    photos = write_photos(tmp_path / "photos")
+    found = score_images(task_of((photos, *folders[1:])), scorers, EVERY)
+    assert found.coverage["masks"] == {"images": 1, "photos": 0}
+    assert found.coverage["scored"]["masked_clip_t"] == [1, 12]
+    assert found.coverage["scored"]["masked_dino"] == [0, 12]
+    clip, place = scorers.extractors["clip"], folders[1] / "dog" / PROMPTS[0]
+    image, cover = (Image.open(place / name) for name in ("0.png", "masks/0.png"))
+    x = clip.images([painted(image, cover, clip.mean_colour, subject=True)])[0]
+    text = clip.texts([without_identifier(PROMPTS[0], "sks")])[0]
+    (row,) = (r for r in found.images if r.scores.get("masked_clip_t") is not None)
+    assert row.file == f"dog/{PROMPTS[0]}/0.png"
+    assert row.scores["masked_clip_t"] == pytest.approx(float(x @ text), abs=1e-5)
+    assert "DINO, masked is not known: the photos have no masks." in found.warnings
+    assert "CLIP-T, masked: 1 of 12 images have it." in found.warnings
+
+
+@pytest.mark.parametrize(
+    ("of_photos", "image", "dino", "clip"),
+    [
+        (True, None, "the images have no masks", "the images have no masks"),
+        (False, None, "the images and the photos have no masks", "the images have no masks"),
+        (True, "dog", "no subject has masks of both its images and its photos", None),
+    ],
+)
+def test_masks_that_are_not_there_are_said(tmp_path, scorers, of_photos, image, dino, clip):
+    photos, images = write_photos(tmp_path / "photos"), write_images(tmp_path / "images")
+    if of_photos:
+        save(mask(0), photos / "backpack" / "masks" / "0.png")
+    if image:
+        save(mask(0), images / image / PROMPTS[0] / "masks" / "0.png")
+    said = score_images(task_of((photos, images, images)), scorers, EVERY).warnings
+    assert f"DINO, masked is not known: {dino}." in said
+    assert (f"CLIP-T, masked is not known: {clip}." in said) == (clip is not None)
+
+
 def test_order_and_batches_change_nothing(folders, scorers, results, tmp_path, monkeypatch):
     """Subjects and prompts under other folder names sort otherwise; batches are of three."""
     photos, images, base = folders
