@@ -6,9 +6,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreamtune.data.photos import listed
+from dreamtune.evaluation.layout import is_picture_file
 from dreamtune.evaluation.prompt_sets import prompt_counts
 from dreamtune.evaluation.protocols import Protocol
 from dreamtune.evaluation.results import Row
@@ -76,7 +78,7 @@ def coverage_of(
         "copies_of_photos": sorted(
             i.picture.name for i in images if i.picture.digest in trained[i.subject]
         ),
-        "skipped_files": sorted([*found.skipped, *task.skipped]),
+        **skipped_of([*found.skipped, *task.skipped]),
     }
 
 
@@ -86,6 +88,12 @@ def masks_of(task: Task) -> tuple[int, int]:
     subjects = {image.subject for image in images}
     photos = [p for name, own in task.photos.items() if name in subjects for p in own.photos]
     return sum(i.picture.mask is not None for i in images), sum(p.mask is not None for p in photos)
+
+
+def skipped_of(names: Sequence[str]) -> dict[str, list[str]]:
+    """Pictures that lie where none is looked for, and what is none."""
+    pictures = sorted(n for n in names if not n.endswith("/") and is_picture_file(Path(n).name))
+    return {"skipped_pictures": pictures, "skipped_files": sorted(set(names) - set(pictures))}
 
 
 def base_of(task: Task, protocol: Protocol) -> dict[str, Any] | None:
@@ -106,7 +114,7 @@ def base_of(task: Task, protocol: Protocol) -> dict[str, Any] | None:
         "missing_subjects": sorted(subjects - there),
         "missing_images": sorted(ours[key] for key in lacking if key[0] in there),
         "others": sorted(name for key, name in theirs.items() if key not in ours),
-        "skipped_files": sorted(task.base.skipped),
+        **skipped_of(task.base.skipped),
     }
 
 
@@ -140,6 +148,7 @@ def warnings_of(coverage: Mapping[str, Any]) -> list[str]:
         (lacking_prompts(coverage), "subjects lack prompts that others have"),
         (coverage["subjects_with_fewer_prompts"], "subjects have fewer prompts than others"),
         (coverage["missing_subjects"], "subjects have photos and no images"),
+        (coverage["skipped_pictures"], "pictures lie where none belongs, and were skipped"),
         (coverage["skipped_files"], "files or folders are no pictures, and were skipped"),
     ]
     if base := coverage["base"]:
@@ -150,6 +159,10 @@ def warnings_of(coverage: Mapping[str, Any]) -> list[str]:
                 "images have none of the base of their prompt and seed to be compared with",
             ),
             (base["others"], "images of the base are of a subject, prompt or seed without images"),
+            (
+                base["skipped_pictures"],
+                "pictures of the base lie where none belongs, and were skipped",
+            ),
             (
                 base["skipped_files"],
                 "files or folders of the base are no pictures, and were skipped",

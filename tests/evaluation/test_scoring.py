@@ -257,8 +257,9 @@ def test_what_is_odd_is_counted_and_said(folders, scorers, tmp_path):
     for part in (
         "1 images are black; they count", "1 images are of one colour", "2 images are byte for",
         "1 images are byte for byte a training photo", "1 subjects have photos and no images",
-        "2 files or folders are no pictures, and were skipped: dog/a sks thing on the beach/more/, "
-        "notes.txt", "1 subjects lack prompts that others have: backpack_dog (`a {} in the snow`).",
+        "1 files or folders are no pictures, and were skipped: notes.txt.",
+        f"1 pictures lie where none belongs, and were skipped: dog/{PROMPTS[0]}/more/0.png.",
+        "1 subjects lack prompts that others have: backpack_dog (`a {} in the snow`).",
         "2 of 25 prompts of the protocol are there; no subject has a {} in the jungle, ",
         "Prompts have 2 to 6 images",
         "2 prompts have fewer images than the protocol makes", "DINO, masked: 1 of 10 images",
@@ -310,7 +311,8 @@ def test_photos_and_base_images_that_show_nothing_are_said_apart(folders, scorer
 
 
 def test_what_the_base_lacks_is_counted_and_said(folders, scorers, results, tmp_path):
-    whole = {"missing_subjects": [], "missing_images": [], "others": [], "skipped_files": []}
+    whole = {"missing_subjects": [], "missing_images": [], "others": []}
+    whole |= {"skipped_pictures": [], "skipped_files": []}
     assert results.coverage["base"] == {"subjects": [3, 3], "images": [15, 15], **whole}
     assert "base" not in "".join(results.warnings)
     base = shutil.copytree(folders[2], tmp_path / "base")
@@ -318,12 +320,13 @@ def test_what_the_base_lacks_is_counted_and_said(folders, scorers, results, tmp_
     (base / "dog" / PROMPTS[0] / "1.png").rename(base / "dog" / PROMPTS[0] / "9.png")
     shutil.rmtree(base / "dog" / "unrelated")
     (base / "notes.txt").write_text("notes")
+    picture(1).save(base / "loose.png")
     found = score_images(task_of((*folders[:2], base)), scorers, EVERY)
     lacking = [f"dog/{PROMPTS[0]}/1.png", "dog/unrelated/a pizza/0.png"]
     assert found.coverage["base"] == {
         "subjects": [2, 3], "images": [8, 15], "missing_subjects": ["backpack"],
         "missing_images": lacking, "others": [f"dog/{PROMPTS[0]}/9.png"],
-        "skipped_files": ["notes.txt"],
+        "skipped_pictures": ["loose.png"], "skipped_files": ["notes.txt"],
     }  # fmt: skip
     for text in (
         "1 subjects have no images of the base: backpack.",
@@ -331,6 +334,7 @@ def test_what_the_base_lacks_is_counted_and_said(folders, scorers, results, tmp_
         + ", ".join(lacking) + ".",
         "1 images of the base are of a subject, prompt or seed without images: dog/"
         + f"{PROMPTS[0]}/9.png.",
+        "1 pictures of the base lie where none belongs, and were skipped: loose.png.",
         "1 files or folders of the base are no pictures, and were skipped: notes.txt.",
     ):  # fmt: skip
         assert text in found.warnings, text
@@ -341,6 +345,37 @@ def test_what_the_base_lacks_is_counted_and_said(folders, scorers, results, tmp_
     assert found.coverage["base"]["missing_images"] == lacking[:1]
     none = score_images(task_of(folders, base=None), three, usual)
     assert none.coverage["base"] is None and "base" not in "".join(none.warnings)
+
+
+def test_no_picture_is_left_out_in_silence(folders, scorers, tmp_path):
+    photos, images = (
+        shutil.copytree(folder, tmp_path / name)
+        for folder, name in zip(folders, ("photos", "images"))
+    )
+    place = f"dog/{PROMPTS[0]}"
+    of_images = [
+        "loose.png", ".thumbs/1.png", "dog/.0.png", f"{place}/.1.png", f"{place}/reference/1.png",
+        f"{place}/reference/deep/2.PNG", f"{place}/masks/more/0.png", f"{place}/masks/.0.png",
+    ]  # fmt: skip
+    of_photos = [
+        "dog/reference/reference/0.png", "dog/masks/more/1.png", "dog/.3.png", "photo.jpg",
+        "dog/reference/masks/x/1.png",
+    ]  # fmt: skip
+    for root, names in ((images, of_images), (photos, of_photos)):
+        for name in names:
+            save(picture(1), root / name)
+    # none of a picture
+    for name in (".DS_Store", "dog/._0.png", f"{place}/.notes.txt", f"{place}/masks/notes.txt"):
+        (images / name).write_text("x")
+    (images / place / "empty").mkdir()
+    task = task_of((photos, images, folders[2]), skipped=read_photos(photos)[1])
+    found = score_images(task, scorers, EVERY)
+    assert found.coverage["skipped_pictures"] == sorted([*of_images, *of_photos])
+    assert found.coverage["skipped_files"] == [f"{place}/empty/", f"{place}/masks/notes.txt"]
+    text = "\n".join(found.warnings)
+    assert "13 pictures lie where none belongs, and were skipped: .thumbs/1.png, " in text
+    assert "2 files or folders are no pictures, and were skipped: " in text
+    assert found.coverage["images"] == 12 and found.coverage["photos"]["dog"] == [5, 2]
 
 
 def test_no_interval_goes_beyond_what_a_score_can_be(results):
@@ -377,6 +412,8 @@ def broken(images, photos, case):
         (place / "0.png").write_bytes((place / "0.png").read_bytes()[:200])
     elif case == "two of one name":
         picture(3).save(place / "0.jpg")
+    elif case == "two masks of one name":
+        save(mask(0), place / "masks" / "0.jpg")
     elif case == "loose":
         shutil.copy(place / "0.png", images / "dog" / "7.png")
     elif case == "no photos":
@@ -401,6 +438,7 @@ def broken(images, photos, case):
         ("same prompt", "are of one prompt, `a sks thing on the beach`"),
         ("unreadable", "cannot read the image `.*0.png`"),
         ("two of one name", "`0.jpg` and `0.png` in `.*` have one name"),
+        ("two masks of one name", "`0.jpg` and `0.png` in `.*masks` have one name"),
         ("loose", "`.*7.png` .* lies in no prompt folder"),
         ("no photos", "no photos of `dog`; there are photos of backpack, backpack_dog"),
         ("empty photos", "the subject folder `.*dog` holds no photo"),
