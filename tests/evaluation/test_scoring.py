@@ -386,6 +386,20 @@ def test_no_interval_goes_beyond_what_a_score_can_be(results):
     assert METRICS["dino"].bounds == (-1, 1) and METRICS["dino_diversity"].bounds == (0, 2)
 
 
+def test_a_mask_of_another_size_is_refused(folders, scorers, tmp_path):
+    """One more row of pixels, where a picture was cropped, moves the subject as a stretch does."""
+    images = shutil.copytree(folders[1], tmp_path / "images")
+    cover = images / "dog" / PROMPTS[0] / "masks" / "0.png"
+    save(mask(3).resize((40, 41)), cover)
+    with pytest.raises(ValueError) as refused:
+        score_images(task_of((folders[0], images, folders[2])), scorers, EVERY)
+    assert str(refused.value) == (
+        f"the mask `{cover}` is of 40 x 41 pixels, and its picture "
+        f"`{cover.parents[1] / '0.png'}` of 40 x 40 (upright): make it from the picture as it is, "
+        "resize it to 40 x 40 if it shows the same, or take it away."
+    )
+
+
 def test_two_images_of_one_seed_are_refused(folders, tmp_path):
     images = shutil.copytree(folders[1], tmp_path / "images")
     place = images / "dog" / PROMPTS[0]
