@@ -7,19 +7,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dreamtune.data.photos import listed
 from dreamtune.evaluation.layout import is_picture_file
 from dreamtune.evaluation.prompt_sets import prompt_counts
 from dreamtune.evaluation.protocols import Protocol
 from dreamtune.evaluation.results import Row
+from dreamtune.evaluation.task import Task
 from dreamtune.metrics import METRICS, Metric
 from dreamtune.metrics.similarity import RETRIEVAL
 from dreamtune.metrics.store import BLACK, PLAIN, FeatureStore, Picture
-
-if TYPE_CHECKING:
-    from dreamtune.evaluation.scoring import Task
 
 LACKING = {
     "_held_out": "there are no photos in `reference/`",

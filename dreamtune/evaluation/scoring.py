@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,39 +13,14 @@ from torch import Tensor
 from dreamtune.data.photos import listed
 from dreamtune.data.words import without_identifier
 from dreamtune.evaluation.coverage import coverage_of, masks_of, warnings_of
-from dreamtune.evaluation.layout import Found, Generated, Photos
+from dreamtune.evaluation.layout import Generated, Photos
 from dreamtune.evaluation.protocols import Protocol, check_encoders
 from dreamtune.evaluation.results import Results, Row
+from dreamtune.evaluation.task import Task
 from dreamtune.files.tensors import hash_of_json
 from dreamtune.metrics import Features, Metric, Scorers, TextExtractor, feature_cache
 from dreamtune.metrics.similarity import RETRIEVAL
 from dreamtune.metrics.store import INSIDE, OUTSIDE, FeatureStore, Picture
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is scored against what.
-
-    photos: by subject. gallery: subjects that one's own is looked for among; by default `photos`.
-    base: the base's images, by the same subjects, prompts and seeds. identifier: taken out of
-    prompts of subjects whose words are not known. sampling: how the images were made, None where
-    that is not known. skipped: names of other files in the folders. masks: what made those that
-    were not given, None if nothing did.
-    """
-
-    images: Found
-    photos: Mapping[str, Photos]
-    source: Mapping[str, Any]
-    gallery: Mapping[str, Photos] | None = None
-    base: Found | None = None
-    identifier: str = "sks"
-    sampling: Mapping[str, Any] | None = None
-    skipped: Sequence[str] = ()
-    masks: Mapping[str, Any] | None = None
-
-    @property
-    def others(self) -> Mapping[str, Photos]:
-        return self.photos if self.gallery is None else self.gallery
 
 
 def score_images(task: Task, scorers: Scorers, protocol: Protocol) -> Results:

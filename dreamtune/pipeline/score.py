@@ -27,7 +27,8 @@ from dreamtune.evaluation.protocol_file import find_protocol
 from dreamtune.evaluation.protocols import Protocol, check_encoders
 from dreamtune.evaluation.results import RESULTS, Results, write_results
 from dreamtune.evaluation.scores_page import PAGE, write_page
-from dreamtune.evaluation.scoring import Task, score_images
+from dreamtune.evaluation.scoring import score_images
+from dreamtune.evaluation.task import Task
 from dreamtune.files.find import CONFIG, adapter_file, name_of, run_of, run_settings
 from dreamtune.files.formats import read_adapter
 from dreamtune.files.whole import check_writable

@@ -19,7 +19,8 @@ from dreamtune.evaluation.protocol_file import find_protocol
 from dreamtune.evaluation.protocols import Encoder, Protocol
 from dreamtune.evaluation.results import read_results, write_results
 from dreamtune.evaluation.scores_page import heat, write_page
-from dreamtune.evaluation.scoring import Task, score_images
+from dreamtune.evaluation.scoring import score_images
+from dreamtune.evaluation.task import Task
 from dreamtune.metrics import METRICS, Scorers
 from dreamtune.metrics import store as store_module
 from dreamtune.metrics.preprocess import painted
