@@ -30,6 +30,7 @@ LOOKED_AT = {
     "": ("images", "they count in every mean"),
     "_photos": ("photos", "their subject is compared with them all the same"),
     "_held_out": ("held-out photos", "their subject is compared with them all the same"),
+    "_gallery": ("photos of the gallery", "images are compared with them all the same"),
     "_base": ("images of the base", "they count in its means"),
 }
 FEW = 2  # subjects below which a result says nothing of others
@@ -90,8 +91,11 @@ def masks_of(task: Task) -> tuple[int, int]:
 
 def skipped_of(names: Sequence[str]) -> dict[str, list[str]]:
     """Pictures that lie where none is looked for, and what is none."""
-    pictures = sorted(n for n in names if not n.endswith("/") and is_picture_file(Path(n).name))
-    return {"skipped_pictures": pictures, "skipped_files": sorted(set(names) - set(pictures))}
+    kinds: dict[str, list[str]] = {"skipped_pictures": [], "skipped_files": []}
+    for name in sorted(names):
+        picture = not name.endswith("/") and is_picture_file(Path(name).name)
+        kinds["skipped_pictures" if picture else "skipped_files"].append(name)
+    return kinds
 
 
 def base_of(task: Task, protocol: Protocol) -> dict[str, Any] | None:
@@ -119,10 +123,12 @@ def base_of(task: Task, protocol: Protocol) -> dict[str, Any] | None:
 def empty_pictures(task: Task, store: FeatureStore) -> dict[str, list[str]]:
     """Names of the pictures that are black, or of one colour, by the endings of `LOOKED_AT`."""
     own = task.photos.values()
+    gallery = () if task.gallery is None else task.gallery.values()
     pictures: dict[str, list[Picture]] = {
         "": [image.picture for image in task.images.images],
         "_photos": [picture for subject in own for picture in subject.photos],
         "_held_out": [picture for subject in own for picture in subject.held_out],
+        "_gallery": [picture for other in gallery for picture in other.held_out or other.photos],
         "_base": [] if task.base is None else [image.picture for image in task.base.images],
     }
     return {
