@@ -77,11 +77,14 @@ def of_all(results: Mapping[str, Results]) -> Results:
     has no base in its results."""
     each = [*results.values()]
     levels: dict[str, dict[str, float]] = {}
+    photos: dict[str, object] = {}
     for one in each:
+        photos |= one.coverage.get("photos", {})
         for key, values in one.levels.items():
             levels.setdefault(key, {}).update(values)
     base = {row.key: row for one in each for row in one.base}
-    return replace(each[0], base=[*base.values()], levels=levels)
+    coverage = {**each[0].coverage, "photos": photos}
+    return replace(each[0], base=[*base.values()], levels=levels, coverage=coverage)
 
 
 def header(plan: Plan, results: Mapping[str, Results]) -> str:
@@ -112,11 +115,10 @@ def table(results: Mapping[str, Results], together: Results) -> str:
         f'<th scope="col">{text}</th>'
         for text in ("Score", *(linked(m) if m in results else "Base" for m in scores), "Photos")
     )
-    rows = ""
+    rows, levels = "", together.level_scores()
     for key in dict.fromkeys(key for method in results for key in scores[method]):
-        level = level_of(key, together)
         cells = [cell(key, own.get(key)) for own in scores.values()]
-        cells.append("–" if level is None else number(key, level))
+        cells.append(cell(key, level_of(key, levels)))
         head = f'<th scope="row">{escape(title_of(key))}</th>'
         rows += f"<tr>{head}{''.join(f'<td>{text}</td>' for text in cells)}</tr>"
     most = max((e for m in results for e in scores[m].values()), key=lambda e: e.clusters)
@@ -156,9 +158,10 @@ def plots(results: Mapping[str, Results], together: Results) -> str:
         return ""
     titles = METRICS[x_key].title, METRICS[y_key].title
     anchors = [] if base is None else [replace(base, subjects=())]
-    level = level_of(y_key, together)
-    charts, closer = scatter([*methods, *anchors], *titles, level, "photos among themselves"), ""
-    if len(methods) > 1 and (anchors or level is not None):
+    level = level_of(y_key, together.level_scores())
+    line = None if level is None else level.mean
+    charts, closer = scatter([*methods, *anchors], *titles, line, "photos among themselves"), ""
+    if len(methods) > 1 and (anchors or line is not None):
         charts += scatter(methods, *titles)
         closer = " The second: the methods alone."
     inner = (

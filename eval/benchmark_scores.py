@@ -27,7 +27,8 @@ from dreamtune.evaluation.layout import Photos, read_images, read_photos, withou
 from dreamtune.evaluation.protocol_file import find_protocol
 from dreamtune.evaluation.results import Results, read_results, write_results
 from dreamtune.evaluation.scores_page import write_page
-from dreamtune.evaluation.scoring import Task, score_images
+from dreamtune.evaluation.scoring import score_images
+from dreamtune.evaluation.task import Task
 from dreamtune.files.whole import whole
 from dreamtune.pipeline.score import load_scorers
 

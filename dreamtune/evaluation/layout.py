@@ -12,12 +12,13 @@ PHOTOS/<subject>/prompt.txt                     "a sks dog", and the class promp
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dreamtune.data.photos import HELD_OUT, chosen, is_picture_name, listed
-from dreamtune.data.picture import MAX_BYTES
+from dreamtune.data.picture import MAX_BYTES, SUFFIXES
 from dreamtune.data.words import SubjectWords, in_all, read_words
 from dreamtune.metrics.store import Picture
 from dreamtune.textfile import read_bytes, read_text
@@ -80,7 +81,7 @@ def read_images(folder: str | Path) -> Found:
                 f"prompt, `{subject.name}/<prompt>/<seed>.png`. Fill it, or take it away."
             )
         images += found
-    skipped += [p.name for p in sorted(root.iterdir()) if p.is_file() and visible(p)]
+    skipped += rest_of(root, root, folders(root))
     if not images:
         raise ValueError(f"`{root}` holds no subject folder. It must look like this:\n{LAYOUT}")
     return Found(images, skipped)
@@ -92,13 +93,12 @@ def prompts_of(
     """The images of the prompt folders in a place."""
     images: list[Generated] = []
     known: dict[str, Path] = {}
-    loose = [p for p in files(place) if p.name != PROMPT]
-    if pictures := [p for p in loose if is_picture_name(p)]:
+    if pictures := [p for p in files(place) if is_picture_name(p)]:
         raise ValueError(
             f"`{pictures[0]}` ({len(pictures)} in all) lies in no prompt folder, so its prompt is "
             f"not said: move it to `{place.name}/<prompt>/`."
         )
-    skipped += [p.relative_to(root).as_posix() for p in loose]
+    skipped += rest_of(root, place, [*folders(place), place / PROMPT])
     for folder in folders(place):
         if folder.name == UNRELATED and not unrelated:
             continue
@@ -146,7 +146,7 @@ def read_photos(
     Raises ValueError that names the place: no such folder, a subject without a photo.
     """
     root = existing(Path(folder).expanduser(), "photo folder")
-    skipped: list[str] = []
+    skipped = rest_of(root, root, folders(root))
     found = {}
     for place in folders(root):
         subject = read_subject(place, root, skipped, identifier)
@@ -165,7 +165,7 @@ def read_subject(
     """One subject's folder of photos. identifier: the rare word of its prompt.txt, where it stands
     there. Raises ValueError where the folder holds no photo."""
     root = root or place.parent
-    photos, others = pictures_of(root, place)
+    photos, others = pictures_of(root, place, (MASKS, HELD_OUT))
     if not photos:
         raise ValueError(f"the subject folder `{place}` holds no photo. Fill it, or take it away.")
     held_out: list[Picture] = []
@@ -230,29 +230,55 @@ def caption_of(photo: Path) -> str | None:
     return " ".join(read_text(file).split()) or None if file.is_file() else None
 
 
-def pictures_of(root: Path, folder: Path) -> tuple[list[Picture], list[str]]:
+def pictures_of(
+    root: Path, folder: Path, inner: Sequence[str] = (MASKS,)
+) -> tuple[list[Picture], list[str]]:
     """The pictures of one folder alone with their masks, and the names of what else is in it.
+    inner: folders in it that are read on their own.
 
     Raises ValueError for two of one name, such as 0.png and 0.jpg, and for a mask without one.
     """
-    there = files(folder)
-    paths = [p for p in there if is_picture_name(p)]
+    paths, place, masks = named_pictures(folder), folder / MASKS, {}
+    others = rest_of(root, folder, [*paths, *(p for p in folders(folder) if p.name in inner)])
+    if place.is_dir():
+        covers = named_pictures(place)
+        masks = {p.stem: read_file(root, p) for p in covers}
+        if alone := sorted(masks.keys() - {p.stem for p in paths}):
+            raise ValueError(
+                f"`{place}` has masks without a picture in `{folder.name}`: {listed(alone)}. Name "
+                "each like its picture."
+            )
+        others += rest_of(root, place, covers)
+    return [read_file(root, p, masks.get(p.stem)) for p in paths], others
+
+
+def named_pictures(folder: Path) -> list[Path]:
+    paths = [p for p in files(folder) if is_picture_name(p)]
     stems = [p.stem for p in paths]
     if twice := next((s for s in stems if stems.count(s) > 1), None):
         names = " and ".join(f"`{p.name}`" for p in paths if p.stem == twice)
         raise ValueError(f"{names} in `{folder}` have one name: which is meant? Rename one.")
-    masks = {}
-    if (folder / MASKS).is_dir():
-        masks = {p.stem: read_file(root, p) for p in files(folder / MASKS) if is_picture_name(p)}
-        if alone := sorted(masks.keys() - set(stems)):
-            raise ValueError(
-                f"`{folder / MASKS}` has masks without a picture in `{folder.name}`: "
-                f"{listed(alone)}. Name each like its picture."
-            )
-    pictures = [read_file(root, p, masks.get(p.stem)) for p in paths]
-    others = [p.relative_to(root).as_posix() for p in there if not is_picture_name(p)]
-    inner = [p for p in folders(folder) if p.name not in (MASKS, HELD_OUT)]
-    return pictures, [*others, *(f"{p.relative_to(root).as_posix()}/" for p in inner)]
+    return paths
+
+
+def rest_of(root: Path, place: Path, read: Iterable[Path]) -> list[str]:
+    """Names of what is in a place beside what is read: files, of hidden ones pictures alone, and
+    folders, by the pictures in them where there are any."""
+    found: list[str] = []
+    for path in sorted(set(place.iterdir()) - set(read)):
+        name = path.relative_to(root).as_posix()
+        if path.is_dir():
+            below = sorted(Path(where) / n for where, _, names in os.walk(path) for n in names)
+            pictures = [p.relative_to(root).as_posix() for p in below if is_picture_file(p.name)]
+            found += pictures or ([f"{name}/"] if visible(path) else [])
+        elif visible(path) or is_picture_file(path.name):
+            found.append(name)
+    return found
+
+
+def is_picture_file(name: str) -> bool:
+    """Also of a hidden file; but `._1.png` is what a Mac keeps beside 1.png, and no picture."""
+    return Path(name).suffix.lower() in SUFFIXES and not name.startswith("._")
 
 
 def read_file(root: Path, path: Path, mask: Picture | None = None) -> Picture:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,41 +12,16 @@ from torch import Tensor
 
 from dreamtune.data.photos import listed
 from dreamtune.data.words import without_identifier
-from dreamtune.evaluation.coverage import coverage_of, warnings_of
+from dreamtune.evaluation.coverage import coverage_of, masks_of, warnings_of
 from dreamtune.evaluation.gallery import renamed, rivals
-from dreamtune.evaluation.layout import Found, Generated, Photos
+from dreamtune.evaluation.layout import Generated, Photos
 from dreamtune.evaluation.protocols import Protocol, check_encoders
 from dreamtune.evaluation.results import Results, Row
+from dreamtune.evaluation.task import Task
 from dreamtune.files.tensors import hash_of_json
 from dreamtune.metrics import Features, Metric, Scorers, TextExtractor, feature_cache
 from dreamtune.metrics.similarity import RETRIEVAL
 from dreamtune.metrics.store import INSIDE, OUTSIDE, FeatureStore, Picture
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is scored against what.
-
-    photos: by subject. gallery: subjects that one's own is looked for among, by default `photos`;
-    one of its name or with a photo of it is itself. base: the base's images, by the same subjects,
-    prompts and seeds. identifier: taken out of prompts of subjects whose words are not known.
-    sampling: how the images were made, None where that is not known. skipped: names of other files
-    in the folders. masks: what made those that were not given, None if nothing did.
-    """
-
-    images: Found
-    photos: Mapping[str, Photos]
-    source: Mapping[str, Any]
-    gallery: Mapping[str, Photos] | None = None
-    base: Found | None = None
-    identifier: str = "sks"
-    sampling: Mapping[str, Any] | None = None
-    skipped: Sequence[str] = ()
-    masks: Mapping[str, Any] | None = None
-
-    @property
-    def others(self) -> Mapping[str, Photos]:
-        return self.photos if self.gallery is None else self.gallery
 
 
 def score_images(task: Task, scorers: Scorers, protocol: Protocol) -> Results:
@@ -66,7 +41,7 @@ def score_images(task: Task, scorers: Scorers, protocol: Protocol) -> Results:
         known = set(subjects)
         base = book.rows([i for i in task.base.images if i.subject in known and not i.unrelated])
     if not any(value is not None for row in rows for value in row.scores.values()):
-        coverage = coverage_of(task.images, task.photos, rows, protocol, book.store, task.skipped)
+        coverage = coverage_of(task, rows, protocol, book.store)
         raise ValueError(f"nothing can be scored. {' '.join(warnings_of(coverage))}")
     scored = scorers.protocol
     result = Results(
@@ -88,7 +63,7 @@ def score_images(task: Task, scorers: Scorers, protocol: Protocol) -> Results:
         versions=scored["versions"],
         seconds=book.store.seconds,
     )
-    coverage = coverage_of(task.images, task.photos, rows, protocol, book.store, task.skipped)
+    coverage = coverage_of(task, rows, protocol, book.store)
     twice = renamed([task.photos[s] for s in subjects], task.others) if book.needs_gallery else []
     return replace(result, coverage=coverage, warnings=[*warnings_of(coverage), *twice])
 
@@ -127,9 +102,12 @@ class _Book:
         own = [s for name, s in self.task.photos.items() if name in named]
         photos = [p for s in own for p in (*s.photos, *s.held_out)]
         made = [] if self.task.base is None else self.task.base.images
-        masked = {m.extractor.name for m in self.scorers.metrics if m.masked}
-        if not any(p.mask for p in photos):
-            masked = set()
+        of_images, of_photos = masks_of(self.task)
+        masked = {
+            m.extractor.name
+            for m in self.scorers.metrics
+            if m.masked and of_images and (of_photos or m.kind == "prompt")
+        }
         kept = feature_cache.place()
         self.store = FeatureStore(self.scorers.extractors, sorted(masked), kept)
         self.store.add([*(i.picture for i in images), *photos, *(i.picture for i in made)])

@@ -95,9 +95,8 @@ def normalized(
 def painted(
     image: Image.Image, mask: Image.Image, mean: Sequence[float], subject: bool
 ) -> Image.Image:
-    """The picture with the subject (mask above half) painted in the colour `mean`, in [0, 1]; or
-    with `subject` false, all but the subject."""
-    cover = mask.convert("L").resize(image.size, Image.Resampling.NEAREST)
-    cover = cover.point(lambda level: 255 if (level > 127) == subject else 0)
+    """The picture with the subject (mask above half, of the picture's size) painted in the colour
+    `mean`, in [0, 1]; or with `subject` false, all but the subject."""
+    cover = mask.convert("L").point(lambda level: 255 if (level > 127) == subject else 0)
     colour = tuple(round(255 * level) for level in mean)
     return Image.composite(Image.new("RGB", image.size, colour), image.convert("RGB"), cover)

@@ -71,7 +71,8 @@ class FeatureStore:
     def add(self, pictures: Sequence[Picture], extractors: Sequence[str] | None = None) -> None:
         """Decodes and encodes those that are new, by all extractors or those named.
 
-        Raises ValueError, which names the file, for one that cannot be read.
+        Raises ValueError, which names the file, for one that cannot be read, or a mask of another
+        size than its picture.
         """
         names = list(self.extractors) if extractors is None else list(extractors)
         new: dict[tuple[str, str], Picture] = {}
@@ -87,6 +88,8 @@ class FeatureStore:
             masks = in_parallel(self._mask, part)
             for picture, image in zip(part, images, strict=True):
                 self._look(picture, look_of(image))
+            for picture, image, mask in zip(part, images, masks, strict=True):
+                check_size(picture, image, mask)
             self.seconds["decode"] += time.perf_counter() - began
             self._encode(names, part, images, masks)
         self._seen |= new.keys()
@@ -155,6 +158,17 @@ class FeatureStore:
                 if name in self.caches:
                     self.caches[name].keep(made, self.looks)
             self.seconds[name] += time.perf_counter() - began
+
+
+def check_size(picture: Picture, image: Image.Image, mask: Image.Image | None) -> None:
+    if picture.mask is None or mask is None or mask.size == image.size:
+        return
+    theirs, ours = (f"{i.width} x {i.height}" for i in (mask, image))
+    raise ValueError(
+        f"the mask `{picture.mask.path}` is of {theirs} pixels, and its picture `{picture.path}` "
+        f"of {ours} (upright): make it from the picture as it is, resize it to {ours} if it shows "
+        "the same, or take it away."
+    )
 
 
 def look_of(image: Image.Image) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from dreamtune.evaluation.protocol_file import find_protocol
 from dreamtune.evaluation.protocols import Protocol, check_encoders
 from dreamtune.evaluation.results import RESULTS, Results, write_results
 from dreamtune.evaluation.scores_page import PAGE, write_page
-from dreamtune.evaluation.scoring import Task, score_images
+from dreamtune.evaluation.scoring import score_images
+from dreamtune.evaluation.task import Task
 from dreamtune.files.find import CONFIG, adapter_file, name_of, run_of, run_settings
 from dreamtune.files.formats import read_adapter
 from dreamtune.files.whole import check_writable
@@ -90,18 +91,20 @@ def score(
         scorers = load_scorers(chosen, named, False)
     else:
         refuse(kind, base_images=base_images)
-        subject, words = subject_of(file, photos, instance_prompt, identifier)
+        skipped: list[str] = []
+        subject, words = subject_of(file, photos, instance_prompt, identifier, skipped)
         sampler = Sampler.of(
             file, base or (str(path) if kind == "pipeline" else None), chosen.sampling
         )
         scorers = load_scorers(chosen, named, sampler.base.embedded)
         about = stated(file, kind, name, sampler)
         how = sample_into(output, sampler, file, words, subject, chosen, tell)
-        task = sampled(output, file, about, subject, how)
+        task = sampled(output, file, about, subject, how, skipped)
         if gallery is None and sampler.base.embedded:
             gallery = embedded.SUBJECTS
     if gallery is not None:
-        task = replace(task, gallery=read_photos(gallery, identifier)[0])
+        others, more = read_photos(gallery, identifier)
+        task = replace(task, gallery=others, skipped=[*task.skipped, *more])
     if maker is not None:
         tell(f"Masks by SAM into {output / MASKS}")
         task = masked_by(maker, task, output / MASKS)
@@ -145,6 +148,7 @@ def sampled(
     about: Mapping[str, Any],
     subject: Photos,
     how: Mapping[str, Any],
+    skipped: Sequence[str],
 ) -> Task:
     """The images that `sample_into` made."""
     return Task(
@@ -153,6 +157,7 @@ def sampled(
         about,
         base=read_images(output / "base") if file else None,
         sampling=how,
+        skipped=skipped,
     )
 
 
@@ -214,17 +219,23 @@ def photos_of(folder: Path, identifier: str | None = None) -> tuple[dict[str, Ph
 
 
 def subject_of(
-    file: Path | None, photos: str | Path | None, prompt: str | None, identifier: str | None
+    file: Path | None,
+    photos: str | Path | None,
+    prompt: str | None,
+    identifier: str | None,
+    skipped: list[str] | None = None,
 ) -> tuple[Photos, SubjectWords]:
-    """Whose images an adapter makes, from what was given, else from the run. Raises ValueError for
-    what nothing tells."""
+    """Whose images an adapter makes, from what was given, else from the run. skipped: gets the
+    names of what is not read of its folder. Raises ValueError for what nothing tells."""
     run = run_settings(file) if file else {}
     said = photos or run.get("instance_data_dir")
     if said is None:
         raise ValueError("an adapter outside a run needs --photos, the folder of its subject.")
     own = str(said).removeprefix(f"{EMBEDDED}:")
     folder = embedded.subject(own).folder if own != str(said) else Path(said).expanduser()
-    known, _ = photos_of(folder, identifier or run.get("identifier"))
+    known, others = photos_of(folder, identifier or run.get("identifier"))
+    if skipped is not None:
+        skipped += others
     if len(known) != 1:
         raise ValueError(
             f"an adapter is of one subject, and `{folder}` holds {len(known)}: name its folder, "

@@ -10,17 +10,17 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from galleries import PROMPTS, SUBJECTS, mask, picture, save, write_images, write_photos
+from galleries import PROMPTS, SUBJECTS, mask, picture, save, task_of, write_masked
 from PIL import Image
 
 from dreamtune.data.words import read_words, without_identifier
 from dreamtune.evaluation.compare import compare
-from dreamtune.evaluation.layout import Photos, read_images, read_photos
+from dreamtune.evaluation.layout import Photos, read_images
 from dreamtune.evaluation.protocol_file import find_protocol
 from dreamtune.evaluation.protocols import Encoder, Protocol
 from dreamtune.evaluation.results import read_results, write_results
 from dreamtune.evaluation.scores_page import heat, write_page
-from dreamtune.evaluation.scoring import Task, score_images
+from dreamtune.evaluation.scoring import score_images
 from dreamtune.evaluation.statistics import estimate
 from dreamtune.metrics import METRICS, Scorers
 from dreamtune.metrics import store as store_module
@@ -36,18 +36,7 @@ def scorers(scorer_names):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """(photos with masks, images of which one has a mask, the base's images)"""
-    root = tmp_path_factory.mktemp("gallery")
-    photos, images = write_photos(root / "photos", masks=True), write_images(root / "images")
-    save(mask(3), images / "dog" / PROMPTS[0] / "masks" / "0.png")
-    return photos, images, write_images(root / "base", shift=7)
-
-
-def task_of(folders, **changes) -> Task:
-    photos, images, base = folders
-    found = {"images": read_images(images), "photos": read_photos(photos)[0],
-             "source": {"kind": "a folder of images"}, "base": read_images(base)}  # fmt: skip
-    return Task(**{**found, **changes})
+    return write_masked(tmp_path_factory.mktemp("gallery"))
 
 
 @pytest.fixture(scope="module")
@@ -223,52 +212,26 @@ def test_the_held_out_photo_of_a_prompt(folders, scorer_names, tmp_path):
     assert found.coverage["scored"] == {"dino_own_photo": [2, 12]}
 
 
-def test_what_is_odd_is_counted_and_said(folders, scorers, tmp_path):
-    images = shutil.copytree(folders[1], tmp_path / "images")
-    shutil.rmtree(images / "backpack")
-    place = images / "dog" / PROMPTS[0]
-    Image.new("RGB", (40, 40)).save(place / "2.png")
-    Image.new("RGB", (40, 40), "red").save(place / "3.png")
-    shutil.copy(place / "0.png", place / "4.png")
-    shutil.copy(folders[0] / "dog" / "0.png", place / "x.png")
-    (images / "notes.txt").write_text("notes")
-    shutil.copytree(place / "masks", place / "more")
-    shutil.rmtree(images / "backpack_dog" / PROMPTS[1])
-    found = score_images(task_of((folders[0], images, folders[2])), scorers, EVERY)
-    assert found.coverage["black"] == [f"dog/{PROMPTS[0]}/2.png"]
-    assert found.coverage["one_colour"] == [f"dog/{PROMPTS[0]}/3.png"]
-    assert len(found.coverage["repeated"]) == 2 and len(found.coverage["copies_of_photos"]) == 1
-    assert found.coverage["missing_subjects"] == ["backpack"]
-    assert found.scores()["dino"].n == 10  # none is dropped
-    text = "\n".join(found.warnings)
-    for part in (
-        "1 images are black; they count", "1 images are of one colour", "2 images are byte for",
-        "1 images are byte for byte a training photo", "1 subjects have photos and no images",
-        "2 files or folders are no pictures, and were skipped: dog/a sks thing on the beach/more/, "
-        "notes.txt", "1 subjects lack prompts that others have: backpack_dog (1 of 2)",
-        "Prompts have 2 to 6 images",
-        "2 prompts have fewer images than the protocol makes", "DINO, masked: 1 of 10 images",
-    ):  # fmt: skip
-        assert part in text, part
-
-
-def test_a_black_picture_is_counted_where_it_is(folders, scorers, tmp_path):
-    """Copies too, as a safety checker leaves them; not one of the base of the same name."""
-    images, base = (shutil.copytree(folders[1], tmp_path / name) for name in ("images", "base"))
-    place = images / "dog" / PROMPTS[0]
-    for name in ("7.png", "8.png"):
-        Image.new("RGB", (40, 40)).save(place / name)
-    Image.new("RGB", (40, 40)).save(base / "dog" / PROMPTS[0] / "0.png")
-    found = score_images(task_of((folders[0], images, base)), scorers, EVERY)
-    assert found.coverage["black"] == [f"dog/{PROMPTS[0]}/{n}.png" for n in (7, 8)]
-
-
 def test_no_interval_goes_beyond_what_a_score_can_be(results):
     for key, e in results.scores().items():
         if e.low is None or key not in METRICS or (bounds := METRICS[key].bounds) is None:
             continue
         assert bounds[0] <= e.low <= e.mean <= e.high <= bounds[1], key
     assert METRICS["dino"].bounds == (-1, 1) and METRICS["dino_diversity"].bounds == (0, 2)
+
+
+def test_a_mask_of_another_size_is_refused(folders, scorers, tmp_path):
+    """One more row of pixels, where a picture was cropped, moves the subject as a stretch does."""
+    images = shutil.copytree(folders[1], tmp_path / "images")
+    cover = images / "dog" / PROMPTS[0] / "masks" / "0.png"
+    save(mask(3).resize((40, 41)), cover)
+    with pytest.raises(ValueError) as refused:
+        score_images(task_of((folders[0], images, folders[2])), scorers, EVERY)
+    assert str(refused.value) == (
+        f"the mask `{cover}` is of 40 x 41 pixels, and its picture "
+        f"`{cover.parents[1] / '0.png'}` of 40 x 40 (upright): make it from the picture as it is, "
+        "resize it to 40 x 40 if it shows the same, or take it away."
+    )
 
 
 def test_two_images_of_one_seed_are_refused(folders, tmp_path):
@@ -297,6 +260,8 @@ def broken(images, photos, case):
         (place / "0.png").write_bytes((place / "0.png").read_bytes()[:200])
     elif case == "two of one name":
         picture(3).save(place / "0.jpg")
+    elif case == "two masks of one name":
+        save(mask(0), place / "masks" / "0.jpg")
     elif case == "loose":
         shutil.copy(place / "0.png", images / "dog" / "7.png")
     elif case == "no photos":
@@ -321,6 +286,7 @@ def broken(images, photos, case):
         ("same prompt", "are of one prompt, `a sks thing on the beach`"),
         ("unreadable", "cannot read the image `.*0.png`"),
         ("two of one name", "`0.jpg` and `0.png` in `.*` have one name"),
+        ("two masks of one name", "`0.jpg` and `0.png` in `.*masks` have one name"),
         ("loose", "`.*7.png` .* lies in no prompt folder"),
         ("no photos", "no photos of `dog`; there are photos of backpack, backpack_dog"),
         ("empty photos", "the subject folder `.*dog` holds no photo"),

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from dreamtune.evaluation.layout import read_images, read_photos
+from dreamtune.evaluation.task import Task
 
 SUBJECTS = ("backpack", "backpack_dog", "dog")  # names that contain each other
 PROMPTS = ("a sks thing on the beach", "a sks thing in the snow")
@@ -50,3 +54,17 @@ def write_images(root: Path, subjects=SUBJECTS, seeds: int = 2, shift: int = 0) 
                 save(picture(name), root / subject / prompt / f"{k}.png")
         save(picture(5000 + number + shift), root / subject / "unrelated" / "a pizza" / "0.png")
     return root
+
+
+def write_masked(root: Path) -> tuple[Path, Path, Path]:
+    """(photos with masks, images of which one has a mask, the base's images)"""
+    photos, images = write_photos(root / "photos", masks=True), write_images(root / "images")
+    save(mask(3), images / "dog" / PROMPTS[0] / "masks" / "0.png")
+    return photos, images, write_images(root / "base", shift=7)
+
+
+def task_of(folders: tuple[Path, Path, Path], **changes: Any) -> Task:
+    photos, images, base = folders
+    found = {"images": read_images(images), "photos": read_photos(photos)[0],
+             "source": {"kind": "a folder of images"}, "base": read_images(base)}  # fmt: skip
+    return Task(**{**found, **changes})

@@ -14,7 +14,8 @@ from PIL import Image
 from dreamtune.cli import main
 from dreamtune.evaluation.layout import read_images, read_photos
 from dreamtune.evaluation.protocols import PROTOCOLS
-from dreamtune.evaluation.scoring import Task, score_images
+from dreamtune.evaluation.scoring import score_images
+from dreamtune.evaluation.task import Task
 from dreamtune.metrics import Scorers, feature_cache
 from dreamtune.metrics.store import INSIDE, FeatureStore, Picture
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from galleries import write_images, write_photos
+from galleries import picture, save, write_images, write_photos
 from PIL import Image
 from tiny import tiny_unet
 
@@ -89,11 +90,15 @@ def test_a_pipeline_folder(
     settings: dict[str, Any], scorer_names: dict[str, str], rule: Path, tmp_path: Path
 ) -> None:
     base = Path(settings["pretrained_model_name_or_path"])
-    flags = ["--photos", settings["instance_data_dir"], "--instance_prompt", "a sks dog"]
+    photos = shutil.copytree(settings["instance_data_dir"], tmp_path / "photos")
+    shutil.copytree(settings["instance_data_dir"], photos / "reference" / "reference")
+    flags = ["--photos", str(photos), "--instance_prompt", "a sks dog"]
     found = scored(scorer_names, base, rule, tmp_path / "a", *flags)
     assert found["source"]["kind"] == "a pipeline" and found["base_images"] == []
     assert not (tmp_path / "a" / "base").exists()
     assert "DINO, drift is not known" in "\n".join(found["warnings"])
+    inner = [f"photos/reference/reference/{i}.png" for i in range(3)]
+    assert found["coverage"]["skipped_pictures"] == inner
 
 
 def test_the_captions_of_held_out_photos_are_prompts(
@@ -134,7 +139,10 @@ def test_folders_of_two_methods(
     photos = write_photos(tmp_path / "photos")
     a, b = write_images(tmp_path / "a"), write_images(tmp_path / "b", shift=7)
     flags = ["--photos", str(photos), "--base_images", str(a)]
-    found = scored(scorer_names, b, rule, tmp_path / "scores", *flags)
+    gallery = write_photos(tmp_path / "gallery")
+    save(picture(1), gallery / "loose.png")
+    found = scored(scorer_names, b, rule, tmp_path / "scores", *flags, "--gallery", str(gallery))
+    assert found["coverage"]["skipped_pictures"] == ["loose.png"]
     assert found["coverage"]["subjects"] == 3 and found["scores"]["dino"]["unit"] == "subjects"
     # its own base: no drift
     same = scored(scorer_names, a, rule, tmp_path / "same", *flags)
