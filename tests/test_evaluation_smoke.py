@@ -89,7 +89,7 @@ def test_score_compare_and_cache(
     assert main([*again, *photos, *own]) == 0
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     assert "CLIP-T: A and B are equal" in capsys.readouterr().out
-    assert main(["cache"]) == 0 and "MB" in capsys.readouterr().out
+    assert main(["cache"]) == 0 and "MiB" in capsys.readouterr().out
     assert main(["cache", "--clear"]) == 0 and "Removed" in capsys.readouterr().out
 
 

@@ -15,7 +15,7 @@ FLOORS = (
     "ground", "adapters", "injection", "models", "fast", "data", "files", "metrics", "evaluation",
     "training", "pipeline", "serving", "roof",
 )  # fmt: skip
-GROUND = {"version", "embedded", "fields", "config", "configfile", "flags", "textfile"}
+GROUND = {"version", "embedded", "fields", "config", "configfile", "flags", "textfile", "explained"}
 ROOF = {"dreamtune", "cli"}
 
 

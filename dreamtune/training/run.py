@@ -326,7 +326,11 @@ class Run:
         finally:
             shutil.rmtree(final, ignore_errors=True)
         if self.evaluator.scorers is not None:
-            say(report_of(self))
+            page = report_of(
+                self.dir, self.config, self.evaluator, self.history, self.choice,
+                title=self.subject.name, photos=self.images,
+            )  # fmt: skip
+            say(page)
         best = self.dir / run_folder.BEST
         lora = best / run_folder.LORA if self.has_lora(slot) else None
         say(f"{self.choice.reason}\nBest: {lora or best / run_folder.ADAPTER}")
