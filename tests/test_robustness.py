@@ -23,6 +23,7 @@ from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[1] / "eval"))
 
+import prodigy  # noqa: E402
 import robustness  # noqa: E402
 import robustness_bench  # noqa: E402
 import robustness_choice  # noqa: E402
@@ -549,3 +550,18 @@ def test_the_starts_are_compared_at_equal_rate_and_strength() -> None:
     page = robustness_questions.starts(results)
     assert cells(page, title)[0].strip() == f"{gain:+.3f}"
     assert page.count("<tr>") == 1 + 6
+
+
+def test_the_recorded_runs_of_prodigy_are_told_with_intervals() -> None:
+    recorded = Path(__file__).parents[1] / "eval/results/2026-11-29-robustness/prodigy.jsonl"
+    lines = [json.loads(text) for text in recorded.read_text().splitlines()]
+    found = {
+        tuple(cells[1:4]): cells[4:]
+        for text in prodigy.table(lines, None).splitlines()[2:]
+        if (cells := [cell.strip() for cell in text.split("|")])
+    }
+    assert len(found) == 8
+    own = [x["dino"] for x in lines if (x["variant"], x["step"]) == ("lora", 120)]
+    dino, _, rate, n, _ = found["lora", "Prodigy", "120"]
+    assert dino.startswith(f"{sum(own) / 5:.3f} (0.762 to 0.940") and n == "5 of 5"
+    assert rate == "9.1e-04 to 1.4e-03"
