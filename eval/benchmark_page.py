@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -235,7 +236,7 @@ def facts(plan: Plan, results: Mapping[str, Results]) -> str:
         "Protocol": f"{protocol['name']}: {protocol.get('about', '')}".removesuffix(": "),
         "Subjects": ", ".join(plan.subjects),
         "Training seeds": ", ".join(map(str, plan.seeds)),
-        "Flags of the trainer": " ".join(plan.training) or "none",
+        "Flags of the trainer": shlex.join(plan.training) or "none",
     }
     items = "".join(f"<p>{name}: {escape(value)}.</p>" for name, value in known.items())
     return section("protocol", "Protocol", items)
