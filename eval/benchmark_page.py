@@ -13,7 +13,7 @@ from benchmark_parts import BASE, Plan
 
 from dreamtune.evaluation.compare import Comparison, title_of
 from dreamtune.evaluation.compare import counted as clusters
-from dreamtune.evaluation.inline import write_main
+from dreamtune.evaluation.inline import section, write_main
 from dreamtune.evaluation.results import Results
 from dreamtune.evaluation.scatter import Cloud, cloud, scatter
 from dreamtune.evaluation.scores_page import PAGE, interval, level_of, number
@@ -59,17 +59,18 @@ def write_benchmark(
 ) -> Path:
     """report.html in the folder that holds those of the methods. results: by method, of those that
     have images; failed: (method, subject, why)."""
-    parts = [header(plan, results)]
+    title = escape(f"{plan.benchmark}: {', '.join(plan.methods)}")
+    parts = [header(title, plan, results)]
     if results:
         together = of_all(results)
+        levels = together.level_scores()
         parts += [
-            table(results, together),
-            plots(results, together),
+            table(results, together, levels),
+            plots(results, together, levels),
             comparisons(pairs),
             reports(results),
         ]
     parts += [failures(failed), facts(plan, results)]
-    title = escape(f"{plan.benchmark}: {', '.join(plan.methods)}")
     return write_main(folder / PAGE, title, "".join(parts), STYLE)
 
 
@@ -88,8 +89,7 @@ def of_all(results: Mapping[str, Results]) -> Results:
     return replace(each[0], base=[*base.values()], levels=levels, coverage=coverage)
 
 
-def header(plan: Plan, results: Mapping[str, Results]) -> str:
-    title = escape(f"{plan.benchmark}: {', '.join(plan.methods)}")
+def header(title: str, plan: Plan, results: Mapping[str, Results]) -> str:
     images = sum(len(one.images) for one in results.values())
     parts = [
         counted(len(plan.methods), "method"),
@@ -104,11 +104,7 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
-def section(name: str, title: str, inner: str) -> str:
-    return f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2>{inner}</section>'
-
-
-def table(results: Mapping[str, Results], together: Results) -> str:
+def table(results: Mapping[str, Results], together: Results, levels: Mapping[str, Estimate]) -> str:
     """Scores down; the base, the methods and the photos across."""
     scores = {BASE: together.scores(together.base)} if together.base else {}
     scores |= {method: one.scores() for method, one in results.items()}
@@ -116,7 +112,7 @@ def table(results: Mapping[str, Results], together: Results) -> str:
         f'<th scope="col">{text}</th>'
         for text in ("Score", *(linked(m) if m in results else "Base" for m in scores), "Photos")
     )
-    rows, levels = "", together.level_scores()
+    rows = ""
     for key in dict.fromkeys(key for method in results for key in scores[method]):
         cells = [cell(key, own.get(key)) for own in scores.values()]
         cells.append(cell(key, level_of(key, levels)))
@@ -144,7 +140,7 @@ def cell(key: str, e: Estimate | None) -> str:
     return f"{number(key, e.mean)}<small>{escape(interval(key, e))}</small><small>n = {e.n}</small>"
 
 
-def plots(results: Mapping[str, Results], together: Results) -> str:
+def plots(results: Mapping[str, Results], together: Results, levels: Mapping[str, Estimate]) -> str:
     """Likeness against obedience: of all with their anchors; of the methods alone where there are
     several, for the base may be far from them."""
     keys = [shown_key(results, kind) for kind in ("prompt", "subject")]
@@ -159,7 +155,7 @@ def plots(results: Mapping[str, Results], together: Results) -> str:
         return ""
     titles = METRICS[x_key].title, METRICS[y_key].title
     anchors = [] if base is None else [replace(base, subjects=())]
-    level = level_of(y_key, together.level_scores())
+    level = level_of(y_key, levels)
     line = None if level is None else level.mean
     charts, closer = scatter([*methods, *anchors], *titles, line, "photos among themselves"), ""
     if len(methods) > 1 and (anchors or line is not None):

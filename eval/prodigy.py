@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ sys.path[:0] = [str(ROOT / "eval"), str(ROOT)]
 from robustness_bench import Bench  # noqa: E402
 from robustness_plan import FEW, Run, Settings, subjects_of  # noqa: E402
 from robustness_plan import PARTS as ALL_PARTS  # noqa: E402
-from robustness_stats import mean_of, own_prompt  # noqa: E402
+from robustness_stats import Row, mean_of, own_prompt  # noqa: E402
 from robustness_wave import Stack, scored  # noqa: E402
 
-from dreamtune.evaluation.statistics import Estimate  # noqa: E402
+from dreamtune.evaluation.selfcheck import interval  # noqa: E402
 from dreamtune.training.optim import SlotAdamW  # noqa: E402
 
 VARIANTS = ("lora", "delora")
@@ -114,8 +114,8 @@ def table(lines: Sequence[dict[str, Any]], against: Path | None) -> str:
         if not sound:
             text.append(f"| {' | '.join(map(str, key))} | diverged | | | {len(own)} |")
             continue
-        dino = in_words(mean_of(sound, lambda x: x["dino"]))
-        margin = in_words(mean_of(sound, own_prompt))
+        dino = in_words(sound, lambda x: x["dino"])
+        margin = in_words(sound, own_prompt)
         rates = [x["d"] for x in sound if "d" in x]
         rate = f"{min(rates):.1e} to {max(rates):.1e}" if rates else ""
         text.append(
@@ -125,10 +125,9 @@ def table(lines: Sequence[dict[str, Any]], against: Path | None) -> str:
     return "\n".join(text)
 
 
-def in_words(e: Estimate | None) -> str:
-    if e is None or e.low is None or e.high is None:
-        return "" if e is None else f"{e.mean:.3f}"
-    return f"{e.mean:.3f} ({e.low:.3f} to {e.high:.3f})"
+def in_words(rows: Sequence[Row], value: Callable[[Row], float | None]) -> str:
+    found = mean_of(rows, value)
+    return "" if found is None else interval(found)
 
 
 def main() -> int:

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "eval"), str(ROOT)]
 
 from robustness_plan import MAIN, VARIANTS  # noqa: E402
+from robustness_stats import own_prompt  # noqa: E402
 
 NEAR = 0.015  # of DINO: no more than the intervals of 25 subjects tell apart
 KEPT = 0.97  # of the prompt's margin: CLIP-T with an image's own prompt minus with the others'
@@ -37,10 +38,11 @@ def grid_of(results: Mapping[str, Any], variant: str) -> Grid:
         row = dict(zip(results["columns"], values))
         if row["part"] == "choice" and row["variant"] == variant:
             key = row["rate"], row["step"]
-            if row["dino"] is None:
+            dino, margin = row["dino"], own_prompt(row)
+            if dino is None or margin is None:
                 diverged.add(key)
             else:
-                found[key].append((row["dino"], row["clip_t"] - row["clip_t_shuffled"]))
+                found[key].append((dino, margin))
     grid: Grid = defaultdict(dict)
     for (rate, step), scores in found.items():
         if (rate, step) not in diverged:

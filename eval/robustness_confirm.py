@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import robustness_choice
 from robustness_plan import VARIANTS
-from robustness_sections import along, counted, name_of, number, section, table, text, title
+from robustness_sections import along, counted, name_of, number, table, text, title
 from robustness_stats import MAIN_SCORE, PROMPT_KEPT, Results, Row, at_rate, difference, mean
 
+from dreamtune.evaluation.inline import section
 from dreamtune.training.chosen import EMBEDDED
 
 BESIDE = ("dino_held_out", PROMPT_KEPT, "clip_t_margin")

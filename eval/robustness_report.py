@@ -37,7 +37,6 @@ from robustness_sections import (  # noqa: E402
     counted,
     multiplier,
     name_of,
-    section,
     text,
     times,
     widths,
@@ -53,7 +52,7 @@ from robustness_stats import (  # noqa: E402
     read,
 )
 
-from dreamtune.evaluation.inline import img, write_main  # noqa: E402
+from dreamtune.evaluation.inline import img, section, write_main  # noqa: E402
 
 PAGE, FIGURES = "report.html", "figures"
 STYLE = """

@@ -80,17 +80,6 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f'<div class="scroll">{inner}</div>'
 
 
-def section(anchor: str, title: str, *parts: str) -> str:
-    """ "" where all parts are."""
-    inner = "".join(parts)
-    if not inner:
-        return ""
-    return (
-        f'<section aria-labelledby="{anchor}"><h2 id="{anchor}">{escape(title)}</h2>{inner}'
-        "</section>"
-    )
-
-
 def text(words: str) -> str:
     return f'<p class="soft">{escape(words)}</p>'
 

@@ -43,6 +43,17 @@ def filled(file: str, **values: str) -> str:
     return Template(text).substitute(values)
 
 
+def section(anchor: str, title: str, *parts: str) -> str:
+    """A section of a page with its head; "" where all parts are. parts: HTML."""
+    inner = "".join(parts)
+    if not inner:
+        return ""
+    return (
+        f'<section aria-labelledby="{anchor}"><h2 id="{anchor}">{escape(title)}</h2>{inner}'
+        "</section>"
+    )
+
+
 def img(image: Image.Image, alt: str, side: int, crop: bool = False) -> str:
     """An <img> with the picture inside, shrunk to `side` if larger, never enlarged."""
     image = image.convert("RGB")

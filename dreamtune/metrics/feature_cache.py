@@ -67,6 +67,7 @@ class FeatureCache:
             "protocol": extractor.protocol,
             # other kernels give other last digits
             "device": str(getattr(extractor, "device", "cpu")).partition(":")[0],
+            "masks": "of their picture's size",  # rows of before may be of stretched ones
             "versions": {n: version(n) for n in ("torch", "pillow", *extractor.libraries)},
         }
         self.folder = root / hash_of_json(depends)[:32]

@@ -7,40 +7,22 @@ from dataclasses import replace
 
 import pytest
 from galleries import (
+    EVERY,
     PROMPTS,
     mask,
     picture,
     save,
     task_of,
     write_images,
-    write_masked,
     write_photos,
 )
 from PIL import Image
 
 from dreamtune.data.words import without_identifier
 from dreamtune.evaluation.layout import read_photos
-from dreamtune.evaluation.protocol_file import find_protocol
 from dreamtune.evaluation.scoring import score_images
 from dreamtune.metrics import Scorers
 from dreamtune.metrics.preprocess import painted
-
-EVERY = find_protocol("dreamtune")
-
-
-@pytest.fixture(scope="module")
-def scorers(scorer_names):
-    return Scorers.load(scorer_names, EVERY.metrics)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return write_masked(tmp_path_factory.mktemp("gallery"))
-
-
-@pytest.fixture(scope="module")
-def results(folders, scorers):
-    return score_images(task_of(folders), scorers, EVERY)
 
 
 def test_prompts_need_masks_of_the_images_alone(folders, scorers, results, tmp_path):

@@ -10,13 +10,12 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from galleries import PROMPTS, SUBJECTS, mask, picture, save, task_of, write_masked
+from galleries import EVERY, PROMPTS, SUBJECTS, mask, picture, save, task_of
 from PIL import Image
 
 from dreamtune.data.words import read_words, without_identifier
 from dreamtune.evaluation.compare import compare
 from dreamtune.evaluation.layout import Photos, read_images
-from dreamtune.evaluation.protocol_file import find_protocol
 from dreamtune.evaluation.protocols import Encoder, Protocol
 from dreamtune.evaluation.results import read_results, write_results
 from dreamtune.evaluation.scores_page import heat, write_page
@@ -25,23 +24,6 @@ from dreamtune.evaluation.statistics import estimate
 from dreamtune.metrics import METRICS, Scorers
 from dreamtune.metrics import store as store_module
 from dreamtune.metrics.preprocess import painted
-
-EVERY = find_protocol("dreamtune")
-
-
-@pytest.fixture(scope="module")
-def scorers(scorer_names):
-    return Scorers.load(scorer_names, EVERY.metrics)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return write_masked(tmp_path_factory.mktemp("gallery"))
-
-
-@pytest.fixture(scope="module")
-def results(folders, scorers):
-    return score_images(task_of(folders), scorers, EVERY)
 
 
 def inside(path, cover, colour):

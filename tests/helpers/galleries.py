@@ -9,8 +9,10 @@ import numpy as np
 from PIL import Image
 
 from dreamtune.evaluation.layout import read_images, read_photos
+from dreamtune.evaluation.protocol_file import find_protocol
 from dreamtune.evaluation.task import Task
 
+EVERY = find_protocol("dreamtune")  # all that is scored
 SUBJECTS = ("backpack", "backpack_dog", "dog")  # names that contain each other
 PROMPTS = ("a sks thing on the beach", "a sks thing in the snow")
 
