@@ -312,3 +312,30 @@ def settings(tiny_v_pipeline_dir: Path, photo_dir: Path, tmp_path: Path) -> dict
         "dino": "none",
         "clip": "none",
     }
+
+
+@pytest.fixture(scope="module")
+def scorers(scorer_names: dict[str, str]) -> Any:
+    """Of everything that is scored."""
+    from galleries import EVERY
+
+    from dreamtune.metrics import Scorers
+
+    return Scorers.load(scorer_names, EVERY.metrics)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Photos, images and the base's images of a few subjects, with masks."""
+    from galleries import write_masked
+
+    return write_masked(tmp_path_factory.mktemp("gallery"))
+
+
+@pytest.fixture(scope="module")
+def results(folders: Any, scorers: Any) -> Any:
+    from galleries import EVERY, task_of
+
+    from dreamtune.evaluation.scoring import score_images
+
+    return score_images(task_of(folders), scorers, EVERY)
