@@ -161,7 +161,9 @@ def generate(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--resolution", type=int, help="side in pixels [default: the run's]")
     parser.add_argument(
-        "--num_inference_steps", type=int, help="sampling steps [default: the run's, else 25]"
+        "--num_inference_steps",
+        type=int,
+        help="sampling steps [default: the run's, else that of `train`]",
     )
     parser.add_argument(
         "--guidance_scale", type=float, help="[default: the run's, else that of `train`]"

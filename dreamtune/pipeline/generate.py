@@ -59,7 +59,7 @@ def generate(
     model.check_side(size)
     usual = model.sampling_defaults(size)
     if steps is None:
-        steps = settings.get("num_inference_steps") or 25
+        steps = settings.get("num_inference_steps") or model.sampling_steps
     if guidance_scale is None:
         stated = settings.get("guidance_scale")
         guidance_scale = usual.guidance_scale if stated is None else stated

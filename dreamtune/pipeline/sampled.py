@@ -23,8 +23,6 @@ from dreamtune.pipeline.load import load
 from dreamtune.pipeline.speed import speed_up_where_possible
 from dreamtune.training.defaults import device_and_dtype
 
-STEPS = 25  # where a run does not say
-
 
 @dataclass(frozen=True)
 class Sampler:
@@ -60,7 +58,7 @@ class Sampler:
         size = fixed.get("size") or settings.get("resolution") or base.resolution
         usual = asdict(base.sampling_defaults(size))
         found = {k: v if (v := settings.get(k)) is not None else usual[k] for k in usual}
-        steps = settings.get("num_inference_steps") or STEPS
+        steps = settings.get("num_inference_steps") or base.sampling_steps
         batch = settings.get("sample_batch_size") or 8
         chosen = {**found, "steps": steps, "size": size, "batch_size": batch, **fixed}
         return cls(base, Sampling(**chosen))

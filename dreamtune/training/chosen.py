@@ -25,4 +25,3 @@ EMBEDDED = {
 }
 
 SCORINGS = 3  # after that of step 0
-SAMPLING_STEPS = 12

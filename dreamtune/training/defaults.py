@@ -15,7 +15,7 @@ from dreamtune.data.photos import Photo, listed
 from dreamtune.data.words import SubjectWords, fill, in_all, read_words
 from dreamtune.models.base import Base
 from dreamtune.models.sample import Sampling
-from dreamtune.training.chosen import EMBEDDED, SAMPLING_STEPS, SCORINGS
+from dreamtune.training.chosen import EMBEDDED, SCORINGS
 
 # Of the 15 prompts that DreamBooth's evaluation asks of animals and of objects alike.
 PROMPTS = (
@@ -107,7 +107,7 @@ def resolve(config: Config, base: Base, subject: SubjectWords, run_dir: Path) ->
         "validation_steps": every,
         "train_batch_size": 4 if small else 1,
         "learning_rate": chosen.learning_rate if chosen else method.learning_rate,
-        "num_inference_steps": SAMPLING_STEPS if base.embedded else 25,
+        "num_inference_steps": base.sampling_steps,
         "prediction_type": base.prediction_type,
         "target_modules": list(base.target_modules),
         "dino": scorers[0],

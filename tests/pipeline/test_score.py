@@ -17,8 +17,11 @@ from tiny import tiny_unet
 import dreamtune
 from dreamtune.cli import main
 from dreamtune.config import Config
+from dreamtune.data.words import SubjectWords
 from dreamtune.evaluation.results import read_results
+from dreamtune.pipeline.sampled import Sampler
 from dreamtune.pipeline.score import given, subject_of
+from dreamtune.training.defaults import resolve, sampling_of
 
 RULE = """
 like: dreamtune
@@ -247,3 +250,20 @@ def test_help_states_the_layout_and_every_protocol(capsys: Any) -> None:
     said = capsys.readouterr().out
     for part in ("IMAGES/<subject>/<prompt>/<seed>.png", "customconcept101", "peft_image"):
         assert part in said
+
+
+@pytest.mark.parametrize("kind", ["embedded", "tiny"])
+def test_a_base_alone_is_sampled_as_the_runs_of_the_same_flags(
+    kind: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """A benchmark sets the one beside the other."""
+    name = "embedded" if kind == "embedded" else settings["pretrained_model_name_or_path"]
+    config = Config(
+        pretrained_model_name_or_path=name, instance_data_dir="photos", sample_batch_size=3
+    )
+    told = {k: v for k, v in config.to_dict().items() if v is not None}
+    sampler = Sampler.of(None, name, {}, told)
+    words = SubjectWords("sks dog", "sks", "dog")
+    run = resolve(config, sampler.base, words, tmp_path)
+    assert sampling_of(run) == sampler.sampling
+    assert sampler.sampling.steps == (12 if kind == "embedded" else 25)
