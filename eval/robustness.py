@@ -1,19 +1,21 @@
 """How robust the methods are to the learning rate and to more steps, on the embedded base.
 
-    python eval/robustness.py --work DIR --minutes 9                   # parts a b c d, in turn
     python eval/robustness.py --work DIR --minutes 9 --parts defaults  # on development subjects
+    python eval/robustness.py --work DIR --minutes 9                   # parts a b c d, in turn
     python eval/robustness.py --work DIR --minutes 0                   # the plan, and results.json
     accelerate launch --multi_gpu --num_processes 2 eval/robustness.py --work DIR --minutes 9
 
     python eval/robustness.py --work DIR --minutes 5 --parts a --variants lora delora \
         --multipliers 1 4 --subjects 1 --steps 4 --prompts 2             # small, on the CPU
 
-a: LoRA, DeLoRA, ETHER, ETHER+ at 6 rates, 1/16 to 64 times each one's own, on 25 reporting
-subjects, scored at the last step; b: the four at 16 times the steps on 5 of these subjects, scored
-along the way; c: relatives and ablations at the 6 rates on the 5; d: two more seeds of a. defaults:
-the rates on the development subjects; time: the four at 3 rates on these, scored every few steps;
-lambda: DeLoRA's starts and strengths on these; steps: the relatives, as in time; confirm: the rates
-that were chosen, on the 25 reporting subjects, scored at five steps.
+a: LoRA, DeLoRA, ETHER, ETHER+ at 6 rates, 1/16 to 64 times each one's best of the part `defaults`
+(its own where DIR does not have that part), on 25 reporting subjects, scored at the last step; b:
+the four at 16 times the steps on 5 of these subjects, scored along the way; c: relatives and
+ablations at the 6 rates on the 5; d: two more seeds of a. Around each one's own rate: defaults: the
+6 rates on the development subjects; time: the four at 3 rates on these, scored every few steps;
+lambda: DeLoRA's starts and strengths on these; steps: the relatives, as in time; choice: all at 3
+rates, 3 seeds; confirm: what was chosen, on the 25 reporting subjects; starts: DeLoRA's starts at
+lambda 4 and 15 and 4 rates on the 25.
 
 Runs train stacked, one variant a wave, each slot with its own rate, subject and seed. What the
 device does is measured first and kept in DIR; then the plan is fitted to the minutes and what does
@@ -30,6 +32,7 @@ import time
 BEGAN = time.perf_counter()
 
 import argparse  # noqa: E402
+import itertools  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
@@ -47,11 +50,13 @@ from robustness_costs import MARGIN, Costs, Wave, fitted, plan_text, waves_of  #
 from robustness_plan import (  # noqa: E402
     MULTIPLIERS,
     PARTS,
+    TUNED,
     VARIANTS,
     Chosen,
     Run,
     Settings,
     runs_of,
+    subjects_of,
 )
 from robustness_state import (  # noqa: E402
     CALIBRATION,
@@ -61,6 +66,7 @@ from robustness_state import (  # noqa: E402
     settled,
     write_results,
 )
+from robustness_stats import Results, best_rate  # noqa: E402
 from robustness_wave import calibrated, train_wave  # noqa: E402
 
 from dreamtune.files.whole import whole  # noqa: E402
@@ -88,7 +94,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Settings]:
         nargs="+",
         default=[],
         metavar="VARIANT=RATE",
-        help="rate of multiplier 1 in these parts [default: b and d as a; else the method's own]",
+        help="rate of multiplier 1 in these parts [default: a b c d the best of `defaults`, which "
+        "is to be done first; else the method's own]",
     )
     add("--steps", type=int, default=Settings.steps, help="of a usual run")
     add("--prompts", type=int, default=Settings.prompts, help="scored images of a run")
@@ -134,6 +141,27 @@ def measured(work: Path, bench: Bench, most: int | None) -> dict[str, Any]:
     with whole(path) as partial:
         partial.write_text(json.dumps(found, indent=1))
     return found
+
+
+def tuned(state: State) -> dict[str, float]:
+    """The best rate on the development subjects of each variant that has all of its runs there."""
+    part, found = PARTS[TUNED], {}
+    every = set(itertools.product(subjects_of(part, None), part.multipliers))
+    there = Results({}, list(state.rows.values()), state.base, {})
+    for variant in part.variants:
+        own = {(r["subject"], r["multiplier"]) for r in there.of(TUNED) if r["variant"] == variant}
+        if own >= every and (rate := best_rate(there, variant, TUNED)) is not None:
+            found[variant] = rate
+    return found
+
+
+def centres_text(settings: Settings, parts: Sequence[str]) -> str:
+    found = []
+    for part in parts:
+        own = {v: settings.centre(part, v) for v in PARTS[part].variants}
+        moved = [f"{v} {rate:.3g}" for v, rate in own.items() if rate != VARIANTS[v].rate]
+        found.append(f"{part}: {', '.join(moved) or 'none'}")
+    return f"Centred on another rate than the method's own: {'; '.join(found)}."
 
 
 def mine(runs: Sequence[Run], rank: int, world: int) -> list[Run]:
@@ -188,8 +216,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    settings = settled(work, asked, args.parts, args.centres)
     state = read_state(work)
+    settings = settled(work, asked, args.parts, args.centres, tuned(state))
+    print(centres_text(settings, args.parts))
     chosen = Chosen(args.parts, args.variants, args.multipliers, args.subjects)
     runs = [r for r in mine(runs_of(chosen, settings), rank, world) if not state.is_done(r)]
     failed: list[str] = []

@@ -54,7 +54,10 @@ VARIANTS = {
     )
 }  # fmt: skip
 STRENGTHS = ("delora_1", "delora", "delora_15", "delora_peft", "delora_peft_15")
+STARTS = tuple(name for name in STRENGTHS if name != "delora_1")
 LIKE = {"b": "a", "d": "a"}  # parts whose rates are those of another, where not given
+TUNED = "defaults"  # the part whose best rates are the centres of CENTRED
+CENTRED = ("a", "b", "c", "d")
 RELATIVES = ("rslora", "dora", "oft", "hra", "deft", "norm_bounded")
 OTHERS = tuple(name for name in VARIANTS if name not in (*MAIN, *STRENGTHS)) + ("delora_peft",)
 
@@ -87,6 +90,10 @@ PARTS = {
         at=tuple(n / 48 for n in (1, 2, 3, 4, 6, 8, 12, 15, 18, 24, 30, 36, 42, 48)),
     ),
     "lambda": Part("starts and strengths of DeLoRA", STRENGTHS, (1 / 4, 1.0, 4.0), "dev", FEW),
+    "starts": Part(
+        "starts and strengths of DeLoRA on more subjects", STARTS, MULTIPLIERS[:4], "report",
+        REPORTED, at=(1 / 16, 3 / 16, 5 / 12, 1.0),
+    ),
     "steps": Part(
         "steps to choose from", RELATIVES, (1 / 4, 1.0, 4.0), "dev", FEW,
         at=tuple(n / 16 for n in (1, 2, 3, 4, 6, 8, 12, 16)),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from robustness_plan import VARIANTS
 from robustness_sections import (
     SCORES,
+    counted,
     multiplier,
     name_of,
     number,
@@ -18,6 +20,7 @@ from robustness_stats import (
     Results,
     Row,
     at_chosen_rate,
+    at_rate,
     by,
     difference,
     diverged,
@@ -31,9 +34,10 @@ def seeds(results: Results) -> str:
     rows = results.of("a", "d")
     lines = []
     for variant in results.variants(rows):
-        centre = [r for r in rows if r["variant"] == variant and r["multiplier"] == 1.0]
+        named = VARIANTS.get(variant)
+        usual = at_rate(rows, variant, named and named.rate)
         best, _ = at_chosen_rate(results, variant, "a", "d")
-        for name, own in (("1 x", centre), ("best rate", best)):
+        for name, own in (("its own rate", usual), ("best rate", best)):
             if (spread := seed_spread(results, own)) is not None:
                 count = len({r["seed"] for r in own})
                 label = f"{title(results, variant)}, {name}"
@@ -114,20 +118,24 @@ STARTS = (("delora", "delora_peft"), ("delora_15", "delora_peft_15"))
 
 
 def starts(results: Results) -> str:
-    """The residual start minus PEFT's at equal lambda and rate, on the development subjects."""
-    lines = []
+    """The residual start minus PEFT's at equal lambda and rate: on the reporting subjects at each
+    scored step, where they were run, else on the development subjects at the last."""
+    lines, rows = [], results.of("starts", last=False) or results.of("lambda")
     for ours, theirs in STARTS:
-        rows = results.of("lambda")
-        own = by([r for r in rows if r["variant"] == ours], "multiplier")
-        for m, here in own.items():
-            other = [r for r in rows if r["variant"] == theirs and r["multiplier"] == m]
-            found = [difference(results, here, other, key) for key in SCORES]
+        pair = [r for r in rows if r["variant"] in (ours, theirs)]
+        for (_, step), here in by(pair, "multiplier", "step").items():
+            own, other = ([r for r in here if r["variant"] == v] for v in (ours, theirs))
+            found = [difference(results, own, other, key) for key in SCORES]
             if any(found):
-                label = f"{title(results, ours)}, {multiplier(m)} x, minus {title(results, theirs)}"
+                at = f"rate {here[0]['rate']:.3g}, {step} steps"
+                label = f"{title(results, ours)}, {at}, minus {title(results, theirs)}"
                 lines.append([label, *(number(e, "+.3f") for e in found)])
     if not lines:
         return text("Not answered yet: no start of PEFT's is here.")
-    return table(["", *(f"{name_of(k)} (95%)" for k in SCORES)], lines)
+    whose = "reporting" if results.of("starts") else "development"
+    return text(f"{counted(rows)}, {whose} subjects.") + table(
+        ["", *(f"{name_of(k)} (95%)" for k in SCORES)], lines
+    )
 
 
 Section = Callable[[Results], str]

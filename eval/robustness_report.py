@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT / "eval"), str(ROOT)]
 
 from robustness_confirm import chosen, confirmed  # noqa: E402
 from robustness_figures import Line, Plot, plot, write_files  # noqa: E402
-from robustness_plan import PARTS  # noqa: E402
+from robustness_plan import CENTRED, PARTS, VARIANTS  # noqa: E402
 from robustness_questions import QUESTIONS  # noqa: E402
 from robustness_sections import (  # noqa: E402
     SCORES,
@@ -73,11 +73,20 @@ ALONG = (
 BEYOND = (PROMPT_KEPT, "clip_t_margin", "dino_held_out", "dino_drift", "dino_nearest", "distance")
 
 
+def centred(results: Results, part: str) -> str:
+    """What a multiplier of the part is times."""
+    centres = results.about.get("settings", {}).get("centres", {}).get(part, {})
+    moved = any(v in VARIANTS and rate != VARIANTS[v].rate for v, rate in centres.items())
+    tuned = part in CENTRED and moved
+    return "times the best on the development subjects" if tuned else "times the method's own"
+
+
 def rate_plot(results: Results, name: str, rows: Sequence[Row], key: str) -> Plot | None:
     ticks = {m: multiplier(m) for m in sorted({row["multiplier"] for row in rows})}
     lines = lines_of(results, rows, "multiplier", key)
+    across = f"learning rate, {centred(results, rows[0]['part'])}"
     return plot(
-        f"{name}-{key}", name_of(key), lines, ticks, "learning rate, times the method's own",
+        f"{name}-{key}", name_of(key), lines, ticks, across,
         reference=base_of(results, rows, key), reference_name="the base", wide=key == MAIN_SCORE,
     )  # fmt: skip
 
@@ -138,10 +147,23 @@ def steps_section(results: Results) -> tuple[str, list[Plot | None]]:
     rows = results.of("b", last=False)
     if not rows:
         return "", []
-    plots = [step_plot(results, "steps", rows, key) for key in ALONG]
+    centre = [row for row in rows if row["multiplier"] == 1.0]
+    plots = [step_plot(results, "steps", centre, key) for key in ALONG]
     tables = [along(results, rows, key) for key in ALONG]
-    head = text(f"{counted(rows)}.")
+    head = text(f"{counted(rows)}; the charts are of 1 x, {centred(results, 'b')}.")
     return section("steps", "Many more steps", head, figures(plots), *tables), plots
+
+
+def starts_section(results: Results) -> tuple[str, list[Plot | None]]:
+    """As the rates, and along the steps."""
+    html, plots = rates_section(
+        results, "starts", "Starts and strengths of DeLoRA", results.of("starts"), ("starts",)
+    )
+    rows = results.of("starts", last=False)
+    if not rows:
+        return "", []
+    tables = [along(results, rows, key) for key in (MAIN_SCORE, PROMPT_KEPT)]
+    return html + section("starts-steps", "Starts, along the steps", *tables), plots
 
 
 def time_section(results: Results) -> tuple[str, list[Plot | None]]:
@@ -165,7 +187,7 @@ def pictures(results: Results) -> str:
     kept = [p for p in results.about.get("pictures", []) if p["variant"] in results.titles]
     ends = [p for p in kept if p["part"] in ("a", "c")]
     ends = ends or [p for p in kept if p["part"] == "defaults"]
-    long = [p for p in kept if p["part"] == "b"]
+    long = [p for p in kept if p["part"] == "b" and p["multiplier"] == 1.0]
     kept = [*ends, *long]
     names = ", ".join(sorted({p["subject"] for p in kept}))
     note = f"Of {names}, the first scored prompt and seed; – diverged, or was not run."
@@ -237,6 +259,7 @@ def build(results: Results, out: Path) -> list[Path]:
         steps_section(results),
         time_section(results),
         rates_section(results, "others", "Relatives and ablations", results.of("c"), ("c",)),
+        starts_section(results),
         rates_section(
             results, "defaults", "Development subjects: rates to choose from",
             results.of("defaults"), ("defaults",),

@@ -201,14 +201,17 @@ def at_best(results: Results, rows: Sequence[Row], *parts: str) -> str:
 
 
 def along(results: Results, rows: Sequence[Row], key: str) -> str:
-    """A row a variant, a column a scored step."""
+    """A row a variant, and a rate where there are several; a column a scored step."""
     steps = sorted({row["step"] for row in rows})
+    several = len({row["multiplier"] for row in rows}) > 1
     lines = []
     for variant in results.variants(rows):
-        own = by([r for r in rows if r["variant"] == variant], "step")
-        cells = [number(mean(results, own.get(s, []), key)) for s in steps]
-        if any(cell != NONE for cell in cells):
-            lines.append([title(results, variant), *cells])
+        for m, here in by([r for r in rows if r["variant"] == variant], "multiplier").items():
+            own = by(here, "step")
+            cells = [number(mean(results, own.get(s, []), key)) for s in steps]
+            if any(cell != NONE for cell in cells):
+                rate = f", {here[0]['rate']:.3g} ({multiplier(m)} x)" if several else ""
+                lines.append([title(results, variant) + rate, *cells])
     heads = [name_of(key), *(f"{s} steps" for s in steps)]
     return table(heads, lines) if lines else ""
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from robustness_plan import LIKE, PARTS, VARIANTS, Run, Settings
+from robustness_plan import CENTRED, LIKE, PARTS, VARIANTS, Run, Settings
 
 from dreamtune.files.whole import whole
 
@@ -22,11 +22,15 @@ SETTINGS, CALIBRATION, RESULTS = "settings.json", "calibration.json", "results.j
 
 
 def settled(
-    work: Path, asked: Settings, parts: Sequence[str], centres: Mapping[str, float]
+    work: Path,
+    asked: Settings,
+    parts: Sequence[str],
+    centres: Mapping[str, float],
+    tuned: Mapping[str, float],
 ) -> Settings:
     """The settings of the folder, with the centres of these parts, which their first start fixes:
-    those that are given, else of the part that they are like, else the method's own. Raises
-    ValueError for what was started otherwise."""
+    those that are given, else of the part that they are like, else of CENTRED what was tuned, else
+    the method's own. Raises ValueError for what was started otherwise."""
     path = work / SETTINGS
     saved = Settings(**json.loads(path.read_text())) if path.is_file() else asked
     if replace(asked, centres=saved.centres) != saved:
@@ -36,7 +40,8 @@ def settled(
         raise ValueError(f"--centres names `{strange[0]}`, which none of the parts asked for has.")
     found = {part: dict(own) for part, own in saved.centres.items()}
     for part in parts:
-        own = {v: VARIANTS[v].rate for v in PARTS[part].variants}
+        best = tuned if part in CENTRED else {}
+        own = {v: best.get(v, VARIANTS[v].rate) for v in PARTS[part].variants}
         given = {v: rate for v, rate in centres.items() if v in own}
         if (known := found.get(part)) is None:
             found[part] = {**own, **found.get(LIKE.get(part, ""), {}), **given}
