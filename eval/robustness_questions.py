@@ -17,6 +17,7 @@ from robustness_sections import (
 )
 from robustness_stats import (
     MAIN_SCORE,
+    PROMPT_KEPT,
     Results,
     Row,
     at_chosen_rate,
@@ -115,6 +116,7 @@ def norms(results: Results) -> str:
 
 
 STARTS = (("delora", "delora_peft"), ("delora_15", "delora_peft_15"))
+OF_STARTS = (MAIN_SCORE, "dino_held_out", PROMPT_KEPT, "dino_drift")
 
 
 def starts(results: Results) -> str:
@@ -125,7 +127,7 @@ def starts(results: Results) -> str:
         pair = [r for r in rows if r["variant"] in (ours, theirs)]
         for (_, step), here in by(pair, "multiplier", "step").items():
             own, other = ([r for r in here if r["variant"] == v] for v in (ours, theirs))
-            found = [difference(results, own, other, key) for key in SCORES]
+            found = [difference(results, own, other, key) for key in OF_STARTS]
             if any(found):
                 at = f"rate {here[0]['rate']:.3g}, {step} steps"
                 label = f"{title(results, ours)}, {at}, minus {title(results, theirs)}"
@@ -134,7 +136,7 @@ def starts(results: Results) -> str:
         return text("Not answered yet: no start of PEFT's is here.")
     whose = "reporting" if results.of("starts") else "development"
     return text(f"{counted(rows)}, {whose} subjects.") + table(
-        ["", *(f"{name_of(k)} (95%)" for k in SCORES)], lines
+        ["", *(f"{name_of(k)} (95%)" for k in OF_STARTS)], lines
     )
 
 

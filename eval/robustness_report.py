@@ -150,7 +150,7 @@ def steps_section(results: Results) -> tuple[str, list[Plot | None]]:
     centre = [row for row in rows if row["multiplier"] == 1.0]
     plots = [step_plot(results, "steps", centre, key) for key in ALONG]
     tables = [along(results, rows, key) for key in ALONG]
-    head = text(f"{counted(rows)}; the charts are of 1 x, {centred(results, 'b')}.")
+    head = text(f"{counted(rows)}; rates are {centred(results, 'b')}, the charts of 1 x.")
     return section("steps", "Many more steps", head, figures(plots), *tables), plots
 
 

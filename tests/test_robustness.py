@@ -181,20 +181,39 @@ def test_a_line_that_was_cut_off_costs_its_run_alone(tmp_path: Path) -> None:
 
 def test_settings_hold_for_a_folder(tmp_path: Path) -> None:
     asked = Settings(steps=4)
-    first = settled(tmp_path, asked, ["defaults"], {})
+    first = settled(tmp_path, asked, ["defaults"], {}, {})
     assert first.centre("defaults", "lora") == 6e-4
-    second = settled(tmp_path, asked, ["a"], {"lora": 1e-3})  # what the first has told
+    second = settled(tmp_path, asked, ["a"], {"lora": 1e-3}, {})  # what the first has told
     assert (second.centre("defaults", "lora"), second.centre("a", "lora")) == (6e-4, 1e-3)
     assert second.centre("a", "ether") == 6e-3
-    third = settled(tmp_path, asked, ["b", "a", "c"], {})
+    third = settled(tmp_path, asked, ["b", "a", "c"], {}, {})
     assert (third.centre("b", "lora"), third.centre("c", "dora")) == (1e-3, 6e-4)
-    assert settled(tmp_path, asked, ["a"], {"lora": 1e-3}) == third
+    assert settled(tmp_path, asked, ["a"], {"lora": 1e-3}, {}) == third
     with pytest.raises(ValueError, match="part a was started with lora at 0.001, not 0.002"):
-        settled(tmp_path, asked, ["a"], {"lora": 2e-3})
+        settled(tmp_path, asked, ["a"], {"lora": 2e-3}, {})
     with pytest.raises(ValueError, match="'steps': 4.*not.*'steps': 5.*name another --work"):
-        settled(tmp_path, Settings(steps=5), ["a"], {})
+        settled(tmp_path, Settings(steps=5), ["a"], {}, {})
     with pytest.raises(ValueError, match="`dora`, which none of the parts"):
-        settled(tmp_path, asked, ["a"], {"dora": 2e-3})
+        settled(tmp_path, asked, ["a"], {"dora": 2e-3}, {})
+
+
+def test_the_main_parts_are_centred_on_what_the_development_subjects_found(tmp_path: Path) -> None:
+    """Of the variants that have all of their runs there; what is given goes before it."""
+    part = PARTS["defaults"]
+    runs = runs_of(Chosen(["defaults"], ["lora", "ether", "dora"]), SETTINGS)
+    assert len(runs) == 3 * len(part.multipliers) * part.subjects
+    lines = [line(run, dino=0.9 if run.multiplier == 4 else 0.5) for run in runs]
+    append(tmp_path / "scores-0.jsonl", lines[:-1])  # one run of DoRA is to be done
+    found = robustness.tuned(read_state(tmp_path))
+    assert found == {"lora": pytest.approx(2.4e-3), "ether": pytest.approx(2.4e-2)}
+    now = settled(tmp_path, SETTINGS, ["a", "b", "c", "time"], {"ether": 1e-3}, found)
+    assert now.centre("a", "lora") == now.centre("b", "lora") == pytest.approx(2.4e-3)
+    assert now.centre("a", "ether") == now.centre("b", "ether") == 1e-3
+    assert (now.centre("c", "dora"), now.centre("time", "lora")) == (6e-4, 6e-4)
+    said = robustness.centres_text(now, ["a", "c"])
+    assert said.endswith("a: lora 0.0024, ether 0.001; c: none.")
+    later = settled(tmp_path, SETTINGS, ["a", "d"], {}, {"lora": 1.0})  # the first start holds
+    assert later.centre("a", "lora") == later.centre("d", "lora") == pytest.approx(2.4e-3)
 
 
 class NoBench:
@@ -435,7 +454,7 @@ def picture() -> str:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Results of two variants at two rates on two subjects, where LoRA's higher rate diverges."""
-    settled(tmp_path, Settings(), ["a"], {})
+    settled(tmp_path, Settings(), ["a"], {}, {})
     (tmp_path / "calibration.json").write_text(json.dumps({**MEASURED, "device": "<b>chip</b>"}))
     runs = runs_of(Chosen(["a"], ["lora", "delora"], [1.0, 64.0], 2), SETTINGS)
     lines: list[dict[str, Any]] = []
@@ -538,18 +557,37 @@ def test_what_was_chosen_and_confirmed_stands_on_the_page() -> None:
     assert found[0].strip() == f"{gain:+.3f}"
 
 
-def test_the_starts_are_compared_at_equal_rate_and_strength() -> None:
+def test_the_starts_are_compared_at_equal_rate_strength_and_step() -> None:
     results = read(Path(__file__).parents[1] / "eval/results/2026-11-29-robustness/results.json")
-    rows = [r for r in results.of("lambda") if r["multiplier"] == 4.0]
+    rows = [r for r in results.of("starts", last=False) if (r["rate"], r["step"]) == (0.04, 100)]
     ours, theirs = (
         [r["dino"] for r in sorted(rows, key=lambda r: r["subject"]) if r["variant"] == name]
         for name in ("delora_15", "delora_peft_15")
     )
-    gain = sum(a - b for a, b in zip(ours, theirs, strict=True)) / 5
-    title = "DeLoRA, lambda 15, 4 x, minus DeLoRA, PEFT&#x27;s start, lambda 15"
+    gain = sum(a - b for a, b in zip(ours, theirs, strict=True)) / 25
+    title = "DeLoRA, lambda 15, rate 0.04, 100 steps, minus DeLoRA, PEFT&#x27;s start, lambda 15"
     page = robustness_questions.starts(results)
     assert cells(page, title)[0].strip() == f"{gain:+.3f}"
-    assert page.count("<tr>") == 1 + 6
+    assert page.count("<tr>") == 1 + 2 * 4 * 4 and "25 subjects, 1 seed, reporting" in page
+    dev = replace(results, rows=[r for r in results.rows if r["part"] == "lambda"])
+    page = robustness_questions.starts(dev)
+    assert page.count("<tr>") == 1 + 2 * 3 and "5 subjects, 1 seed, development" in page
+
+
+def test_several_rates_of_a_variant_are_told_apart() -> None:
+    """The long runs are of the best rate, with those of the method's own beside them."""
+    results = read(Path(__file__).parents[1] / "eval/results/2026-11-29-robustness/results.json")
+    assert robustness_report.centred(results, "b") == "times the best on the development subjects"
+    assert robustness_report.centred(results, "time") == "times the method's own"
+    html, plots = robustness_report.steps_section(results)
+    for title, rate in (("DeLoRA, 0.0025 (1 x)", 0.0025), ("DeLoRA, 0.01 (4 x)", 0.01)):
+        rows = [r for r in results.of("b") if (r["variant"], r["rate"]) == ("delora", rate)]
+        assert len(rows) == 5
+        last = f"{sum(r['dino'] for r in rows) / 5:.3f} "
+        table = html[html.index("DINO</th><th") :]
+        assert re.findall(r"<td>([^<]*)", table[table.index(title) :])[8] == last
+    charts = [plot for plot in plots if plot is not None]
+    assert "DeLoRA: 0.692 at 15" in charts[0].said
 
 
 def test_the_recorded_runs_of_prodigy_are_told_with_intervals() -> None:
