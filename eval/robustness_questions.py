@@ -129,15 +129,13 @@ def starts(results: Results) -> str:
             own, other = ([r for r in here if r["variant"] == v] for v in (ours, theirs))
             found = [difference(results, own, other, key) for key in OF_STARTS]
             if any(found):
-                at = f"rate {here[0]['rate']:.3g}, {step} steps"
-                label = f"{title(results, ours)}, {at}, minus {title(results, theirs)}"
+                label = f"{title(results, ours)}, rate {here[0]['rate']:.3g}, {step} steps"
                 lines.append([label, *(number(e, "+.3f") for e in found)])
     if not lines:
         return text("Not answered yet: no start of PEFT's is here.")
     whose = "reporting" if results.of("starts") else "development"
-    return text(f"{counted(rows)}, {whose} subjects.") + table(
-        ["", *(f"{name_of(k)} (95%)" for k in OF_STARTS)], lines
-    )
+    about = f"The residual start minus PEFT's: {counted(rows)}, {whose} subjects."
+    return text(about) + table(["", *(f"{name_of(k)} (95%)" for k in OF_STARTS)], lines)
 
 
 Section = Callable[[Results], str]

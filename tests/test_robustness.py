@@ -565,7 +565,7 @@ def test_the_starts_are_compared_at_equal_rate_strength_and_step() -> None:
         for name in ("delora_15", "delora_peft_15")
     )
     gain = sum(a - b for a, b in zip(ours, theirs, strict=True)) / 25
-    title = "DeLoRA, lambda 15, rate 0.04, 100 steps, minus DeLoRA, PEFT&#x27;s start, lambda 15"
+    title = "DeLoRA, lambda 15, rate 0.04, 100 steps"
     page = robustness_questions.starts(results)
     assert cells(page, title)[0].strip() == f"{gain:+.3f}"
     assert page.count("<tr>") == 1 + 2 * 4 * 4 and "25 subjects, 1 seed, reporting" in page
