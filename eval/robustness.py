@@ -132,26 +132,29 @@ def centre(text: str) -> tuple[str, float]:
 def measured(work: Path, bench: Bench, most: int | None) -> dict[str, Any]:
     """The calibration of this device, kept in the folder."""
     path = work / CALIBRATION
+    sizes = [n for n in SIZES[bench.base.device.type] if most is None or n <= most] or [most or 1]
     if path.is_file():
         found: dict[str, Any] = json.loads(path.read_text())
-        if found["device"] == bench.device_name:
+        known = {int(n) for n in found["seconds_a_step"]}
+        if found["device"] == bench.device_name and known >= set(sizes):
             return found
-    sizes = [n for n in SIZES[bench.base.device.type] if most is None or n <= most] or [most or 1]
     found = calibrated(bench, sizes)
     with whole(path) as partial:
         partial.write_text(json.dumps(found, indent=1))
     return found
 
 
-def tuned(state: State) -> dict[str, float]:
-    """The best rate on the development subjects of each variant that has all of its runs there."""
+def tuned(state: State, parts: Sequence[str]) -> dict[str, float | None]:
+    """The best rate of each variant on the development subjects, None where some of its runs there
+    are to be done; {} where that part was not begun and is not asked for. parts: asked for."""
     part, found = PARTS[TUNED], {}
     every = set(itertools.product(subjects_of(part, None), part.multipliers))
     there = Results({}, list(state.rows.values()), state.base, {})
+    if TUNED not in parts and not there.of(TUNED):
+        return {}
     for variant in part.variants:
         own = {(r["subject"], r["multiplier"]) for r in there.of(TUNED) if r["variant"] == variant}
-        if own >= every and (rate := best_rate(there, variant, TUNED)) is not None:
-            found[variant] = rate
+        found[variant] = best_rate(there, variant, TUNED) if own >= every else None
     return found
 
 
@@ -217,7 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     state = read_state(work)
-    settings = settled(work, asked, args.parts, args.centres, tuned(state))
+    best = tuned(state, args.parts)
+    settings = settled(work, asked, args.parts, args.centres, best, args.variants or VARIANTS)
     print(centres_text(settings, args.parts))
     chosen = Chosen(args.parts, args.variants, args.multipliers, args.subjects)
     runs = [r for r in mine(runs_of(chosen, settings), rank, world) if not state.is_done(r)]

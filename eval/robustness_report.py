@@ -9,22 +9,18 @@ Every number of the page is made from the file; what was not run is said to be m
 from __future__ import annotations
 
 import argparse
-import base64
-import binascii
-import io
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "eval"), str(ROOT)]
 
 from robustness_confirm import chosen, confirmed  # noqa: E402
 from robustness_figures import Line, Plot, plot, write_files  # noqa: E402
+from robustness_pictures import pictures  # noqa: E402
 from robustness_plan import CENTRED, PARTS, VARIANTS  # noqa: E402
 from robustness_questions import QUESTIONS  # noqa: E402
 from robustness_sections import (  # noqa: E402
@@ -32,6 +28,7 @@ from robustness_sections import (  # noqa: E402
     TIMES,
     WIDTHS,
     along,
+    along_against,
     at_best,
     at_rates,
     counted,
@@ -52,7 +49,7 @@ from robustness_stats import (  # noqa: E402
     read,
 )
 
-from dreamtune.evaluation.inline import img, section, write_main  # noqa: E402
+from dreamtune.evaluation.inline import section, write_main  # noqa: E402
 
 PAGE, FIGURES = "report.html", "figures"
 STYLE = """
@@ -149,7 +146,8 @@ def steps_section(results: Results) -> tuple[str, list[Plot | None]]:
         return "", []
     centre = [row for row in rows if row["multiplier"] == 1.0]
     plots = [step_plot(results, "steps", centre, key) for key in ALONG]
-    tables = [along(results, rows, key) for key in ALONG]
+    tables = [along_against(results, centre, "delora", key) for key in (MAIN_SCORE, PROMPT_KEPT)]
+    tables += [along(results, rows, key) for key in ALONG]
     head = text(f"{counted(rows)}; rates are {centred(results, 'b')}, the charts of 1 x.")
     return section("steps", "Many more steps", head, figures(plots), *tables), plots
 
@@ -180,52 +178,6 @@ def time_section(results: Results) -> tuple[str, list[Plot | None]]:
 def questions(results: Results) -> str:
     parts = [f"<h3>{escape(question)}</h3>{answer(results)}" for question, answer in QUESTIONS]
     return section("questions", "What DeLoRA's reviewers asked", *parts)
-
-
-def pictures(results: Results) -> str:
-    """One subject and prompt, at the last step of each rate and along the long runs."""
-    kept = [p for p in results.about.get("pictures", []) if p["variant"] in results.titles]
-    ends = [p for p in kept if p["part"] in ("a", "c")]
-    ends = ends or [p for p in kept if p["part"] == "defaults"]
-    long = [p for p in kept if p["part"] == "b" and p["multiplier"] == 1.0]
-    kept = [*ends, *long]
-    names = ", ".join(sorted({p["subject"] for p in kept}))
-    note = f"Of {names}, the first scored prompt and seed; – diverged, or was not run."
-    return section(
-        "pictures", "Pictures", text(note) if kept else "",
-        sheet(results, ends, "multiplier", lambda m: f"{multiplier(m)} x its rate"),
-        sheet(results, long, "step", lambda step: f"{step} steps"),
-    )  # fmt: skip
-
-
-def sheet(
-    results: Results, found: Sequence[Row], across: str, named: Callable[[float], str]
-) -> str:
-    """A row a variant, a column a rate or step."""
-    if not found:
-        return ""
-    place = {(p["variant"], p[across]): p for p in reversed(found)}
-    columns = sorted({p[across] for p in found})
-    rows = ""
-    for variant in results.variants(found):
-        title, cells = results.titles[variant], ""
-        for x in columns:
-            one = place.get((variant, x))
-            shown = picture(one["picture"], f"{title}, {named(x)}") if one else "–"
-            cells += f"<td>{shown}</td>"
-        rows += f'<tr><th scope="row">{escape(title)}</th>{cells}</tr>'
-    heads = "".join(f'<th scope="col">{escape(named(x))}</th>' for x in columns)
-    inner = f"<thead><tr><th></th>{heads}</tr></thead><tbody>{rows}</tbody>"
-    return f'<div class="scroll"><table class="pictures">{inner}</table></div>'
-
-
-def picture(coded: str, said: str) -> str:
-    """Raises ValueError for what is no picture."""
-    try:
-        image = Image.open(io.BytesIO(base64.b64decode(coded, validate=True)), formats=["WEBP"])
-        return img(image, said, 128)
-    except (OSError, binascii.Error, SyntaxError) as error:
-        raise ValueError(f"the picture of {said} cannot be read: {error}") from None
 
 
 def missing(results: Results) -> str:

@@ -18,6 +18,7 @@ from robustness_stats import (
     at_chosen_rate,
     base_floors,
     by,
+    difference,
     diverged,
     mean,
     sweep,
@@ -213,6 +214,22 @@ def along(results: Results, rows: Sequence[Row], key: str) -> str:
                 rate = f", {here[0]['rate']:.3g} ({multiplier(m)} x)" if several else ""
                 lines.append([title(results, variant) + rate, *cells])
     heads = [name_of(key), *(f"{s} steps" for s in steps)]
+    return table(heads, lines) if lines else ""
+
+
+def along_against(results: Results, rows: Sequence[Row], ours: str, key: str) -> str:
+    """One variant minus each other, paired, a column a scored step. rows: of one rate each."""
+    steps = sorted({row["step"] for row in rows})
+    lines = []
+    for variant in results.variants(rows):
+        pairs = [[r for r in rows if r["variant"] == v] for v in (ours, variant)]
+        found = [
+            difference(results, *([r for r in own if r["step"] == s] for own in pairs), key)
+            for s in steps
+        ]
+        if variant != ours and any(found):
+            lines.append([f"minus {title(results, variant)}", *(number(e, "+.3f") for e in found)])
+    heads = [f"{name_of(key)}, {results.titles.get(ours, ours)}", *(f"{s} steps" for s in steps)]
     return table(heads, lines) if lines else ""
 
 

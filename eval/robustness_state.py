@@ -9,12 +9,12 @@ WORK/results.json        all of it, compact, for `robustness_report.py`
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from robustness_plan import CENTRED, LIKE, PARTS, VARIANTS, Run, Settings
+from robustness_plan import CENTRED, LIKE, PARTS, TUNED, VARIANTS, Run, Settings
 
 from dreamtune.files.whole import whole
 
@@ -26,11 +26,14 @@ def settled(
     asked: Settings,
     parts: Sequence[str],
     centres: Mapping[str, float],
-    tuned: Mapping[str, float],
+    tuned: Mapping[str, float | None],
+    variants: Collection[str] = VARIANTS,
 ) -> Settings:
-    """The settings of the folder, with the centres of these parts, which their first start fixes:
-    those that are given, else of the part that they are like, else of CENTRED what was tuned, else
-    the method's own. Raises ValueError for what was started otherwise."""
+    """The settings of the folder, with the centres of these parts, each fixed by the first start
+    that has it: what is given, else that of the part that this is like, else in CENTRED what was
+    tuned, else the method's own. tuned: None for a variant that has runs of TUNED to be done, which
+    of the variants that are asked for now is an error. Raises ValueError for that, and for what was
+    started otherwise."""
     path = work / SETTINGS
     saved = Settings(**json.loads(path.read_text())) if path.is_file() else asked
     if replace(asked, centres=saved.centres) != saved:
@@ -40,16 +43,23 @@ def settled(
         raise ValueError(f"--centres names `{strange[0]}`, which none of the parts asked for has.")
     found = {part: dict(own) for part, own in saved.centres.items()}
     for part in parts:
+        known, like = found.setdefault(part, {}), found.get(LIKE.get(part, ""), {})
         best = tuned if part in CENTRED else {}
-        own = {v: best.get(v, VARIANTS[v].rate) for v in PARTS[part].variants}
-        given = {v: rate for v, rate in centres.items() if v in own}
-        if (known := found.get(part)) is None:
-            found[part] = {**own, **found.get(LIKE.get(part, ""), {}), **given}
-        elif other := [v for v in given if known.get(v, given[v]) != given[v]]:
-            raise ValueError(
-                f"part {part} was started with {other[0]} at {known[other[0]]:g}, not "
-                f"{given[other[0]]:g}: name another --work."
-            )
+        for name in PARTS[part].variants:
+            usual = like.get(name, best.get(name, VARIANTS[name].rate))
+            rate = centres.get(name, known.get(name, usual))
+            if known.get(name, rate) != rate:
+                raise ValueError(
+                    f"part {part} was started with {name} at {known[name]:g}, not {rate:g}: name "
+                    "another --work."
+                )
+            if rate is not None:
+                known[name] = rate
+            elif name in variants:
+                raise ValueError(
+                    f"part {part} goes around the best rates of part {TUNED}, where {name} has "
+                    f"runs to be done: finish that part first, or give --centres {name}=RATE."
+                )
     now = replace(saved, centres=found)
     if now != saved or not path.is_file():
         with whole(path) as partial:

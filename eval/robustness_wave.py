@@ -39,6 +39,7 @@ class Stack:
         )
         self.do_step, self.replayed = drive(self.adapter, self.step, bench.speed.captured)
         self.dead: dict[int, str] = {}  # slot -> why it has come apart
+        self.new_subjects: list[str] = []  # whose base images this wave has made
 
     def close(self) -> None:
         self.adapter.eject()
@@ -89,6 +90,7 @@ class Stack:
         with at_step(self.adapter, 0), self.replayed():
             made = BasePictures().sample(bench.base, self.adapter, evaluators)
         lines = []
+        self.new_subjects = new
         for subject, images in zip(new, made, strict=True):
             material = bench.material(subject)
             material.base = {n: e.images(images) for n, e in bench.scorers.extractors.items()}
@@ -160,6 +162,10 @@ def train_wave(bench: Bench, runs: Sequence[Run]) -> list[dict[str, Any]]:
                 train += now - mark
                 lines += scored(stack, k + 1, train)
                 score += bench.clock() - now
+    except BaseException:
+        for subject in stack.new_subjects:  # their lines are lost with the wave's
+            bench.material(subject).base = None
+        raise
     finally:
         stack.close()
     wave = {

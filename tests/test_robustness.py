@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 from xml.etree import ElementTree
 
 import numpy as np
@@ -204,16 +205,29 @@ def test_the_main_parts_are_centred_on_what_the_development_subjects_found(tmp_p
     assert len(runs) == 3 * len(part.multipliers) * part.subjects
     lines = [line(run, dino=0.9 if run.multiplier == 4 else 0.5) for run in runs]
     append(tmp_path / "scores-0.jsonl", lines[:-1])  # one run of DoRA is to be done
-    found = robustness.tuned(read_state(tmp_path))
-    assert found == {"lora": pytest.approx(2.4e-3), "ether": pytest.approx(2.4e-2)}
-    now = settled(tmp_path, SETTINGS, ["a", "b", "c", "time"], {"ether": 1e-3}, found)
+    state = read_state(tmp_path)
+    found = robustness.tuned(state, ["a"])
+    assert set(found) == set(part.variants) and robustness.tuned(State(), ["a"]) == {}
+    assert set(robustness.tuned(State(), ["defaults", "a"]).values()) == {None}
+    assert {v: rate for v, rate in found.items() if rate} == {
+        "lora": pytest.approx(2.4e-3), "ether": pytest.approx(2.4e-2),
+    }  # fmt: skip
+    four = {"ether": 1e-3, "delora": 0.01}
+    with pytest.raises(
+        ValueError, match="a goes around the best rates of part defaults, where eth"
+    ):
+        settled(tmp_path, SETTINGS, ["a", "b"], four, found)  # ETHER+
+    now = settled(tmp_path, SETTINGS, ["a", "b", "time"], four, found, ["lora", "ether"])
     assert now.centre("a", "lora") == now.centre("b", "lora") == pytest.approx(2.4e-3)
     assert now.centre("a", "ether") == now.centre("b", "ether") == 1e-3
-    assert (now.centre("c", "dora"), now.centre("time", "lora")) == (6e-4, 6e-4)
+    assert "ether_plus" not in now.centres["a"]  # until it is asked for
+    with pytest.raises(ValueError, match="c goes .* dora has runs to be done: .* --centres dora="):
+        settled(tmp_path, SETTINGS, ["c"], {"rslora": 1e-4}, found)
     said = robustness.centres_text(now, ["a", "c"])
     assert said.endswith("a: lora 0.0024, ether 0.001; c: none.")
-    later = settled(tmp_path, SETTINGS, ["a", "d"], {}, {"lora": 1.0})  # the first start holds
+    later = settled(tmp_path, SETTINGS, ["a", "d"], {}, {"lora": 1.0, "ether_plus": 0.5})
     assert later.centre("a", "lora") == later.centre("d", "lora") == pytest.approx(2.4e-3)
+    assert later.centre("a", "ether_plus") == later.centre("d", "ether_plus") == 0.5
 
 
 class NoBench:
@@ -274,6 +288,22 @@ def test_a_wave_that_fails_holds_no_other_up(
         in capsys.readouterr().out
     )
     assert len(read_state(tmp_path).rows) == 18
+
+
+def test_a_device_is_measured_again_for_more_slots(tmp_path: Path) -> None:
+    """A first start of small waves does not bind the later ones."""
+    made: list[list[int]] = []
+
+    def calibrated(bench: Any, sizes: list[int]) -> dict[str, Any]:
+        made.append(sizes)
+        return {**MEASURED, "seconds_a_step": {str(n): 1.0 for n in sizes}}
+
+    bench: Any = NoBench(SETTINGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(robustness, "calibrated", calibrated)
+        for most in (1, 1, None, 1, None):
+            robustness.measured(tmp_path, bench, most)
+    assert made == [[1], [1, 2]]
 
 
 def test_no_minutes_start_nothing(
@@ -359,6 +389,10 @@ def test_a_wave_of_the_embedded_base(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(robustness_bench, "sampling_of", lambda c: replace(real(c), steps=2))
     bench = robustness_bench.Bench(Settings(prompts=1, unrelated=1))
     runs = [Run("a", "lora", m, rate, 0, "panda-3d", (1,)) for m, rate in ((1, 1e-3), (64, 1e30))]
+    with monkeypatch.context() as m, pytest.raises(RuntimeError, match="out of memory"):
+        m.setattr(robustness_wave, "scored", Mock(side_effect=RuntimeError("out of memory")))
+        robustness_wave.train_wave(bench, runs)
+    bench.clear()  # and the next wave makes the base's line again
     base, fine, bad, wave = robustness_wave.train_wave(bench, runs)
     assert base["kind"] == "base" and base["dino_drift"] == pytest.approx(0, abs=1e-4)
     assert fine["diverged"] is None and fine["picture"] and -1 < fine["dino"] < 1
@@ -586,6 +620,13 @@ def test_several_rates_of_a_variant_are_told_apart() -> None:
         last = f"{sum(r['dino'] for r in rows) / 5:.3f} "
         table = html[html.index("DINO</th><th") :]
         assert re.findall(r"<td>([^<]*)", table[table.index(title) :])[8] == last
+    ends = [
+        {r["subject"]: r["dino"] for r in results.of("b") if (r["variant"], r["rate"]) == which}
+        for which in (("delora", 0.0025), ("lora", 6e-4))
+    ]
+    gain = sum(ends[0][s] - ends[1][s] for s in ends[0]) / 5
+    row = html[html.index("minus LoRA") :]
+    assert re.findall(r"<td>([^<]*)", row)[8] == f"{gain:+.3f} "
     charts = [plot for plot in plots if plot is not None]
     assert "DeLoRA: 0.692 at 15" in charts[0].said
 
