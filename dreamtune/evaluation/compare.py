@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dreamtune.evaluation.results import Results, Row
+from dreamtune.evaluation.results import Results, Row, within
 from dreamtune.evaluation.statistics import Estimate, estimate, weights
 from dreamtune.metrics import METRICS
 
@@ -103,8 +103,15 @@ def compare(a: Results, b: Results) -> Comparison:
             "no image of A has a partner in B: images are paired by subject, prompt and seed, and "
             f"A's first is {shown_key(a.images[0])}, B's {shown_key(b.images[0])}."
         )
-    differences = []
+    differences, (other, of) = [], other_base(a, b)
+    notes = [f"Note: {note}." for note in notes_of(a, b)]
     for key in a.keys:
+        if other and key in METRICS and METRICS[key].unrelated:
+            notes.append(
+                f"Left out: {METRICS[key].title}, which is against images of the base, for A and B "
+                f"had others ({other} of {of}). Score both with one --base_images."
+            )
+            continue
         pairs = [
             (rows_a[k], rows_b[k])
             for k in both
@@ -112,8 +119,14 @@ def compare(a: Results, b: Results) -> Comparison:
         ]
         if pairs:
             differences.append(difference_of(key, pairs, a))
-    notes = [f"Note: {note}." for note in notes_of(a, b)]
     return Comparison(differences, len(rows_a) - len(both), len(rows_b) - len(both), notes)
+
+
+def other_base(a: Results, b: Results) -> tuple[int, int]:
+    """Of how many images of the base that both have the files differ, and of how many."""
+    first, second = ({row.key: row.sha256 for row in r.base} for r in (a, b))
+    both = first.keys() & second.keys()
+    return sum(first[key] != second[key] for key in both), len(both)
 
 
 def difference_of(key: str, pairs: list[tuple[Row, Row]], a: Results) -> Difference:
@@ -124,6 +137,9 @@ def difference_of(key: str, pairs: list[tuple[Row, Row]], a: Results) -> Differe
     mean_a, mean_b = (float((w * [v[i] for v in values]).sum() / w.sum()) for i in (0, 1))
     tied = key in METRICS and METRICS[key].tied
     found = estimate([y - x for x, y in values], subjects, prompts, w, tied=tied)
+    if key in METRICS and (bounds := METRICS[key].bounds) is not None:
+        span = bounds[1] - bounds[0]
+        found = within(found, (-span, span))
     return Difference(key, title_of(key), mean_a, mean_b, found)
 
 

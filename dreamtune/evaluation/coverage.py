@@ -32,6 +32,7 @@ LOOKED_AT = {
     "_held_out": ("held-out photos", "their subject is compared with them all the same"),
     "_gallery": ("photos of the gallery", "images are compared with them all the same"),
     "_base": ("images of the base", "they count in its means"),
+    "_masks": ("masks", "masked scores count their pictures all the same"),
 }
 FEW = 2  # subjects below which a result says nothing of others
 
@@ -123,12 +124,14 @@ def base_of(task: Task, protocol: Protocol) -> dict[str, Any] | None:
 def empty_pictures(task: Task, store: FeatureStore) -> dict[str, list[str]]:
     """Names of the pictures that are black, or of one colour, by the endings of `LOOKED_AT`."""
     own = task.photos.values()
+    seen = [*(i.picture for i in task.images.images), *(p for s in own for p in s.photos)]
     gallery = () if task.gallery is None else task.gallery.values()
     pictures: dict[str, list[Picture]] = {
         "": [image.picture for image in task.images.images],
         "_photos": [picture for subject in own for picture in subject.photos],
         "_held_out": [picture for subject in own for picture in subject.held_out],
         "_gallery": [picture for other in gallery for picture in other.held_out or other.photos],
+        "_masks": [picture.mask for picture in seen if picture.mask is not None],
         "_base": [] if task.base is None else [image.picture for image in task.base.images],
     }
     return {
@@ -151,6 +154,7 @@ def warnings_of(coverage: Mapping[str, Any]) -> list[str]:
         (coverage["incomplete_prompts"], "prompts have fewer images than the protocol makes"),
         (lacking_prompts(coverage), "subjects lack prompts that others have"),
         (coverage["subjects_with_fewer_prompts"], "subjects have fewer prompts than others"),
+        (coverage["unnamed_subjects"], "subjects are named by none of their prompts"),
         (coverage["missing_subjects"], "subjects have photos and no images"),
         (coverage["skipped_pictures"], "pictures lie where none belongs, and were skipped"),
         (coverage["skipped_files"], "files or folders are no pictures, and were skipped"),

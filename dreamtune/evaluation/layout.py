@@ -1,6 +1,6 @@
 """Folders of generated images and of photos, as `dreamtune score` reads them.
 
-IMAGES/<subject>/<prompt>/<seed>.png            <prompt>: the words, or any name and prompt.txt
+IMAGES/<subject>/<prompt>/<seed>.png            <prompt>: the words, also a_red_fox; or prompt.txt
 IMAGES/<subject>/unrelated/<prompt>/<seed>.png  prompts that do not name the subject
 IMAGES/<subject>/<prompt>/masks/<seed>.png      white where the subject is
 PHOTOS/<subject>/*.jpg                          what was trained on
@@ -123,11 +123,14 @@ def prompts_of(
 
 
 def prompt_of(folder: Path) -> str:
-    """Raises ValueError where nothing says the prompt."""
+    """Raises ValueError where nothing says the prompt: a number, and a number with a word, such as
+    prompt_01, are names."""
     file = folder / PROMPT
     said = file.is_file()
-    text = " ".join((read_text(file) if said else folder.name).split())
-    if not text or (not said and not any(c.isalpha() for c in text)):
+    text = " ".join((read_text(file) if said else spaced(folder.name)).split())
+    words = [word for word in text.split() if any(c.isalpha() for c in word)]
+    numbered = any(c.isdigit() for c in text) and len(words) < 2
+    if not text or (not said and (not words or numbered)):
         where = f"`{file}` is empty" if said else f"`{folder.name}` is no prompt"
         raise ValueError(
             f"the prompt of `{folder}` is missing: {where}. Write it into `{PROMPT}` in that "
@@ -136,6 +139,11 @@ def prompt_of(folder: Path) -> str:
     if "{}" in text:
         raise ValueError(f"the prompt of `{folder}` has {{}} in it: write the subject's words.")
     return text
+
+
+def spaced(name: str) -> str:
+    """a_red_fox: a red fox."""
+    return name if " " in name else name.replace("_", " ")
 
 
 def read_photos(

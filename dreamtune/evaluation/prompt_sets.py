@@ -44,6 +44,11 @@ def prompt_counts(
             if s not in told and len(own) < most
         ),
         "protocol_prompts": [len(asked.keys() & there.keys()), len(asked)] if asked else None,
+        "unnamed_subjects": sorted(
+            f"{s} (`{said.name}`)"
+            for s in sets
+            if s not in named and (said := photos[s].words) is not None
+        ),
         "prompts_of_no_subject": [text for key, text in asked.items() if key not in there],
     }
 

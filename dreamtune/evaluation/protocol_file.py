@@ -100,6 +100,7 @@ def find_protocol(name: str | Path) -> Protocol:
     if "sampling" in values:
         values["sampling"] = from_file(_SAMPLING, values["sampling"], f"{place}, `sampling`")
     start = PROTOCOLS[values.pop("like", "dreamtune")]
+    values.setdefault("about", f"of `{path.name}`, which starts from {start.name}")
     encoders = dict(start.encoders)
     for kind, said in values.pop("encoders", {}).items():
         encoders[kind] = encoder_of(said, encoders.get(kind), f"{place}, `encoders`, `{kind}`")

@@ -67,7 +67,8 @@ class FeatureCache:
             "protocol": extractor.protocol,
             # other kernels give other last digits
             "device": str(getattr(extractor, "device", "cpu")).partition(":")[0],
-            "masks": "of their picture's size",  # rows of before may be of stretched ones
+            # rows of before may be of stretched masks, or say nothing of what those show
+            "masks": "of their picture's size, looked at",
             "versions": {n: version(n) for n in ("torch", "pillow", *extractor.libraries)},
         }
         self.folder = root / hash_of_json(depends)[:32]
@@ -86,16 +87,22 @@ class FeatureCache:
         return found
 
     def keep(self, rows: Mapping[Key, Tensor], looks: Mapping[str, str]) -> None:
-        """looks: by what a file holds, of those that are black or plain."""
+        """looks: by what a file holds, of those that are black or plain. The row of a part has that
+        of the mask."""
         kept = {name_of(k): row.contiguous() for k, row in rows.items() if len(row) <= WIDEST}
         if not kept:
             return
-        seen = {name_of(k): looks[k[0]] for k in rows if k[0] in looks}
+        seen = {name_of(k): looks[file] for k in rows if (file := looked_at(k)) in looks}
         with (
             contextlib.suppress(OSError, SafetensorError),
             whole(self.folder / f"{hash_of_json(sorted(kept))[:32]}{SUFFIX}") as partial,
         ):
             save_file(kept, partial, seen or None)
+
+
+def looked_at(key: Key) -> str:
+    """The digest of what a row's look is of: its mask, where it is of a part."""
+    return key[1].split()[-1] if key[1] else key[0]
 
 
 def name_of(key: Key) -> str:

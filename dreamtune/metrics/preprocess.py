@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 WORKERS = min(8, os.cpu_count() or 1)
+HALF = 127  # of 255; a mask above it is the subject
 In = TypeVar("In")
 Out = TypeVar("Out")
 
@@ -97,6 +98,6 @@ def painted(
 ) -> Image.Image:
     """The picture with the subject (mask above half, of the picture's size) painted in the colour
     `mean`, in [0, 1]; or with `subject` false, all but the subject."""
-    cover = mask.convert("L").point(lambda level: 255 if (level > 127) == subject else 0)
+    cover = mask.convert("L").point(lambda level: 255 if (level > HALF) == subject else 0)
     colour = tuple(round(255 * level) for level in mean)
     return Image.composite(Image.new("RGB", image.size, colour), image.convert("RGB"), cover)

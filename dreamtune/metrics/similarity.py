@@ -91,6 +91,7 @@ def prompt_similarity(
         comparison=SHUFFLED,
         while_training=while_training,
         kind="prompt",
+        bounds=COSINE,
     )
 
 
@@ -192,6 +193,7 @@ def masked_prompt(key: str, title: str, extractor: type[TextExtractor]) -> Metri
         while_training=False,
         kind="prompt",
         masked=True,
+        bounds=COSINE,
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from dreamtune.data.picture import MAX_BYTES, decode
 from dreamtune.metrics.extractor import Extractor
 from dreamtune.metrics.feature_cache import FeatureCache
-from dreamtune.metrics.preprocess import in_parallel, painted
+from dreamtune.metrics.preprocess import HALF, in_parallel, painted
 from dreamtune.textfile import read_bytes
 
 AT_ONCE = 64  # pictures that are open at a time
@@ -90,6 +90,8 @@ class FeatureStore:
                 self._look(picture, look_of(image))
             for picture, image, mask in zip(part, images, masks, strict=True):
                 check_size(picture, image, mask)
+                if picture.mask is not None and mask is not None:
+                    self._look(picture.mask, look_of_mask(mask))
             self.seconds["decode"] += time.perf_counter() - began
             self._encode(names, part, images, masks)
         self._seen |= new.keys()
@@ -131,6 +133,10 @@ class FeatureStore:
                 continue
             look = found[names[0]][picture.key()].look
             self._look(picture, look if look in (BLACK, PLAIN) else "")
+            for name in sorted(self.masked.intersection(names)) if picture.mask else ():
+                assert picture.mask is not None
+                look = found[name][picture.key(INSIDE)].look
+                self._look(picture.mask, look if look in (BLACK, PLAIN) else "")
         return waiting
 
     def _encode(
@@ -177,6 +183,14 @@ def look_of(image: Image.Image) -> str:
     if all(high <= DARK for _, high in extremes):  # type: ignore[misc]
         return BLACK
     return PLAIN if all(low == high for low, high in extremes) else ""  # type: ignore[misc]
+
+
+def look_of_mask(mask: Image.Image) -> str:
+    """BLACK where it has no subject, PLAIN where it has nothing else, "" for neither."""
+    low, high = mask.convert("L").getextrema()
+    if high <= HALF:  # type: ignore[operator]
+        return BLACK
+    return PLAIN if low > HALF else ""  # type: ignore[operator]
 
 
 def opened(picture: Picture) -> Image.Image:

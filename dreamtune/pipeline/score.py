@@ -128,8 +128,16 @@ def given(
     """A folder of images that anything made."""
     if photos is None:
         raise ValueError("a folder of images needs --photos, what they are scored against.")
-    known, skipped = photos_of(Path(photos).expanduser(), identifier)
     images = read_images(folder)
+    place = Path(photos).expanduser()
+    known, skipped = photos_of(place, identifier)
+    inner = [s for s in {i.subject: None for i in images.images} if (place / s).is_dir()]
+    if len(known) == 1 and place.resolve().name in known and inner:
+        stray = known[place.resolve().name].photos
+        raise ValueError(
+            f"`{stray[0].path}` ({len(stray)} in all) lies beside the folders of subjects, such as "
+            f"`{inner[0]}`, so `{place}` reads as one subject: move it into the folder of its own."
+        )
     if identifier is not None:
         check_identifier(identifier, images, known)
     return Task(

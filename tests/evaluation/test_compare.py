@@ -190,3 +190,35 @@ def test_a_protocol_that_somebody_wrote_is_compared(odd):
     hashed = {**said, "scorers": {"dino": {"weights": "0" * 64}}}
     assert loose(hashed)["encoders"] == {"dino": {}}
     assert differing(loose(said), loose(hashed))[0] == "`encoders.dino.weights`: a and nothing"
+
+
+def with_drift(base: str, shift: float = 0.0) -> Results:
+    rows = [
+        Row(f"s{s}", "a pizza", 0, True, f"s{s}.png", "00", {"dino_drift": 0.1 * s + shift})
+        for s in range(4)
+    ]
+    of_base = [replace(row, sha256=f"{base}{row.subject}", scores={}) for row in rows]
+    protocol = PROTOCOL | {"metrics": ["dino", "clip_t", "dino_drift"]}
+    return replace(results(), images=[*results().images, *rows], base=of_base, protocol=protocol)
+
+
+def test_drift_from_another_base_is_left_out_and_said():
+    same = compare(with_drift("x"), with_drift("x", 0.5))
+    assert [d.key for d in same.differences] == ["dino", "clip_t", "dino_drift"]
+    assert same.differences[2].estimate.mean == pytest.approx(0.5)
+    other = compare(with_drift("x"), with_drift("y", 0.5))
+    assert [d.key for d in other.differences] == ["dino", "clip_t"]
+    assert "Left out: DINO, drift, which is against images of the base, for A and B had" in (
+        other.text("a", "b")
+    )
+    assert "others (4 of 4). Score both with one --base_images." in other.text("a", "b")
+
+
+def test_an_interval_of_a_difference_is_no_wider_than_what_is_possible():
+    a, b = (
+        [Row(f"s{i}", "a dog", 0, False, "0.png", "00", {"dino": x}) for i, x in enumerate(values)]
+        for values in ((-1.0, 1.0), (1.0, 0.9))
+    )
+    estimate = compare(results(images=a), results(images=b)).differences[0].estimate
+    assert estimate.mean == pytest.approx(0.95)
+    assert (estimate.low, estimate.high) == (-2.0, 2.0)

@@ -206,3 +206,30 @@ def test_no_picture_is_left_out_in_silence(folders, scorers, tmp_path):
     assert "13 pictures lie where none belongs, and were skipped: .thumbs/1.png, " in text
     assert "2 files or folders are no pictures, and were skipped: " in text
     assert found.coverage["images"] == 12 and found.coverage["photos"]["dog"] == [5, 2]
+
+
+def test_masks_that_show_nothing_are_counted_also_from_the_cache(folders, scorers, tmp_path):
+    photos, images = (
+        shutil.copytree(folder, tmp_path / name)
+        for folder, name in zip(folders, ("photos", "images"))
+    )
+    Image.new("L", (40, 40), 100).save(photos / "dog" / "masks" / "1.png")  # below the middle
+    Image.new("L", (40, 40), 255).save(images / "dog" / PROMPTS[0] / "masks" / "0.png")
+    for _ in range(2):
+        found = score_images(task_of((photos, images, folders[2])), scorers, EVERY)
+        assert found.coverage["black_masks"] == ["dog/masks/1.png"]
+        assert found.coverage["one_colour_masks"] == [f"dog/{PROMPTS[0]}/masks/0.png"]
+        assert (
+            "1 masks are black; masked scores count their pictures all the same: dog/masks/1.png."
+            in found.warnings
+        )
+
+
+def test_prompts_that_name_their_subject_by_nothing_are_said(folders, scorers, tmp_path):
+    photos = shutil.copytree(folders[0], tmp_path / "photos")
+    for subject, text in (("dog", "a sks dog"), ("backpack", "a sks thing")):
+        (photos / subject / "prompt.txt").write_text(text)
+    found = score_images(task_of((photos, *folders[1:])), scorers, EVERY)
+    assert found.coverage["unnamed_subjects"] == ["dog (`sks dog`)"]
+    said = "1 subjects are named by none of their prompts: dog (`sks dog`)."
+    assert said in found.warnings

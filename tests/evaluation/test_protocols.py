@@ -108,3 +108,11 @@ def test_other_encoders_than_the_protocols_are_refused():
     check_encoders(PROTOCOLS["paper"], loaded)
     with pytest.raises(ValueError, match=r"`facebook/dino-vits8` \(patch 8\); the dino `mine` has"):
         check_encoders(PROTOCOLS["dreambench_plus"], loaded)
+
+
+def test_a_protocol_of_ones_own_does_not_tell_of_the_preset(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("metrics: [dino]\nlike: paper\n")
+    assert find_protocol(path).about == "of `mine.yaml`, which starts from paper"
+    path.write_text("about: dino alone\nmetrics: [dino]\n")
+    assert find_protocol(path).about == "dino alone"

@@ -234,6 +234,10 @@ def broken(images, photos, case):
         place.mkdir()
     elif case == "no prompt":
         place.rename(place.with_name("00"))
+    elif case == "numbered prompt":
+        place.rename(place.with_name("prompt_00"))
+    elif case == "short name":
+        place.rename(place.with_name("p1"))
     elif case == "blank prompt":
         (place / "prompt.txt").write_text(" \n")
     elif case == "same prompt":
@@ -259,11 +263,22 @@ def broken(images, photos, case):
 
 
 @pytest.mark.parametrize(
+    ("name", "prompt"),
+    [("a_sks_dog_at_3_am", "a sks dog at 3 am"), ("a sks_1 dog", "a sks_1 dog"), ("dog", "dog")],
+)
+def test_a_folder_is_named_by_its_prompt(tmp_path, name, prompt):
+    save(picture(1), tmp_path / "dog" / name / "0.png")
+    assert [image.prompt for image in read_images(tmp_path).images] == [prompt]
+
+
+@pytest.mark.parametrize(
     ("case", "message"),
     [
         ("empty subject", "the subject folder `.*dog` holds no image"),
         ("empty prompt", "the prompt folder `.*beach` holds no image"),
         ("no prompt", "the prompt of `.*00` is missing: `00` is no prompt"),
+        ("numbered prompt", "the prompt of `.*prompt_00` is missing: `prompt_00` is no prompt"),
+        ("short name", "the prompt of `.*p1` is missing: `p1` is no prompt"),
         ("blank prompt", "the prompt of `.*` is missing: `.*prompt.txt` is empty"),
         ("same prompt", "are of one prompt, `a sks thing on the beach`"),
         ("unreadable", "cannot read the image `.*0.png`"),

@@ -267,3 +267,13 @@ def test_a_base_alone_is_sampled_as_the_runs_of_the_same_flags(
     run = resolve(config, sampler.base, words, tmp_path)
     assert sampling_of(run) == sampler.sampling
     assert sampler.sampling.steps == (12 if kind == "embedded" else 25)
+
+
+def test_a_stray_photo_beside_the_folders_of_subjects_is_named(
+    scorer_names: dict[str, str], rule: Path, tmp_path: Path
+) -> None:
+    photos, images = write_photos(tmp_path / "photos"), write_images(tmp_path / "images")
+    save(picture(1), photos / "stray.png")
+    with pytest.raises(ValueError, match=r"stray.png` \(1 in all\) lies beside .* such as `back"):
+        dreamtune.score(images, photos=photos, protocol=rule, weights=scorer_names,
+                        output_dir=tmp_path / "out")  # fmt: skip
