@@ -24,9 +24,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from benchmark_photos import check_photos, copy_photos, fingerprint, first_other
+
 from dreamtune import embedded
 from dreamtune.config import Config
-from dreamtune.data.photos import is_picture_name
 from dreamtune.evaluation.layout import Found, Photos, read_photos, without
 from dreamtune.evaluation.prompts import templates, unrelated
 from dreamtune.evaluation.protocol_file import find_protocol
@@ -41,7 +42,7 @@ from dreamtune.training.train import train_stacked
 BASE = "base"
 PLAN, CLASSES, IDENTIFIER = "plan.json", "prompts_and_classes.txt", "sks"
 # What a continuation may not change, and of a protocol file what its images depend on.
-KEPT = ("benchmark", "subjects", "protocol", "training", "images")
+KEPT = ("benchmark", "subjects", "protocol", "training", "images", "photos")
 IMAGES = ("prompts", "images_per_prompt", "first_seed", "unrelated", "sampling")
 
 
@@ -49,7 +50,8 @@ IMAGES = ("prompts", "images_per_prompt", "first_seed", "unrelated", "sampling")
 class Plan:
     """What is made. subjects: name -> class noun. parts: subjects that train at once. methods: each
     a name and its options, `oft,blocks=4`. seeds: of training. training: flags of the trainer.
-    images: what the protocol says of them; {} in the plan of an older version."""
+    images: what the protocol says of them. photos: subject -> fingerprint of its photos. Both are
+    {} in the plan of an older version."""
 
     benchmark: str
     subjects: dict[str, str]
@@ -59,6 +61,7 @@ class Plan:
     protocol: str
     training: list[str] = field(default_factory=list)
     images: dict[str, Any] = field(default_factory=dict)
+    photos: dict[str, str] = field(default_factory=dict)
 
     def tasks(self) -> list[tuple[str, int, int]]:
         """(method or BASE, training seed, number of the part), in an order that deals well."""
@@ -103,8 +106,9 @@ def sources(benchmark: str, photos: Path | None) -> dict[str, tuple[Path, str]]:
 
 
 def prepare(work: Path, plan: Plan, found: dict[str, tuple[Path, str]]) -> None:
-    """Copies the photos, with the words of each subject, and writes the plan. Raises ValueError
-    where there are others: the trainer would take them for subjects."""
+    """Copies the photos, with the words of each subject, and writes the plan. Raises ValueError for
+    a photo that cannot be read, before anything is copied, and where there are others: the trainer
+    would take them for subjects."""
     wanted = {f"{n:02}/{subject}" for n, part in enumerate(plan.parts) for subject in part}
     there = {p.relative_to(work / "photos").as_posix() for p in (work / "photos").glob("*/*")}
     if others := sorted(there - wanted):
@@ -112,32 +116,41 @@ def prepare(work: Path, plan: Plan, found: dict[str, tuple[Path, str]]) -> None:
             f"`{work / 'photos'}` holds `{others[0]}`, which is no subject of this benchmark: a "
             "start that was cut off may have left it. Take the folder away, or name another --work."
         )
-    for number, part in enumerate(plan.parts):
-        for subject in part:
-            source, noun = found[subject]
-            target = work / "photos" / f"{number:02}" / subject
-            target.mkdir(parents=True, exist_ok=True)
-            for place in (source, source / "reference"):
-                for path in sorted(place.iterdir()) if place.is_dir() else ():
-                    if is_picture_name(path) or path.suffix == ".txt":
-                        copy = target / path.relative_to(source)
-                        copy.parent.mkdir(exist_ok=True)
-                        shutil.copyfile(path, copy)
-            (target / "prompt.txt").write_text(f"a {IDENTIFIER} {noun}\na {noun}\n")
+    for subject in plan.subjects:
+        check_photos(found[subject][0])
+    for subject, target in copies(work, plan).items():
+        source, noun = found[subject]
+        copy_photos(source, target)
+        (target / "prompt.txt").write_text(f"a {IDENTIFIER} {noun}\na {noun}\n")
     with whole(work / PLAN) as partial:
         partial.write_text(json.dumps(asdict(plan), indent=1))
 
 
+def copies(work: Path, plan: Plan) -> dict[str, Path]:
+    """Subject -> the folder of the copies of its photos."""
+    parts = enumerate(plan.parts)
+    return {name: work / "photos" / f"{n:02}" / name for n, part in parts for name in part}
+
+
 def read_plan(work: Path, asked: Plan) -> Plan:
     """The plan of the folder, with the methods and seeds asked for now. Raises ValueError where it
-    is of another benchmark."""
+    is of another benchmark, or of other photos."""
     saved = Plan(**json.loads((work / PLAN).read_text()))
-    saved = replace(saved, images=saved.images or asked.images)
+    photos = saved.photos or {name: fingerprint(p) for name, p in copies(work, saved).items()}
+    saved = replace(saved, images=saved.images or asked.images, photos=photos)
     if other := [n for n in KEPT if getattr(saved, n) != getattr(asked, n)]:
-        told = "; ".join(
-            f"`{n}` was {getattr(saved, n)!r}, is {getattr(asked, n)!r}" for n in other
-        )
-        raise ValueError(f"`{work}` was started otherwise: {told}. Name another --work.")
+        told = [
+            f"`{n}` was {getattr(saved, n)!r}, is {getattr(asked, n)!r}"
+            for n in other
+            if n != "photos"
+        ]
+        if saved.photos != asked.photos and saved.subjects == asked.subjects:
+            told.append(
+                f"the photos, reference photos or captions of "
+                f"`{first_other(saved.photos, asked.photos)}` are not those that "
+                f"`{work / 'photos'}` has copies of"
+            )
+        raise ValueError(f"`{work}` was started otherwise: {'; '.join(told)}. Name another --work.")
     return replace(asked, parts=saved.parts)
 
 

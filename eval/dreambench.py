@@ -48,6 +48,7 @@ from benchmark_parts import (  # noqa: E402
     read_plan,
     sources,
 )
+from benchmark_photos import fingerprint  # noqa: E402
 from benchmark_scores import (  # noqa: E402
     failures,
     finish,
@@ -84,7 +85,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     add("--benchmark", choices=("dreambooth", "emojibench"), default="dreambooth")
     add("--work", type=Path, required=True, help="folder of all that is made; goes on where it is")
-    add("--photos", type=Path, help="the photos of dreambooth")
+    add("--photos", type=Path, help="the photos of dreambooth; emojibench has its own")
     add("--methods", nargs="+", required=True, help="such as lora oft,blocks=4")
     add("--seeds", nargs="+", type=int, default=[0], help="of training; each has its own images")
     add("--only", nargs="+", help="subjects [default: all]")
@@ -127,6 +128,11 @@ def check(args: argparse.Namespace, training: Sequence[str]) -> None:
         raise ValueError(f"--seeds must be 0 or more, got {min(args.seeds)}.")
     if args.at_once is not None and args.at_once < 1:
         raise ValueError(f"--at_once must be 1 or more, got {args.at_once}.")
+    if args.benchmark == "emojibench" and args.photos is not None:
+        raise ValueError(
+            f"--photos is of dreambooth, got {args.photos}: emojibench has its own photos. Leave "
+            "--photos out, or take --benchmark dreambooth."
+        )
     if (args.ray or "").startswith("local:") and not re.fullmatch("local:[1-9][0-9]*", args.ray):
         raise ValueError(f"--ray must be local:N of N workers, auto or an address, got {args.ray}.")
 
@@ -149,6 +155,7 @@ def planned(args: argparse.Namespace, training: list[str], workers: int) -> Plan
         str(path.resolve()) if path.is_file() else args.protocol,
         training,
         images_by(find_protocol(args.protocol)),
+        {name: fingerprint(found[name][0]) for name in names},
     )
 
 
@@ -162,7 +169,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     work = args.work.resolve()
     plan = planned(args, training, workers)
     if rank == 0 and not (work / PLAN).is_file():
-        work.mkdir(parents=True, exist_ok=True)
         prepare(work, plan, sources(args.benchmark, args.photos))
     wait(work / PLAN)
     plan, began = read_plan(work, plan), time.perf_counter()

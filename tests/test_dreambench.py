@@ -4,6 +4,7 @@ parts over processes, and over a cluster by Ray."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import sys
@@ -159,6 +160,7 @@ def test_parts_are_dealt_over_processes(
         (["--at_once", "-1"], "--at_once must be 1 or more, got -1"),
         (["--at_once", "0"], "--at_once must be 1 or more, got 0"),
         (["--ray", "local:0"], "--ray must be local:N .* got local:0"),
+        (["--benchmark", "emojibench"], "--photos is of dreambooth, got .*emojibench has its own"),
         (["--protocol", "nope"], "unknown protocol `nope`"),
     ],
 )
@@ -311,6 +313,114 @@ def test_a_protocol_of_other_images_is_another_benchmark(flags: list[str], tmp_p
         benchmark_parts.read_plan(tmp_path, other)
     (tmp_path / "plan.json").write_text(json.dumps({**asdict(plan), "images": {}}))
     assert benchmark_parts.read_plan(tmp_path, other) == other  # an older version's
+
+
+@pytest.fixture
+def own_photos(flags: list[str], tmp_path: Path) -> tuple[Path, list[str]]:
+    """(a copy of the photos, the flags with it): to change."""
+    photos = tmp_path / "own"
+    shutil.copytree(flags[flags.index("--photos") + 1], photos)
+    return photos, ["--work", str(tmp_path / "work"), "--methods", METHOD, *flags, "--photos",
+                    str(photos)]  # fmt: skip
+
+
+def _plan_of(asked: list[str]) -> Plan:
+    args, training = dreambench.parse(asked)
+    return dreambench.planned(args, training, 1)
+
+
+def _prepared(asked: list[str], work: Path, photos: Path) -> Plan:
+    plan = _plan_of(asked)
+    benchmark_parts.prepare(work, plan, dreambench.sources("dreambooth", photos))
+    return plan
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("change", ["photo", "name", "more", "reference", "caption"])
+def test_other_photos_are_another_benchmark(
+    own_photos: tuple[Path, list[str]], tmp_path: Path, older: bool, change: str
+) -> None:
+    """Also for the plan of an older version, by the copies; what is not copied does not matter."""
+    (photos, asked), work = own_photos, tmp_path / "work"
+    dog = photos / "dog"
+    first, second = dog / "0.png", dog / "1.png"
+    (dog / "reference").mkdir()
+    shutil.copy(first, dog / "reference" / first.name)
+    first.with_suffix(".txt").write_text("a sks dog at home")
+    plan = _prepared(asked, work, photos)
+    assert sorted(plan.photos) == sorted(SUBJECTS)
+    # of three equal folders two are as they were, and the third has a caption more
+    assert plan.photos["backpack"] == plan.photos["backpack_dog"] != plan.photos["dog"]
+    saved = json.loads((work / "plan.json").read_text())
+    assert saved["photos"] == plan.photos
+    if older:
+        del saved["photos"]
+        (work / "plan.json").write_text(json.dumps(saved))
+    (dog / "prompt.txt").write_text("mine")
+    (dog / "notes.md").write_text("mine")
+    assert benchmark_parts.read_plan(work, _plan_of(asked)) == plan
+    if change == "photo":
+        shutil.copy(second, first)
+    elif change == "name":
+        first.rename(first.with_name(f"other{first.suffix}"))
+    elif change == "more":
+        shutil.copy(first, first.with_name(f"other{first.suffix}"))
+    elif change == "reference":
+        shutil.copy(second, dog / "reference" / first.name)
+    else:
+        first.with_suffix(".txt").write_text("a sks dog outside")
+    with pytest.raises(ValueError, match="captions of `dog` are not .*Name another --work"):
+        dreambench.main(asked)
+    assert sorted(p.name for p in work.iterdir()) == ["photos", "plan.json"]
+
+
+def test_copies_of_another_start_are_not_taken_over(
+    own_photos: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    """Of one that was cut off before its plan was written, with photos that are there no more."""
+    photos, asked = own_photos
+    _prepared(asked, tmp_path / "work", photos)
+    (tmp_path / "work" / "plan.json").unlink()
+    (photos / "dog" / "2.png").unlink()
+    with pytest.raises(
+        ValueError, match="/dog` holds other photos or texts than .*Take the folder"
+    ):
+        _prepared(asked, tmp_path / "work", photos)
+    assert not (tmp_path / "work" / "plan.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        ("cut", "cannot read the image `{file}`"),
+        ("cut reference", "cannot read the image `{dog}/reference/0.png`"),
+        ("caption", "`{text}` is not UTF-8 text"),
+        ("twice", "in `{dog}` have one name"),
+        ("none", "no photo in `{dog}`: looked for images"),
+    ],
+)
+def test_a_broken_photo_is_said_before_anything_is_made(
+    own_photos: tuple[Path, list[str]], tmp_path: Path, break_it: str, message: str
+) -> None:
+    """By its name in --photos, not by that of the copy."""
+    photos, asked = own_photos
+    dog = photos / "dog"
+    file, text = dog / "2.png", dog / "2.txt"
+    if break_it == "cut":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif break_it == "cut reference":
+        (dog / "reference").mkdir()
+        (dog / "reference" / "0.png").write_bytes(file.read_bytes()[:90])
+    elif break_it == "caption":
+        text.write_bytes(b"caf\xe9")
+    elif break_it == "twice":
+        shutil.copy(file, file.with_suffix(".webp"))
+    else:
+        shutil.rmtree(dog)
+        dog.mkdir()
+    with pytest.raises(ValueError, match=re.escape(message.format(dog=dog, file=file, text=text))):
+        dreambench.main(asked)
+    assert not (tmp_path / "work").exists()
 
 
 def test_ray_is_asked_for_by_name(
