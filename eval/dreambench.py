@@ -17,6 +17,7 @@ Several processes share the parts:
     accelerate launch --multi_gpu --num_processes 2 eval/dreambench.py ...   # each its own GPU
     python eval/dreambench.py --ray local:2 ...             # N workers; or auto, or an address
 
+A cluster has a worker for each GPU, or, where it has none, for each CPU.
 Ray (`pip install dreamtune[ray]`) does the parts of a worker that is lost again; on several hosts
 --work and --photos must be on a file system that all see.
 """
@@ -24,11 +25,12 @@ Ray (`pip install dreamtune[ray]`) does the parts of a worker that is lost again
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +167,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     world, rank = int(os.environ.pop("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world > 1 and torch.cuda.is_available():  # captured steps run on the current device
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    workers = int(args.ray[6:]) if (args.ray or "").startswith("local:") else world
+    with connected(args.ray) as ray:
+        return benchmark(args, training, rank, world, ray)
+
+
+def benchmark(
+    args: argparse.Namespace, training: list[str], rank: int, world: int, ray: Any = None
+) -> int:
+    """The share of one of `world` processes, the first of which tells of all; or of Ray's workers.
+    The exit status."""
+    workers = world if ray is None else size_of(ray, args.ray)
     work = args.work.resolve()
     plan = planned(args, training, workers)
     if rank == 0 and not (work / PLAN).is_file():
@@ -176,8 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     own = plan.tasks()[rank::world]
     forget_failures(work, own)
     _store = meet(rank, world)
-    if args.ray:
-        by_ray(args.ray, work, plan, weights)
+    if ray is not None:
+        by_ray(ray, work, plan, weights)
     else:
         for task in own:
             print(do_task(work, plan, task), flush=True)
@@ -221,9 +232,12 @@ def wait(path: Path, ready: Callable[[], bool] | None = None) -> None:
         time.sleep(SECONDS)
 
 
-def by_ray(where: str, work: Path, plan: Plan, weights: dict[str, str]) -> None:
-    """All parts, then all scores, by Ray's scheduler; those of a lost worker are done again, from
-    their files."""
+@contextlib.contextmanager
+def connected(where: str | None) -> Iterator[Any]:
+    """Ray, on the cluster that was asked for until the block ends; None where none was."""
+    if not where:
+        yield None
+        return
     try:
         import ray
     except ImportError:
@@ -237,15 +251,32 @@ def by_ray(where: str, work: Path, plan: Plan, weights: dict[str, str]) -> None:
         runtime_env={"env_vars": {"PYTHONPATH": path}},
     )
     try:
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
-        part, score = (
-            ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(function)
-            for function in (do_task, score_method)
-        )
-        tell_all(ray, [part.remote(work, plan, task) for task in plan.tasks()])
-        tell_all(ray, [score.remote(work, plan, m, weights) for m in plan.methods])
+        yield ray
     finally:
         ray.shutdown()
+
+
+def gpus_of(ray: Any) -> int:
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def size_of(ray: Any, where: str) -> int:
+    """How many workers the parts are dealt over: what was asked for here, else as many as the
+    cluster runs at once."""
+    if where.startswith("local:"):
+        return int(where[6:])
+    return gpus_of(ray) or max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def by_ray(ray: Any, work: Path, plan: Plan, weights: dict[str, str]) -> None:
+    """All parts, then all scores, by Ray's scheduler; those of a lost worker are done again, from
+    their files."""
+    part, score = (
+        ray.remote(num_cpus=1, num_gpus=min(1, gpus_of(ray)), max_retries=RETRIES)(function)
+        for function in (do_task, score_method)
+    )
+    tell_all(ray, [part.remote(work, plan, task) for task in plan.tasks()])
+    tell_all(ray, [score.remote(work, plan, m, weights) for m in plan.methods])
 
 
 def tell_all(ray: Any, waiting: list[Any]) -> None:

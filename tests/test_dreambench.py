@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -430,6 +431,87 @@ def test_ray_is_asked_for_by_name(
     asked = ["--work", str(tmp_path), "--methods", "lora", *flags, "--ray", "local:2"]
     with pytest.raises(ValueError, match=r"pip install 'dreamtune\[ray\]'"):
         dreambench.main(asked)
+
+
+class FakeRay:
+    """A cluster of these resources, which does at once what it is asked for."""
+
+    def __init__(self, **resources: float) -> None:
+        self.resources = resources
+        self.said: list[Any] = []
+
+    def init(self, address: str, num_cpus: int | None, **_: Any) -> None:
+        self.said.append(("init", address, num_cpus))
+
+    def cluster_resources(self) -> dict[str, float]:
+        return self.resources
+
+    def remote(self, num_cpus: int, num_gpus: int, max_retries: int) -> Any:
+        self.said.append((num_cpus, num_gpus))
+        return lambda function: SimpleNamespace(remote=function)
+
+    def wait(self, waiting: list[str]) -> tuple[list[str], list[str]]:
+        return waiting[:1], waiting[1:]
+
+    def get(self, ready: list[str]) -> list[str]:
+        return ready
+
+    def shutdown(self) -> None:
+        self.said.append("shutdown")
+
+
+@pytest.mark.parametrize(
+    ("where", "resources", "workers", "parts", "asked_for"),
+    [
+        ("auto", {"CPU": 16.0, "GPU": 3.0}, 3, ["backpack", "backpack_dog", "dog"], (1, 1)),
+        ("auto", {"CPU": 2.0}, 2, ["backpack backpack_dog", "dog"], (1, 0)),
+        ("a:6379", {"CPU": 64.0, "GPU": 2.0}, 2, ["backpack backpack_dog", "dog"], (1, 1)),
+        ("auto", {}, 1, ["backpack backpack_dog dog"], (1, 0)),  # its hosts are still to come
+        ("local:2", {"CPU": 2.0, "GPU": 8.0}, 2, ["backpack backpack_dog", "dog"], (1, 1)),
+    ],
+)
+def test_a_cluster_s_parts_are_dealt_over_all_of_it(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], where: str, resources: dict[str, float], workers: int,
+    parts: list[str], asked_for: tuple[int, int],
+) -> None:  # fmt: skip
+    ray, done = FakeRay(**resources), []
+
+    def do_task(work: Path, plan: Plan, task: tuple[str, int, int]) -> str:
+        done.append(task)
+        mark = work / "done" / f"{benchmark_parts.name_of(task)}.json"
+        mark.parent.mkdir(exist_ok=True)
+        mark.write_text(json.dumps({"failed": {}, "sampling": {}}))
+        return f"did {benchmark_parts.name_of(task)}"
+
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(dreambench, "do_task", do_task)
+    monkeypatch.setattr(dreambench, "finish", lambda work, plan: None)
+    at = flags.index("--at_once")
+    share = [*flags[:at], *flags[at + 2 :]]
+    assert dreambench.main(
+        ["--work", str(tmp_path), "--methods", "lora", *share, "--ray", where]
+    ) == 0  # fmt: skip
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert [" ".join(part) for part in plan["parts"]] == parts
+    assert done == [(m, 0, n) for m in ("base", "lora") for n in range(len(parts))]
+    local = where == "local:2"
+    begin = ("init", "local" if local else where, 2 if local else None)
+    assert ray.said == [begin, asked_for, asked_for, "shutdown"]
+    out = capsys.readouterr().out
+    assert f"did lora-seed-0-part-0{len(parts) - 1}\n" in out
+    assert f" s of work by {workers} process{'es' * (workers > 1)}\n" in out
+
+
+def test_a_cluster_is_left_where_nothing_can_be_done(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = FakeRay(CPU=2.0)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    asked = ["--work", str(tmp_path), "--methods", "lora", *flags, "--ray", "auto"]
+    with pytest.raises(ValueError, match="no subject `dogg`"):
+        dreambench.main([*asked, "--only", "dogg"])
+    assert ray.said == [("init", "auto", None), "shutdown"]
 
 
 @pytest.mark.cluster
