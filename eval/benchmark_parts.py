@@ -97,6 +97,10 @@ def sources(benchmark: str, photos: Path | None) -> dict[str, tuple[Path, str]]:
         line.strip().split(",") for line in lines if line.count(",") == 1 and "'" not in line
     )
     folders = [p for p in sorted(photos.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+    if not folders:
+        raise ValueError(
+            f"`{photos}` holds no folder of a subject: name another by --photos."
+        )
     if without := [p.name for p in folders if p.name not in nouns]:
         raise ValueError(
             f"`{photos / CLASSES}` must say the class of each subject, a line `name,class`; it "

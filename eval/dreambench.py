@@ -165,6 +165,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, training = parse(sys.argv[1:] if argv is None else argv)
     # The trainer takes one process a subject, and refuses several: here each has its own subjects.
     world, rank = int(os.environ.pop("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if args.ray and world > 1:
+        raise ValueError(
+            f"--ray deals the parts itself, and {world} processes of a launcher would each do all: "
+            "start it by python."
+        )
     if world > 1 and torch.cuda.is_available():  # captured steps run on the current device
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     with connected(args.ray) as ray:

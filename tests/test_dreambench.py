@@ -551,3 +551,18 @@ def _dying(mark: str) -> Any:
         return benchmark_parts.do_task(work, plan, task)
 
     return do_task
+
+
+def test_a_folder_without_subjects_is_named(tmp_path: Path) -> None:
+    (tmp_path / "photos" / ".hidden").mkdir(parents=True)
+    with pytest.raises(ValueError, match="photos` holds no folder of a subject"):
+        benchmark_parts.sources("dreambooth", tmp_path / "photos")
+
+
+def test_ray_is_not_started_by_each_process_of_a_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = ["--benchmark", "emojibench", "--work", str(tmp_path), "--methods", "lora"]
+    with pytest.raises(ValueError, match="2 processes of a launcher would each do all"):
+        dreambench.main([*flags, "--ray", "local:2"])
