@@ -98,9 +98,7 @@ def sources(benchmark: str, photos: Path | None) -> dict[str, tuple[Path, str]]:
     )
     folders = [p for p in sorted(photos.iterdir()) if p.is_dir() and not p.name.startswith(".")]
     if not folders:
-        raise ValueError(
-            f"`{photos}` holds no folder of a subject: name another by --photos."
-        )
+        raise ValueError(f"`{photos}` holds no folder of a subject: name another by --photos.")
     if without := [p.name for p in folders if p.name not in nouns]:
         raise ValueError(
             f"`{photos / CLASSES}` must say the class of each subject, a line `name,class`; it "
