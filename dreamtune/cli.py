@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -34,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0; 1 or 2 for an error that is explained; after a signal 128 and its number,
     so 130 after Ctrl-C.
     """
+    # The interpreter's last collection goes over all that torch and a pipeline hold: a second.
+    atexit.register(gc.freeze)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a console may lack the letters of a prompt
             with contextlib.suppress(OSError, ValueError):  # of one that is gone
