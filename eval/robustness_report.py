@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from html import escape
@@ -21,7 +22,7 @@ sys.path[:0] = [str(ROOT / "eval"), str(ROOT)]
 from robustness_confirm import chosen, confirmed  # noqa: E402
 from robustness_figures import Line, Plot, plot, write_files  # noqa: E402
 from robustness_pictures import pictures  # noqa: E402
-from robustness_plan import CENTRED, PARTS, VARIANTS  # noqa: E402
+from robustness_plan import PARTS, TUNED, VARIANTS  # noqa: E402
 from robustness_questions import QUESTIONS  # noqa: E402
 from robustness_sections import (  # noqa: E402
     SCORES,
@@ -43,6 +44,7 @@ from robustness_stats import (  # noqa: E402
     PROMPT_KEPT,
     Results,
     Row,
+    best_rate,
     by,
     mean,
     minutes,
@@ -73,9 +75,13 @@ BEYOND = (PROMPT_KEPT, "clip_t_margin", "dino_held_out", "dino_drift", "dino_nea
 def centred(results: Results, part: str) -> str:
     """What a multiplier of the part is times."""
     centres = results.about.get("settings", {}).get("centres", {}).get(part, {})
-    moved = any(v in VARIANTS and rate != VARIANTS[v].rate for v, rate in centres.items())
-    tuned = part in CENTRED and moved
-    return "times the best on the development subjects" if tuned else "times the method's own"
+    known = {v: rate for v, rate in centres.items() if v in VARIANTS}
+    if all(math.isclose(rate, VARIANTS[v].rate) for v, rate in known.items()):
+        return "times the method's own"
+    best = {v: best_rate(results, v, TUNED) for v in known}
+    if all(math.isclose(rate, best[v] or 0.0) for v, rate in known.items()):
+        return "times the best on the development subjects"
+    return "times that which each was centred on"
 
 
 def rate_plot(results: Results, name: str, rows: Sequence[Row], key: str) -> Plot | None:

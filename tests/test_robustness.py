@@ -613,6 +613,7 @@ def test_several_rates_of_a_variant_are_told_apart() -> None:
     results = read(Path(__file__).parents[1] / "eval/results/2026-11-29-robustness/results.json")
     assert robustness_report.centred(results, "b") == "times the best on the development subjects"
     assert robustness_report.centred(results, "time") == "times the method's own"
+    assert robustness_report.centred(results, "confirm") == "times that which each was centred on"
     html, plots = robustness_report.steps_section(results)
     for title, rate in (("DeLoRA, 0.0025 (1 x)", 0.0025), ("DeLoRA, 0.01 (4 x)", 0.01)):
         rows = [r for r in results.of("b") if (r["variant"], r["rate"]) == ("delora", rate)]
