@@ -26,6 +26,7 @@ sys.path[:0] = [str(ROOT)]
 from dreamtune import embedded  # noqa: E402
 from dreamtune.adapters import find_method  # noqa: E402
 from dreamtune.config import Config  # noqa: E402
+from dreamtune.evaluation.results import within  # noqa: E402
 from dreamtune.evaluation.selection import choose_best, stale  # noqa: E402
 from dreamtune.evaluation.statistics import Estimate, estimate  # noqa: E402
 from dreamtune.files.whole import whole  # noqa: E402
@@ -133,6 +134,8 @@ def shown(rows: Sequence[Stopped], name: str) -> str:
     found: Estimate = estimate(
         [getattr(r, name) for r in rows], [r.subject for r in rows], [r.seed for r in rows]
     )
+    if name == "steps":
+        found = within(found, (0.0, 1.0))
     if found.low is None or found.high is None:
         return f"{found.mean:.3f}"
     return f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f})"

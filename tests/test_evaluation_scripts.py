@@ -93,6 +93,7 @@ def test_the_table_of_early_stopping() -> None:
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     assert cells[:3] == ["lora", "1", "2"] and cells[5] == "1"
     assert [cells[i].split(" ")[0] for i in (3, 4, 6)] == ["0.500", "0.030", "0.100"]
+    assert cells[3] == "0.500 (0.000 to 1.000)"  # widened for two subjects, a share all the same
 
 
 @pytest.mark.parametrize(
