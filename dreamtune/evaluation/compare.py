@@ -103,30 +103,24 @@ def compare(a: Results, b: Results) -> Comparison:
             "no image of A has a partner in B: images are paired by subject, prompt and seed, and "
             f"A's first is {shown_key(a.images[0])}, B's {shown_key(b.images[0])}."
         )
-    differences, (other, of) = [], other_base(a, b)
+    differences = []
     notes = [f"Note: {note}." for note in notes_of(a, b)]
     for key in a.keys:
-        if other and key in METRICS and METRICS[key].unrelated:
-            notes.append(
-                f"Left out: {METRICS[key].title}, which is against images of the base, for A and B "
-                f"had others ({other} of {of}). Score both with one --base_images."
-            )
-            continue
         pairs = [
             (rows_a[k], rows_b[k])
             for k in both
             if rows_a[k].scores.get(key) is not None and rows_b[k].scores.get(key) is not None
         ]
-        if pairs:
+        alike = [(x, y) for x, y in pairs if not (x.base and y.base) or x.base == y.base]
+        if len(alike) < len(pairs):
+            notes.append(
+                f"Left out of {title_of(key)}: {len(pairs) - len(alike)} of {len(pairs)} images, "
+                "which A and B compare with other images of the base. Score both with one "
+                "--base_images."
+            )
+        if pairs := alike:
             differences.append(difference_of(key, pairs, a))
     return Comparison(differences, len(rows_a) - len(both), len(rows_b) - len(both), notes)
-
-
-def other_base(a: Results, b: Results) -> tuple[int, int]:
-    """Of how many images of the base that both have the files differ, and of how many."""
-    first, second = ({row.key: row.sha256 for row in r.base} for r in (a, b))
-    both = first.keys() & second.keys()
-    return sum(first[key] != second[key] for key in both), len(both)
 
 
 def difference_of(key: str, pairs: list[tuple[Row, Row]], a: Results) -> Difference:

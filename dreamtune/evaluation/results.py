@@ -55,6 +55,7 @@ _ROW = checker(
         "sha256": str,
         "scores": dict[str, FiniteFloat | None],
         "pairs": dict[str, NonNegativeInt],
+        "base": str,
     },
     needed=("subject", "prompt", "seed", "unrelated", "scores", "pairs"),
     others=True,
@@ -64,7 +65,8 @@ _ROW = checker(
 @dataclass(frozen=True)
 class Row:
     """One image's scores: by key, None where it has nothing to be compared with. pairs: comparisons
-    behind a score, where not one."""
+    behind a score, where not one. base: SHA-256 of the base's image that one of an unrelated prompt
+    is compared with, "" where there is none or it is not known."""
 
     subject: str
     prompt: str
@@ -74,6 +76,7 @@ class Row:
     sha256: str
     scores: Mapping[str, float | None]
     pairs: Mapping[str, int] = field(default_factory=dict)
+    base: str = ""
 
     @property
     def key(self) -> tuple[str, str, int | str, bool]:

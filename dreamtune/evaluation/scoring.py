@@ -152,9 +152,11 @@ class _Book:
                 for row, number in zip(scores, numbers, strict=True):
                     row[key] = self.reported(metric, number)
         pairs = {key: count for key, count in pairs.items() if count != 1}
+        against = self.base if images[0].unrelated else {}
+        theirs = [against[i.key].digest if i.key in against else "" for i in images]
         return [
-            Row(*i.key[:3], i.unrelated, i.picture.name, i.picture.digest, own, pairs)
-            for i, own in zip(images, scores, strict=True)
+            Row(*i.key[:3], i.unrelated, i.picture.name, i.picture.digest, own, pairs, base)
+            for i, own, base in zip(images, scores, theirs, strict=True)
         ]
 
     def levels(self, subjects: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from galleries import EVERY, picture, save, task_of
 
 from dreamtune.cli import main
 from dreamtune.evaluation.compare import compare, differing, loose
@@ -20,6 +22,7 @@ from dreamtune.evaluation.results import (
     read_results,
     write_results,
 )
+from dreamtune.evaluation.scoring import score_images
 
 PROTOCOL = {
     "name": "paper", "averaging": "pairs", "metrics": ["dino", "clip_t"],
@@ -192,26 +195,44 @@ def test_a_protocol_that_somebody_wrote_is_compared(odd):
     assert differing(loose(said), loose(hashed))[0] == "`encoders.dino.weights`: a and nothing"
 
 
-def with_drift(base: str, shift: float = 0.0) -> Results:
+def with_drift(bases: tuple[str, ...], shift: float = 0.0) -> Results:
     rows = [
-        Row(f"s{s}", "a pizza", 0, True, f"s{s}.png", "00", {"dino_drift": 0.1 * s + shift})
-        for s in range(4)
+        Row(f"s{s}", "a pizza", 0, True, "0.png", "00", {"dino_drift": 0.1 * s + shift}, base=base)
+        for s, base in enumerate(bases)
     ]
-    of_base = [replace(row, sha256=f"{base}{row.subject}", scores={}) for row in rows]
     protocol = PROTOCOL | {"metrics": ["dino", "clip_t", "dino_drift"]}
-    return replace(results(), images=[*results().images, *rows], base=of_base, protocol=protocol)
+    return replace(results(), images=[*results().images, *rows], protocol=protocol)
 
 
-def test_drift_from_another_base_is_left_out_and_said():
-    same = compare(with_drift("x"), with_drift("x", 0.5))
+def test_drift_from_other_images_of_the_base_is_left_out_and_said():
+    same = compare(with_drift(("x", "y", "")), with_drift(("x", "y", "z"), 0.5))
     assert [d.key for d in same.differences] == ["dino", "clip_t", "dino_drift"]
-    assert same.differences[2].estimate.mean == pytest.approx(0.5)
-    other = compare(with_drift("x"), with_drift("y", 0.5))
-    assert [d.key for d in other.differences] == ["dino", "clip_t"]
-    assert "Left out: DINO, drift, which is against images of the base, for A and B had" in (
-        other.text("a", "b")
-    )
-    assert "others (4 of 4). Score both with one --base_images." in other.text("a", "b")
+    assert same.differences[2].estimate.mean == pytest.approx(0.5) and not same.notes
+    assert same.differences[2].estimate.n == 3  # of an older result nothing is known
+    some = compare(with_drift(("x", "y", "z")), with_drift(("x", "y", "w"), 0.5))
+    assert some.differences[2].estimate.n == 2
+    assert some.notes == [
+        "Left out of DINO, drift: 1 of 3 images, which A and B compare with other images of the "
+        "base. Score both with one --base_images."
+    ]
+    none = compare(with_drift(("x",)), with_drift(("y",), 0.5))
+    assert [d.key for d in none.differences] == ["dino", "clip_t"] and len(none.notes) == 1
+
+
+def test_drift_is_known_by_the_base_of_unrelated_prompts(folders, scorers, tmp_path):
+    """The base's images of the subject's own prompts are the same."""
+    photos, images, base = folders
+    other = shutil.copytree(base, tmp_path / "base")
+    save(picture(1), other / "dog" / "unrelated" / "a pizza" / "0.png")
+    for name, own in (("a", base), ("b", other)):
+        (tmp_path / name).mkdir()
+        write_results(score_images(task_of((photos, images, own)), scorers, EVERY), tmp_path / name)
+    found = compare(*(read_results(tmp_path / name) for name in "ab"))
+    assert [note.split(", which")[0] for note in found.notes] == [
+        "Left out of DINO, drift: 1 of 3 images"
+    ]
+    (drift,) = [d for d in found.differences if d.key == "dino_drift"]
+    assert drift.estimate.n == 2 and drift.a == drift.b
 
 
 def test_an_interval_of_a_difference_is_no_wider_than_what_is_possible():
